@@ -1,0 +1,42 @@
+"""Train with an attention, ship the stock model.
+
+    plug(model, spec)      attach attentions to the sites of a model
+    fold(model)            put constant gates into the weights: the stock model again
+    verify(a, b, inputs)   how far two models differ
+    describe(model)        the table of the sites
+
+The core needs torch and mmengine. The adapters are `asr_downstream.detection` (MMDetection: extra ``det``) and those of
+the other extras; importing this package imports none of them.
+"""
+
+from asr_downstream.attention import ChannelAttention, pool
+from asr_downstream.description import describe
+from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
+from asr_downstream.folding import fold
+from asr_downstream.layers import rebind
+from asr_downstream.plugging import plug
+from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
+from asr_downstream.sites import SITES, register_site
+from asr_downstream.verification import verify
+
+__version__ = '0.1.0'
+
+__all__ = [
+    'ATTENTIONS',
+    'MODELS',
+    'PLUGS',
+    'SITES',
+    'AsrError',
+    'ChannelAttention',
+    'CheckpointError',
+    'DataError',
+    'FoldError',
+    'PlugError',
+    'describe',
+    'fold',
+    'plug',
+    'pool',
+    'rebind',
+    'register_site',
+    'verify',
+]

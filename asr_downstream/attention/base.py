@@ -1,0 +1,47 @@
+"""What an attention is, and the two operations that most of them share.
+
+An attention maps a descriptor ``(B, C)`` or a feature map ``(B, C, *)`` to gates ``(B, C)``. Any ``nn.Module`` whose
+constructor takes ``channels`` can be registered; deriving from `ChannelAttention` only adds the optional parts.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from asr_downstream.errors import PlugError
+
+__all__ = ['ChannelAttention', 'hidden_width', 'pool']
+
+
+class ChannelAttention(nn.Module):
+    """Base class of the attentions in this package.
+
+    Attributes:
+        uses_input: False for a control whose gates are parameters (LayerScale): its gates are constant by themselves,
+            so no psi is learned for it and it always folds.
+        on_learned_input: constructor arguments that apply when the input is a learned vector psi (plug ``ASR``), which
+            has one position and a batch of one. They may be overridden in the spec.
+    """
+
+    uses_input: ClassVar[bool] = True
+    on_learned_input: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+
+    def start_constant(self) -> None:
+        """Zero the last layer, so that the first gates are the same for every input (``preserve=True``)."""
+        raise PlugError(f'{type(self).__name__} does not define start_constant(), which preserve=True needs')
+
+
+def pool(x: Tensor) -> Tensor:
+    """Global average pooling: ``(B, C, *)`` or ``(B, C)`` -> ``(B, C)``."""
+    return x.flatten(2).mean(-1) if x.dim() > 2 else x
+
+
+def hidden_width(channels: int, reduction: int) -> int:
+    """Width of a bottleneck: ``channels // reduction``, at least 1 (the official code's rounding gives 0 at C <= 8)."""
+    return max(channels // reduction, 1)

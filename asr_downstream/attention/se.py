@@ -1,0 +1,41 @@
+"""Squeeze-and-Excitation (Hu et al., CVPR 2018, arXiv 1709.01507), as in the official ASR code (models/modules/senet.py).
+
+    gate = sigmoid(W2 relu(W1 GAP(x) + b1) + b2)        W1: C -> C/r, W2: C/r -> C, with biases, r = 16
+
+On a learned input (1, C) the pooling is the identity. Fresh gates scatter around 0.5. Parameters: 2 C C/r + C/r + C.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from asr_downstream.attention.base import ChannelAttention, hidden_width, pool
+from asr_downstream.registry import ATTENTIONS
+
+__all__ = ['SE']
+
+
+@ATTENTIONS.register_module()
+class SE(ChannelAttention):
+    """Squeeze-and-Excitation.
+
+    Deviation from the official code: the hidden width is ``max(C // reduction, 1)``, not ``round(C / reduction)``.
+
+    Args:
+        channels: C.
+        reduction: r, the bottleneck.
+        bias: biases of the two linear layers; the ASR tables count them.
+    """
+
+    def __init__(self, channels: int, reduction: int = 16, bias: bool = True) -> None:
+        super().__init__(channels)
+        hidden = hidden_width(channels, reduction)
+        self.fc1 = nn.Linear(channels, hidden, bias=bias)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Linear(hidden, channels, bias=bias)
+
+    def start_constant(self) -> None:
+        nn.init.zeros_(self.fc2.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.relu(self.fc1(pool(x)))).sigmoid()  # (B, C, *) -> (B, C)

@@ -1,0 +1,120 @@
+"""`describe`: the table of the sites of a plugged model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from asr_downstream.gates import ConstantGate, Gate
+from asr_downstream.layers import Plugged, orphans
+
+__all__ = ['Description', 'SiteRow', 'describe', 'render']
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site: where it is, what it is, and what scales it.
+
+    Attributes:
+        path: name in ``named_modules()``.
+        layer: name of the stock class.
+        channels: number of gates.
+        plug: such as ``'ASR(SE) + Attention(SE)'``.
+        parameters: number of parameters that the plug added.
+        folds: whether all its gates are constant.
+    """
+
+    path: str
+    layer: str
+    channels: int
+    plug: str
+    parameters: int
+    folds: bool
+
+
+@dataclass(frozen=True)
+class Description:
+    """The sites of a model; prints as a table.
+
+    Attributes:
+        model: class name of the model.
+        sites: one row a site, in the order of ``named_modules()``.
+    """
+
+    model: str
+    sites: tuple[SiteRow, ...]
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that plugging added."""
+        return sum(row.parameters for row in self.sites)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            return f'{self.model}: no plugged sites'
+        table = Table(title=f'{self.model}: {len(self.sites)} sites, {self.parameters:,} parameters added')
+        for name, justify in (('site', 'left'), ('layer', 'left'), ('channels', 'right'), ('plug', 'left')):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column('parameters', justify='right')
+        table.add_column('folds')
+        for row in self.sites:
+            folds = 'exactly' if row.folds else 'no: depends on the input'
+            table.add_row(row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds)
+        return render(table)
+
+
+def describe(model: nn.Module) -> Description:
+    """List the plugged sites of ``model``: path, stock class, channels, plug, parameters added, whether it folds."""
+    rows = []
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Plugged):
+            continue
+        gates: list[Gate] = [*(layer.gate or ()), *(layer.dynamic or ())]  # type: ignore[attr-defined]
+        rows.append(
+            SiteRow(
+                path=path,
+                layer=layer.stock.__name__,
+                channels=gates[0].channels,
+                plug=' + '.join(label(gates)),
+                parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
+                folds=all(isinstance(gate, ConstantGate) for gate in gates),
+            )
+        )
+    lost = orphans(model)
+    if lost:
+        raise_lost(lost)
+    return Description(type(model).__name__, tuple(rows))
+
+
+def label(gates: list[Gate]) -> list[str]:
+    """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``."""
+    names: list[list] = []
+    for gate in gates:
+        attention = type(gate.attention).__name__
+        name = f'{"ASR" if isinstance(gate, ConstantGate) else "Attention"}({attention})'
+        if names and names[-1][0] == name:
+            names[-1][1] += 1
+        else:
+            names.append([name, 1])
+    return [name if count == 1 else f'{name} x{count}' for name, count in names]
+
+
+def raise_lost(paths: list[str]) -> None:
+    """Say that a converter has disconnected gates."""
+    from asr_downstream.errors import PlugError
+
+    raise PlugError(
+        f'{paths[0]}: has gates that are not used any more (and {len(paths) - 1} others): the layer was rebuilt, as '
+        f'convert_sync_batchnorm does; call asr_downstream.rebind(model) after such a conversion'
+    )
+
+
+def render(table: Table, width: int = 140) -> str:
+    """Render a rich table as plain text, for logs and files."""
+    console = Console(file=StringIO(), width=width, color_system=None)
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -1,0 +1,37 @@
+"""Errors of the suite: each message says what is wrong, where, and what to do next."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = ['AsrError', 'CheckpointError', 'DataError', 'FoldError', 'PlugError', 'did_you_mean']
+
+
+class AsrError(ValueError):
+    """Base class. The command line tools print it as one line and exit with 1."""
+
+
+class PlugError(AsrError):
+    """A spec that cannot be plugged into this model. The model has not been touched."""
+
+
+class FoldError(AsrError):
+    """A model that cannot be folded exactly. The model has not been touched."""
+
+
+class CheckpointError(AsrError):
+    """A checkpoint that is missing, damaged, unsafe or made for another model."""
+
+
+class DataError(AsrError):
+    """A data set or image that is missing or not in the format it should have."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``'did you mean X? Known: ...'`` for a misspelt ``name``."""
+    known = sorted(known)
+    by_lower = {k.lower(): k for k in known}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
+    hint = f'did you mean {by_lower[close[0]]!r}? ' if close else ''
+    return f'{hint}Known: {", ".join(known)}'

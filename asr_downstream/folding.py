@@ -1,0 +1,186 @@
+"""`fold`: put constant gates into the weights of their layers; what comes back is the stock model.
+
+The arithmetic is the plugged layer's own ``scale``, evaluated once in float64 and cast back once. All new weights are
+computed and checked before the first one is stored, and they are stored in a copy, so a failure changes nothing.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.description import orphans, raise_lost
+from asr_downstream.errors import FoldError
+from asr_downstream.layers import Plugged, detach
+from asr_downstream.sites import some
+
+__all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
+
+
+@dataclass(frozen=True)
+class FoldedSite:
+    """What happened at one site.
+
+    Attributes:
+        path: name in ``named_modules()``.
+        layer: name of the stock class.
+        channels: number of gates.
+        gate_min, gate_mean, gate_max: of the constant gates that were folded.
+        rounding: largest difference between the folded weight or bias and its float64 value, over the largest
+            magnitude; half a unit in the last place of the dtype, or less.
+        kept: input-dependent gates stay at this site (``dynamic='keep'``).
+    """
+
+    path: str
+    layer: str
+    channels: int
+    gate_min: float
+    gate_mean: float
+    gate_max: float
+    rounding: float
+    kept: bool = False
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """What `fold` did.
+
+    Attributes:
+        sites: the folded sites, in the order of ``named_modules()``.
+        message: one line for a person.
+    """
+
+    sites: tuple[FoldedSite, ...] = ()
+    message: str = ''
+    spec: Any = field(default=None, compare=False)
+
+    @property
+    def already_stock(self) -> bool:
+        """Nothing was plugged, so nothing was folded."""
+        return not self.sites
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class ScaledParameters:
+    weight: Tensor
+    bias: Tensor | None
+    site: FoldedSite
+
+
+@torch.no_grad()
+def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldReport]:
+    """Fold the constant gates of ``model`` and return a stock copy.
+
+    Folding is exact up to one rounding of the weights: classes, parameter names and buffers are those of the stock
+    model. A model without plugs is copied, with a warning: folding twice is harmless.
+
+    Args:
+        model: a plugged model in eval mode; it is not changed.
+        dynamic: what to do with gates that depend on the input: ``'error'``, or ``'keep'`` them plugged (the paper's
+            ASR + SE keeps the SE).
+
+    Returns:
+        The folded copy and a report.
+
+    Raises:
+        FoldError: training mode, gates that depend on the input, gates or folded weights that are not finite, or gates
+            that a converter has disconnected. The model has not been touched.
+    """
+    if dynamic not in ('error', 'keep'):
+        raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
+    if lost := orphans(model):
+        raise_lost(lost)
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
+    if not layers:
+        message = f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
+        warnings.warn(message, stacklevel=3)
+        return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
+    check_foldable(model, layers, dynamic)
+
+    scaled = {path: scaled_parameters(path, layer) for path, layer in layers.items()}
+
+    folded = copy.deepcopy(model)
+    for path, new in scaled.items():
+        layer = folded.get_submodule(path)
+        layer.weight.copy_(new.weight)  # type: ignore[operator, union-attr]
+        if new.bias is not None:
+            layer.bias.copy_(new.bias)  # type: ignore[operator, union-attr]
+        if new.site.kept:
+            layer.gate = None  # type: ignore[assignment]
+        else:
+            detach(layer)
+    if not any(new.site.kept for new in scaled.values()):
+        make_stock_(folded)
+    sites = tuple(new.site for new in scaled.values())
+    message = f'folded {len(sites)} sites of {type(model).__name__}'
+    return folded, FoldReport(sites, message, getattr(model, 'plug_spec', None))
+
+
+def check_foldable(model: nn.Module, layers: dict[str, Any], dynamic: str) -> None:
+    """Refuse training mode and, unless they are to be kept, input-dependent gates."""
+    training = [path for path, layer in layers.items() if layer.training]
+    if model.training or training:
+        where = 'the model' if model.training else training[0]
+        raise FoldError(f'{where} is in training mode: call model.eval() first (folded weights are for inference)')
+    varying = [path for path, layer in layers.items() if layer.dynamic is not None]
+    if varying and dynamic == 'error':
+        names = sorted({type(g.attention).__name__ for path in varying for g in layers[path].dynamic})
+        raise FoldError(
+            f'the gates of {", ".join(names)} at {some(varying, 3)} depend on the input and have no exact fold; '
+            f"train with dict(type='ASR', ...) for constant gates, or fold only the constant ones with dynamic='keep'"
+        )
+
+
+def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
+    """Compute the folded weight and bias of one site in float64; changes nothing."""
+    exact = copy.deepcopy(layer).double()
+    v = exact.constant()
+    if v is None:
+        v = torch.ones(layer.dynamic[0].channels, dtype=torch.float64, device=layer.weight.device)
+    if not v.isfinite().all():
+        raise FoldError(
+            f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite, so this checkpoint has diverged; '
+            f'take an earlier one'
+        )
+    weight, bias = exact.scale(exact, v)
+    rounded = {'weight': weight.to(layer.weight.dtype)}
+    if bias is not None:
+        rounded['bias'] = bias.to(layer.bias.dtype)
+    rounding = 0.0
+    for name, value in rounded.items():
+        target = weight if name == 'weight' else bias
+        if not value.isfinite().all():
+            raise FoldError(
+                f'{path}: the folded {name} is not finite in {value.dtype}; '
+                f'the stock {name} is damaged or too large for this precision: fold in float32'
+            )
+        rounding = max(rounding, float((value.double() - target).abs().max() / target.abs().max().clamp_min(1e-300)))
+    site = FoldedSite(
+        path=path,
+        layer=layer.stock.__name__,
+        channels=v.numel(),
+        gate_min=float(v.min()),
+        gate_mean=float(v.mean()),
+        gate_max=float(v.max()),
+        rounding=rounding,
+        kept=layer.dynamic is not None,
+    )
+    return ScaledParameters(rounded['weight'], rounded.get('bias'), site)
+
+
+def make_stock_(model: nn.Module) -> nn.Module:
+    """Give back their stock class to modules that an adapter has subclassed (attribute ``stock_class``), in place."""
+    for module in model.modules():
+        module.__dict__.pop('plug_spec', None)
+        stock = getattr(type(module), 'stock_class', None)
+        if stock is not None:
+            module.__class__ = stock
+    return model

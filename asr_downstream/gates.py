@@ -1,0 +1,117 @@
+"""Gates of one site: constant ones from a learned input (ASR), input-dependent ones from the feature map.
+
+Both divide by ``reference`` if they have one (``preserve=True``): the gates that they started with. A fresh plugged
+model then multiplies by exactly 1, whichever stock weights are loaded into it, before or after plugging, and the
+stock weights keep their scale and so their learning rate.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.errors import PlugError
+
+__all__ = ['ConstantGate', 'DynamicGate', 'Gate']
+
+# Below this, dividing by the first gate would blow up its rounding error and its gradients.
+SMALLEST_REFERENCE = 1e-4
+
+
+class Gate(nn.Module):
+    """An attention at a site, and optionally the gates it started with.
+
+    Args:
+        attention: maps ``(B, C, *)`` to gates ``(B, C)``.
+        channels: C of the site.
+    """
+
+    reference: Tensor | None
+
+    def __init__(self, attention: nn.Module, channels: int) -> None:
+        super().__init__()
+        self.attention = attention
+        self.channels = channels
+        self.register_buffer('reference', None)
+
+    def probe(self) -> Tensor:
+        """Return the gates of a fresh module on a zero or learned input, shape ``(1, C)``."""
+        raise PlugError(f'{type(self).__name__} cannot be probed')
+
+    def example(self) -> Tensor:
+        """Return a tensor with the dtype and device of the gates."""
+        return next(self.attention.parameters(), torch.zeros(()))
+
+    @torch.no_grad()
+    def take_reference(self, path: str) -> None:
+        """Make the gates of this moment the new 1.
+
+        Raises:
+            PlugError: a gate is so small that dividing by it is not sound.
+        """
+        self.reference = None
+        gate = self.probe().detach().clone()
+        if gate.abs().min() < SMALLEST_REFERENCE:
+            raise PlugError(
+                f'{path}: preserve=True divides by the first gates, and one of them is {gate.abs().min().item():.1e}; '
+                f'start the attention at {SMALLEST_REFERENCE:g} or more, or drop preserve=True'
+            )
+        self.reference = gate
+
+    def relative(self, gate: Tensor) -> Tensor:
+        """Divide by the reference, if there is one."""
+        return gate if self.reference is None else gate / self.reference
+
+
+class ConstantGate(Gate):
+    """Gates of an attention on a learned input psi (ASR; ECCV 2024): ``v = attention(psi)``, the same for every image.
+
+    psi has the shape ``(1, C)``, one descriptor; the official code keeps it as ``(1, C, 1, 1)``. An attention without
+    an input (LayerScale) gets no psi.
+
+    Args:
+        attention: maps ``(1, C)`` to ``(1, C)``.
+        channels: C of the site.
+        init: start of every element of psi.
+    """
+
+    def __init__(self, attention: nn.Module, channels: int, init: float = 0.1) -> None:
+        super().__init__(attention, channels)
+        if getattr(attention, 'uses_input', True):
+            self.psi = nn.Parameter(torch.full((1, channels), init))
+        else:
+            self.register_parameter('psi', None)
+
+    def probe(self) -> Tensor:
+        psi = self.psi
+        if psi is None:
+            psi = self.example().new_zeros(1, self.channels)
+        # Half precision would cost accuracy and save nothing: these are a few vectors.
+        with torch.autocast(psi.device.type, enabled=False):
+            return self.attention(psi)
+
+    def forward(self) -> Tensor:
+        """Return the gates v, shape ``(C,)``."""
+        return self.relative(self.probe())[0]
+
+
+class DynamicGate(Gate):
+    """Gates of an attention on the feature map itself, the classic form (SE-ResNet)."""
+
+    def probe(self) -> Tensor:
+        # Batch norms inside an attention must not learn from this: eval mode, flags restored below.
+        flags = {m: m.training for m in self.attention.modules()}
+        self.attention.eval()
+        try:
+            gate = self.attention(self.example().new_zeros(2, self.channels, 2, 2))
+        finally:
+            for module, training in flags.items():
+                module.training = training
+        return gate.flatten(2).mean(-1)[:1] if gate.dim() > 2 else gate[:1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale ``x`` ``(B, C, *)`` by its gates ``(B, C)`` or, from a spatial attention, ``(B, C, *)``."""
+        gate = self.attention(x)
+        if self.reference is not None:
+            gate = gate / self.reference.view(1, -1, *(1,) * (gate.dim() - 2))
+        return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim()))

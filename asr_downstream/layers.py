@@ -1,0 +1,294 @@
+"""Plugged layers: stock layers that scale their parameters, not their output, by constant gates.
+
+With constant gates v, ``BN(x) * v == batch_norm(x, mean, var, gamma * v, beta * v)`` and
+``conv(x; W, b) * v == conv(x; W v, b v)``, in training too: a plugged layer hands scaled parameters to the stock
+functional, so no feature map is multiplied or kept for the backward pass. Each class below adds to its stock class
+only the gates; parameter names, buffers and ``isinstance`` stay those of the stock class, and a layer is plugged and
+unplugged by changing its class, so that everyone who holds it holds it still.
+
+`LAYERS` is the table of what can be plugged and folded.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from asr_downstream.errors import PlugError
+from asr_downstream.gates import ConstantGate, DynamicGate, Gate
+
+__all__ = ['LAYERS', 'Plugged', 'attach', 'detach', 'orphans', 'rebind']
+
+
+class Plugged:
+    """Mixin of every plugged layer. ``gate``: constant gates, or None; ``dynamic``: input-dependent ones, or None.
+
+    Attributes:
+        stock: the class that the layer had and gets back.
+        channel_dim: axis of the channels in the output.
+    """
+
+    stock: ClassVar[type[nn.Module]]
+    channel_dim: ClassVar[int] = 1
+
+    @classmethod
+    def channels_of(cls, layer: Any) -> int:
+        """Number of output channels of a stock ``layer``."""
+        return layer.weight.shape[0]
+
+    @classmethod
+    def scale(cls, layer: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return weight and bias with the output channels scaled by ``v`` ``(C,)``; changes nothing."""
+        weight = layer.weight * v.view(-1, *(1,) * (layer.weight.dim() - 1))
+        return weight, None if layer.bias is None else layer.bias * v
+
+    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+        """Stock forward with the parameters given."""
+        raise PlugError(f'{type(self).__name__} has no forward')
+
+    def constant(self) -> Tensor | None:
+        """Product of the constant gates, shape ``(C,)``; None without any."""
+        v: Tensor | None = None
+        for gate in self.gate or ():  # type: ignore[attr-defined]
+            v = gate() if v is None else v * gate()
+        return v
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        v = self.constant()
+        weight, bias = (self.weight, self.bias) if v is None else self.scale(self, v)  # type: ignore[attr-defined]
+        y = self.stock_forward(x, weight, bias, *args)
+        return y if self.dynamic is None else self.scale_output(y)  # type: ignore[attr-defined]
+
+    def scale_output(self, y: Tensor) -> Tensor:
+        """Apply the input-dependent gates to the output ``y``."""
+        if self.channel_dim == -1:
+            y = y.movedim(-1, 1)
+        for gate in self.dynamic:  # type: ignore[attr-defined]
+            y = gate(y)
+        return y.movedim(1, -1) if self.channel_dim == -1 else y
+
+
+class _BatchNorm(Plugged):
+    def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        factor = 0.0 if self.momentum is None else self.momentum
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+            if self.momentum is None:  # cumulative average
+                factor = 1.0 / float(self.num_batches_tracked)
+        use_buffers = not self.training or self.track_running_stats
+        return F.batch_norm(
+            x,
+            self.running_mean if use_buffers else None,
+            self.running_var if use_buffers else None,
+            weight,
+            bias,
+            self.training or self.running_mean is None,
+            factor,
+            self.eps,
+        )
+
+
+class PluggedBatchNorm1d(_BatchNorm, nn.BatchNorm1d):
+    stock = nn.BatchNorm1d
+
+
+class PluggedBatchNorm2d(_BatchNorm, nn.BatchNorm2d):
+    stock = nn.BatchNorm2d
+
+
+class PluggedBatchNorm3d(_BatchNorm, nn.BatchNorm3d):
+    stock = nn.BatchNorm3d
+
+
+class PluggedSyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+    """While statistics are synchronised the output is scaled, since torch has no functional form of that kernel."""
+
+    stock = nn.SyncBatchNorm
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        synchronised = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
+        if not synchronised:
+            return super().forward(x)
+        y = nn.SyncBatchNorm.forward(self, x)
+        v = self.constant()
+        if v is not None:
+            y = y * v.view(1, -1, *(1,) * (y.dim() - 2))
+        return y if self.dynamic is None else self.scale_output(y)
+
+
+class PluggedGroupNorm(Plugged, nn.GroupNorm):
+    stock = nn.GroupNorm
+
+    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+
+
+class PluggedLayerNorm(Plugged, nn.LayerNorm):
+    stock = nn.LayerNorm
+    channel_dim = -1
+
+    @classmethod
+    def channels_of(cls, layer: nn.LayerNorm) -> int:
+        if len(layer.normalized_shape) != 1:
+            raise PlugError(
+                f'normalized_shape={tuple(layer.normalized_shape)}: only a LayerNorm over the last axis has channels'
+            )
+        return layer.normalized_shape[0]
+
+    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class _InstanceNorm(Plugged):
+    def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        self._check_input_dim(x)
+        return F.instance_norm(
+            x,
+            self.running_mean,
+            self.running_var,
+            weight,
+            bias,
+            self.training or not self.track_running_stats,
+            0.0 if self.momentum is None else self.momentum,
+            self.eps,
+        )
+
+
+class PluggedInstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
+    stock = nn.InstanceNorm1d
+
+
+class PluggedInstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
+    stock = nn.InstanceNorm2d
+
+
+class PluggedInstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
+    stock = nn.InstanceNorm3d
+
+
+class _Conv(Plugged):
+    def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class PluggedConv1d(_Conv, nn.Conv1d):
+    stock = nn.Conv1d
+
+
+class PluggedConv2d(_Conv, nn.Conv2d):
+    stock = nn.Conv2d
+
+
+class PluggedConv3d(_Conv, nn.Conv3d):
+    stock = nn.Conv3d
+
+
+class _ConvTranspose(Plugged):
+    @classmethod
+    def channels_of(cls, layer: Any) -> int:
+        return layer.out_channels
+
+    @classmethod
+    def scale(cls, layer: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
+        # weight (C_in, C_out / groups, *k): output channel g * C_out/groups + j is column j of input group g.
+        w = layer.weight.unflatten(0, (layer.groups, -1))
+        weight = w * v.view(layer.groups, 1, -1, *(1,) * (w.dim() - 3))
+        return weight.flatten(0, 1), None if layer.bias is None else layer.bias * v
+
+    def stock_forward(
+        self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
+    ) -> Tensor:
+        padding = self._output_padding(
+            x, output_size, self.stride, self.padding, self.kernel_size, len(self.kernel_size), self.dilation
+        )
+        transpose = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[len(self.kernel_size) - 1]
+        return transpose(x, weight, bias, self.stride, self.padding, padding, self.groups, self.dilation)
+
+
+class PluggedConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
+    stock = nn.ConvTranspose1d
+
+
+class PluggedConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
+    stock = nn.ConvTranspose2d
+
+
+class PluggedConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
+    stock = nn.ConvTranspose3d
+
+
+class PluggedLinear(Plugged, nn.Linear):
+    stock = nn.Linear
+    channel_dim = -1
+
+    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, weight, bias)
+
+
+LAYERS: dict[type[nn.Module], type[Plugged]] = {
+    plugged.stock: plugged
+    for plugged in (
+        PluggedBatchNorm1d,
+        PluggedBatchNorm2d,
+        PluggedBatchNorm3d,
+        PluggedSyncBatchNorm,
+        PluggedGroupNorm,
+        PluggedLayerNorm,
+        PluggedInstanceNorm1d,
+        PluggedInstanceNorm2d,
+        PluggedInstanceNorm3d,
+        PluggedConv1d,
+        PluggedConv2d,
+        PluggedConv3d,
+        PluggedConvTranspose1d,
+        PluggedConvTranspose2d,
+        PluggedConvTranspose3d,
+        PluggedLinear,
+    )
+}
+
+
+def attach(layer: nn.Module, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
+    """Turn a stock ``layer`` into its plugged class, in place."""
+    layer.__class__ = LAYERS[type(layer)]
+    layer.register_module('gate', nn.ModuleList(gates) if gates else None)
+    layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
+
+
+def detach(layer: nn.Module) -> None:
+    """Turn a plugged ``layer`` back into its stock class, in place; its gates are dropped."""
+    del layer.gate, layer.dynamic
+    layer.__class__ = layer.stock  # type: ignore[attr-defined]
+
+
+def rebind(model: nn.Module) -> list[str]:
+    """Plug layers again that a converter has rebuilt, and return their paths.
+
+    ``SyncBatchNorm.convert_sync_batchnorm`` builds a new stock layer and moves the children of the old one to it: the
+    gates are still there, but nobody asks them. Call this after such a conversion.
+    """
+    paths = orphans(model)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if type(layer) not in LAYERS:
+            raise PlugError(f'{path}: was converted to {type(layer).__name__}, which cannot be plugged')
+        slots = {slot: layer._modules.pop(slot, None) for slot in ('gate', 'dynamic')}
+        attach(layer, *(list(slots[slot] or ()) for slot in ('gate', 'dynamic')))  # type: ignore[arg-type]
+    return paths
+
+
+def orphans(model: nn.Module) -> list[str]:
+    """Paths of stock layers that carry gates which nobody asks (see `rebind`)."""
+    return [
+        path
+        for path, layer in model.named_modules()
+        if not isinstance(layer, Plugged)
+        and any(
+            isinstance(child, nn.ModuleList) and len(child) > 0 and isinstance(child[0], Gate)
+            for child in layer.children()
+        )
+    ]

@@ -1,0 +1,151 @@
+"""`plug`: attach attentions to the sites of a model. Everything is checked and built before anything is changed."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from asr_downstream.description import Description, describe
+from asr_downstream.errors import PlugError
+from asr_downstream.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.layers import Plugged, attach
+from asr_downstream.plugs import Plug
+from asr_downstream.registry import PLUGS, build
+from asr_downstream.sites import Site, find_sites, some
+
+__all__ = ['plug']
+
+Spec = dict[str, Any] | Sequence[dict[str, Any]]
+
+
+def plug(model: nn.Module, spec: Spec) -> Description:
+    """Attach the attentions of ``spec`` to ``model``, in place.
+
+    The layers at the sites become plugged subclasses of their stock classes; parameter names, identities and values
+    stay, and so does the global random state: of two models of one seed, the plugged one has the same stock weights.
+
+    Args:
+        model: any module: an mmdet backbone or detector, a UNet, a module of your own.
+        spec: ``dict(type='ASR', attention=dict(type='SE'), sites='residual', repeat=1, init=0.1, preserve=False)``
+            or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``.
+
+    Returns:
+        The table of the sites, as `describe` gives it.
+
+    Raises:
+        PlugError: unknown names or arguments, no site, a layer that cannot be plugged, or gates that do not fit; the
+            model has not been touched.
+    """
+    specs = [spec] if isinstance(spec, dict) else list(spec)
+    if not specs:
+        raise PlugError("the spec is empty: expected dict(type='ASR', attention=dict(type='SE')) or a list of such")
+    plugs: list[Plug] = [build(PLUGS, s) for s in specs]
+
+    layers: dict[str, nn.Module] = {}
+    gates: defaultdict[str, list[Gate]] = defaultdict(list)
+    owners = parameter_owners(model)
+    for number, item in enumerate(plugs):
+        for site in trainable_sites(model, item):
+            check_layer(site, owners)
+            with own_random_stream(f'{number}.{site.path}'):
+                built = item.build(site.path, site.channels, like=next(site.layer.parameters()))
+            if any(isinstance(g, DynamicGate) for g in gates[site.path]) and any(
+                isinstance(g, ConstantGate) for g in built
+            ):
+                raise PlugError(
+                    f'{site.path}: constant gates outside of an input-dependent attention do not fold; '
+                    f'put the ASR first in the list: [ASR, Attention]'
+                )
+            layers[site.path] = site.layer
+            gates[site.path] += built
+
+    for path, layer in layers.items():
+        for gate in gates[path]:
+            gate.train(layer.training)
+        attach(
+            layer,
+            [g for g in gates[path] if isinstance(g, ConstantGate)],
+            [g for g in gates[path] if isinstance(g, DynamicGate)],
+        )
+    model.plug_spec = copy.deepcopy(specs)  # type: ignore[assignment]
+    return describe(model)
+
+
+def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
+    """Sites of one plug. Frozen ones are left out, with a warning, where the user has not named them one by one."""
+    sites = find_sites(model, item.sites)
+    if not any(p.requires_grad for p in model.parameters()):
+        return sites  # everything is frozen: the gates alone are to be trained
+    frozen = [site.path for site in sites if site.frozen]
+    if not frozen:
+        return sites
+    advice = 'unfreeze them first (mmdet: frozen_stages=0 or -1)'
+    if not isinstance(item.sites, str):
+        warnings.warn(
+            f'{len(frozen)} sites lie in frozen blocks and their gates may never train: {some(frozen)}; '
+            f'{advice}, or leave them out of sites=[...]',
+            stacklevel=3,
+        )
+        return sites
+    rest = [site for site in sites if not site.frozen]
+    if not rest:
+        raise PlugError(
+            f'all {len(frozen)} sites lie in frozen blocks: {some(frozen)}; {advice}, or name them with sites=[...]'
+        )
+    warnings.warn(
+        f'{len(frozen)} sites lie in frozen blocks, where gates would never train, and were not plugged: '
+        f'{some(frozen)}; to plug them, {advice}',
+        stacklevel=3,
+    )
+    return rest
+
+
+def check_layer(site: Site, owners: dict[int, set[int]]) -> None:
+    """Refuse a layer that has no place for gates, has gates already, or shares its weight with another layer."""
+    layer = site.layer
+    if isinstance(layer, Plugged):
+        raise PlugError(
+            f'{site.path}: is plugged already; fold() the model first, or give all plugs in one list: [ASR, Attention]'
+        )
+    weight = getattr(layer, 'weight', None)
+    if weight is None:
+        raise PlugError(
+            f'{site.path}: {type(layer).__name__} has affine=False, so there is no weight to fold gates into; '
+            f'build it with affine=True, or plug the layer before it'
+        )
+    for name, parameter in layer.named_parameters(recurse=False):
+        if len(owners[id(parameter)]) > 1:
+            raise PlugError(
+                f'{site.path}: its {name} is shared with another layer, which gates would scale as well; '
+                f'leave it out of sites=[...]'
+            )
+    try:
+        _ = site.channels
+    except PlugError as error:
+        raise PlugError(f'{site.path}: {error}') from None
+
+
+def parameter_owners(model: nn.Module) -> dict[int, set[int]]:
+    """Map each parameter to the modules that hold it."""
+    owners: defaultdict[int, set[int]] = defaultdict(set)
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            owners[id(parameter)].add(id(module))
+    return owners
+
+
+@contextmanager
+def own_random_stream(name: str) -> Iterator[None]:
+    """Draw from a stream that depends on the global one and on ``name``, and leave the global one as it was."""
+    with torch.random.fork_rng(devices=[]):
+        seed = int(torch.randint(2**62, ()))
+        torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+        yield

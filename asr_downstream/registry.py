@@ -1,0 +1,43 @@
+"""Registries. mmengine's, so that attentions and plugs are named in configs like everything else.
+
+``MODELS`` is the node that mmengine finds for ``type='asr_downstream.ResNet'`` in an MMDetection config: mmengine
+imports ``asr_downstream.registry`` by itself on the first such type, and the adapter behind it on the first look-up.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import MODELS as ENGINE_MODELS
+from mmengine.registry import Registry
+
+from asr_downstream.errors import PlugError, did_you_mean
+
+__all__ = ['ATTENTIONS', 'MODELS', 'PLUGS', 'build']
+
+ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
+PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
+MODELS = Registry(
+    'model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.backbones']
+)
+
+
+def build(registry: Registry, spec: Any, **defaults: Any) -> Any:
+    """Build ``spec = dict(type=NAME, **kwargs)`` from ``registry``; keys of the spec win over ``defaults``.
+
+    Raises:
+        PlugError: the spec is no dict with a ``type``, the name is unknown, or an argument is not one it takes.
+    """
+    what = registry.name
+    if not isinstance(spec, dict) or not isinstance(spec.get('type'), str):
+        raise PlugError(f"{what}: expected a dict like dict(type='...'), got {spec!r}")
+    kwargs = {**defaults, **spec}
+    name = kwargs.pop('type')
+    registry.import_from_location()
+    factory = registry.module_dict.get(name)
+    if factory is None:
+        raise PlugError(f'unknown {what} {name!r}: {did_you_mean(name, registry.module_dict)}')
+    try:
+        return factory(**kwargs)
+    except TypeError as error:
+        raise PlugError(f'{what} {name!r} does not take these arguments: {error}') from error

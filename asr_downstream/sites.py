@@ -1,0 +1,180 @@
+"""Sites: which layers a spec means. Data, not code: `SITES` maps a block class to the layer that ends its branch.
+
+A site may be any layer of the fold table (`asr_downstream.layers.LAYERS`): scaling the output of an affine layer is
+always the same as scaling its parameters, whatever comes after it. What is *not* a site: a block's output after its
+shortcut was added, or the result of SiLU or GELU, since no weight alone makes them. A gate that is wanted after a ReLU
+goes on the layer before it: ``relu(z) v == relu(z v)`` for the positive gates that a sigmoid gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from operator import attrgetter
+
+from torch import nn
+
+from asr_downstream.errors import PlugError
+from asr_downstream.layers import LAYERS, Plugged
+
+__all__ = ['SITES', 'Site', 'find_sites', 'register_site']
+
+# Qualified name of a block class -> attribute path of the layer that ends its residual branch. Names, so that nothing
+# is imported for it; subclasses of a block inherit its entry. mmdet's `norm2` is a property that finds bn2, gn2, ...
+SITES: dict[str, str] = {
+    'mmdet.models.backbones.resnet.BasicBlock': 'norm2',
+    'mmdet.models.backbones.resnet.Bottleneck': 'norm3',
+    'asr_downstream.models.resnet_cifar.BasicBlock': 'bn2',
+    'asr_downstream.models.resnet_cifar.Bottleneck': 'bn3',
+}
+
+
+@dataclass(frozen=True)
+class Site:
+    """A layer of a model that a gate scales.
+
+    Attributes:
+        path: its name in ``model.named_modules()``.
+        layer: the layer, stock or plugged.
+        frozen: nothing in the block around it is trained, so neither will its gates be.
+    """
+
+    path: str
+    layer: nn.Module
+    frozen: bool = False
+
+    @property
+    def stock(self) -> type[nn.Module]:
+        """Class of the layer, without a plug."""
+        return self.layer.stock if isinstance(self.layer, Plugged) else type(self.layer)
+
+    @property
+    def channels(self) -> int:
+        """Number of channels that a gate scales."""
+        return LAYERS[self.stock].channels_of(self.layer)
+
+
+def register_site(block: type[nn.Module] | str, path: str) -> None:
+    """Say which layer ends the residual branch of a block class.
+
+    Args:
+        block: the class, or its qualified name such as ``'mypackage.blocks.MyBlock'``.
+        path: attribute path of the layer inside the block, such as ``'bn2'`` or ``'branch.3'``.
+    """
+    SITES[block if isinstance(block, str) else qualified_name(block)] = path
+
+
+def qualified_name(cls: type) -> str:
+    """Return ``'module.Class'``."""
+    return f'{cls.__module__}.{cls.__qualname__}'
+
+
+def branch_end(block: nn.Module) -> str | None:
+    """Return the entry of `SITES` for the class of ``block`` or its nearest base."""
+    return next((SITES[n] for n in map(qualified_name, type(block).__mro__) if n in SITES), None)
+
+
+def find_sites(model: nn.Module, sites: str | Sequence[str] = 'residual') -> list[Site]:
+    """Find the sites that ``sites`` names, in the order of ``model.named_modules()``.
+
+    Args:
+        model: any module.
+        sites: ``'residual'`` (the blocks of `SITES`), ``'all'`` (every layer that can be folded), or a list of fnmatch
+            patterns over the names of ``named_modules()``.
+
+    Raises:
+        PlugError: nothing matches, or what matches cannot be a site; the message says what there is instead.
+    """
+    names = {id(module): name for name, module in model.named_modules()}
+    if sites == 'residual':
+        found = residual_sites(model, names)
+    elif sites == 'all':
+        found = {
+            name: layer for name, layer in model.named_modules() if is_layer(layer) and not inside_gate(model, name)
+        }
+    elif isinstance(sites, str):
+        raise PlugError(f"sites={sites!r} is not known: use 'residual', 'all' or a list of patterns, [{sites!r}]")
+    else:
+        found = matching_sites(model, list(sites))
+    return [Site(path, layer, frozen=is_frozen(model, path)) for path, layer in found.items()]
+
+
+def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Module]:
+    """Layers that end the branches of the known blocks."""
+    found = {}
+    for name, block in model.named_modules():
+        end = branch_end(block)
+        if end is None:
+            continue
+        try:
+            layer = attrgetter(end)(block)
+            found[names[id(layer)]] = layer
+        except (AttributeError, KeyError):
+            raise PlugError(
+                f'{name}: a {type(block).__name__} should end in {end!r} (SITES), but has no such layer; '
+                f"correct it with register_site(...) or name the layers with sites=['pattern']"
+            ) from None
+    if not found:
+        blocks = ', '.join(sorted(key.rpartition('.')[0].rpartition('.')[2] + '.' + key.rpartition('.')[2] for key in SITES))
+        raise PlugError(
+            f'{type(model).__name__} has no residual block that is known (known: {blocks}). Say which layer ends yours '
+            f"with register_site(Block, 'path'), or name the layers: sites=['layer1.*.bn2']; "
+            f'layers that can be sites here: {some(layer_names(model))}'
+        )
+    return found
+
+
+def matching_sites(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module]:
+    """Layers whose names match a pattern; every pattern must match something that can be a site."""
+    found: dict[str, nn.Module] = {}
+    modules = {name: m for name, m in model.named_modules() if not inside_gate(model, name)}
+    for pattern in patterns:
+        matches = {name: m for name, m in modules.items() if fnmatchcase(name, pattern)}
+        layers = {name: m for name, m in matches.items() if is_layer(m)}
+        if not matches:
+            raise PlugError(
+                f'sites: nothing in {type(model).__name__} matches {pattern!r}; '
+                f'layers that can be sites: {some(layer_names(model))}'
+            )
+        if not layers:
+            name, module = next(iter(matches.items()))
+            raise PlugError(
+                f'sites: {pattern!r} matches {name} ({qualified_name(type(module))}), which is not a layer that can be '
+                f'folded; those are {", ".join(cls.__name__ for cls in LAYERS)}, and not their subclasses'
+            )
+        found.update(layers)
+    return {name: m for name, m in modules.items() if name in found}
+
+
+def is_layer(module: nn.Module) -> bool:
+    """Whether this is a layer of the fold table, stock or plugged."""
+    return type(module) in LAYERS or isinstance(module, Plugged)
+
+
+def inside_gate(model: nn.Module, name: str) -> bool:
+    """Whether a module belongs to the gates of a plugged layer."""
+    parts = name.split('.')
+    return any(
+        parts[i] in ('gate', 'dynamic') and isinstance(model.get_submodule('.'.join(parts[:i])), Plugged)
+        for i in range(1, len(parts))
+    )
+
+
+def is_frozen(model: nn.Module, path: str) -> bool:
+    """Whether the block around a layer has parameters and none of them is trained."""
+    parameters = list(model.get_submodule(path.rpartition('.')[0]).parameters())
+    return bool(parameters) and not any(p.requires_grad for p in parameters)
+
+
+def layer_names(model: nn.Module) -> list[str]:
+    """Names of all layers of the fold table."""
+    return [name for name, m in model.named_modules() if is_layer(m) and not inside_gate(model, name)]
+
+
+def some(names: list[str], most: int = 6) -> str:
+    """Return the first names and a count of the rest."""
+    if not names:
+        return 'none'
+    rest = f', ... ({len(names)} in all)' if len(names) > most else ''
+    return ', '.join(names[:most]) + rest
