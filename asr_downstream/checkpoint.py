@@ -1,0 +1,166 @@
+"""Checkpoints: read without running code, loaded with a diagnosis, hashed.
+
+Files are read with ``torch.load(weights_only=True)``. MMEngine's training checkpoints also hold log buffers, whose
+pickles name ``getattr``; they are let through only for the buffers' own methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from asr_downstream.errors import CheckpointError
+from asr_downstream.layers import Plugged
+from asr_downstream.sites import some
+
+__all__ = ['load_state', 'read_checkpoint', 'state_dict_of']
+
+
+def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
+    """Read ``.pth`` or ``.safetensors``, on the CPU.
+
+    Args:
+        path: the file.
+        trust: unpickle anything in it, which may run code that its author put there.
+
+    Raises:
+        CheckpointError: missing, damaged, or in need of ``trust``.
+    """
+    path = Path(path)
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob('*.pth')) if path.parent.is_dir() else []
+        raise CheckpointError(f'{path}: no such checkpoint; {"there is " + some(near) if near else "check the path"}')
+    try:
+        if path.suffix == '.safetensors':
+            return {'state_dict': load_file(path)}
+        with torch.serialization.safe_globals(mmengine_globals()):
+            checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
+    except UnpicklingError as error:
+        if 'weights_only' not in str(error).lower() and 'Unsupported' not in str(error):
+            raise damaged(path, error) from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else 'it holds pickled objects'
+        raise CheckpointError(
+            f'{path}: holds more than weights and was not read, because unpickling it can run code '
+            f'({first_sentence(error) or reason}); add --trust only if you trust where it comes from'
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+        raise damaged(path, error) from error
+    if not isinstance(checkpoint, Mapping):
+        raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint with weights')
+    return dict(checkpoint)
+
+
+def damaged(path: Path, error: Exception) -> CheckpointError:
+    """Error for a file that cannot be parsed."""
+    first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    return CheckpointError(
+        f'{path}: is damaged or not a checkpoint ({path.stat().st_size:,} bytes; {first}); copy or train it again'
+    )
+
+
+def first_sentence(error: Exception) -> str:
+    """The global that a weights-only load refused, as torch names it."""
+    text = str(error)
+    start = text.find('Unsupported')
+    return text[start:].split(' was not')[0].splitlines()[0][:120] if start >= 0 else ''
+
+
+def mmengine_globals() -> list[Any]:
+    """What an MMEngine checkpoint holds besides tensors: numpy arrays and its log buffers."""
+    import numpy as np
+    from mmengine.logging import HistoryBuffer
+
+    core = np._core if hasattr(np, '_core') else np.core  # type: ignore[attr-defined]
+    dtypes = [type(np.dtype(t)) for t in (np.uint32, np.uint64, np.int32, np.int64, np.float32, np.float64, bool)]
+    return [
+        HistoryBuffer,
+        np.ndarray,
+        np.dtype,
+        core.multiarray._reconstruct,
+        core.multiarray.scalar,
+        *dtypes,
+        (buffer_method, 'builtins.getattr'),
+    ]
+
+
+def buffer_method(obj: Any, name: str) -> Any:
+    """Stand in for ``getattr`` while a checkpoint is read: methods of log buffers and nothing else."""
+    from mmengine.logging import HistoryBuffer
+
+    if obj is not HistoryBuffer or name.startswith('_'):
+        raise UnpicklingError(f'Unsupported attribute {name!r} under weights_only')
+    return getattr(obj, name)
+
+
+def state_dict_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
+    """Find the weights in a checkpoint; a wrapper's ``module.`` prefix is taken off.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
+    if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
+        raise CheckpointError(
+            f'{path}: holds no weights; expected tensors under "state_dict", found keys {some(list(map(str, checkpoint)))}'
+        )
+    prefix = 'module.'
+    wrapped = all(key.startswith(prefix) for key in state)
+    return {key.removeprefix(prefix) if wrapped else key: value for key, value in state.items()}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights strictly; the model is not touched unless everything fits.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; the message tells folded, plugged and foreign checkpoints apart.
+    """
+    own = model.state_dict()
+    gates = gate_keys(model)
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
+    name = type(model).__name__
+    if gates and not reshaped and not unexpected and missing and set(missing) <= gates:
+        raise CheckpointError(
+            f'{path}: has no gates, but the config plugs {name}: it is a stock checkpoint, or was folded already; '
+            f'use it with the stock config, or give the checkpoint that training wrote'
+        )
+    if unexpected and not reshaped and not missing and all('.gate.' in k or '.dynamic.' in k for k in unexpected):
+        raise CheckpointError(
+            f'{path}: has gates, but the config builds a stock {name}; use the config it was trained with, '
+            f'or fold it first with tools/fold.py'
+        )
+    if missing or unexpected or reshaped:
+        parts = [
+            f'{len(missing)} missing ({some(missing, 2)})' if missing else '',
+            f'{len(unexpected)} unknown ({some(unexpected, 2)})' if unexpected else '',
+            (
+                f'{len(reshaped)} of another shape ({reshaped[0]}: {tuple(state[reshaped[0]].shape)}, '
+                f'expected {tuple(own[reshaped[0]].shape)})'
+            )
+            if reshaped
+            else '',
+        ]
+        raise CheckpointError(
+            f'{path}: was made for another model than the config builds ({name}): '
+            f'{"; ".join(filter(None, parts))}; use the config it was trained with'
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def gate_keys(model: nn.Module) -> set[str]:
+    """Names of the weights that plugging has added."""
+    return {
+        f'{path}.{slot}.{key}' if path else f'{slot}.{key}'
+        for path, layer in model.named_modules()
+        if isinstance(layer, Plugged)
+        for slot in ('gate', 'dynamic')
+        for key in (getattr(layer, slot).state_dict() if getattr(layer, slot) is not None else ())
+    }

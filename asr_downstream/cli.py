@@ -1,0 +1,57 @@
+"""What the command line tools share: one line for an error, exit codes, table output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from asr_downstream.errors import AsrError
+
+__all__ = ['parser', 'run']
+
+UNREADABLE = re.compile(r'failed to load image: (\S+)')
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose ``--help`` is the docstring of the tool: what it does, then the commands to type."""
+    summary, _, rest = (doc or '').partition('\n')
+    return argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def run(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Run the main function of a tool; errors that a user can mend become one line and exit code 1.
+
+    ``ASR_DEBUG=1`` shows tracebacks.
+    """
+    try:
+        main(None)
+    except KeyboardInterrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get('ASR_DEBUG'):
+            raise
+        unreadable = UNREADABLE.search(str(error))
+        if unreadable:
+            message = f'{unreadable[1]}: cannot be read as an image; replace it or take it out of the annotation file'
+        elif isinstance(error, AsrError):
+            message = ' '.join(str(error).split())
+        elif isinstance(error, PermissionError):
+            message = f'{error.filename}: no permission to write or read; choose another folder'
+        else:
+            raise
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(1)
+
+
+def existing(path: str) -> Path:
+    """Argument type: a path that exists."""
+    if not Path(path).exists():
+        raise argparse.ArgumentTypeError(f'{path}: no such file or folder')
+    return Path(path)

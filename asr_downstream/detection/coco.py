@@ -1,0 +1,148 @@
+"""COCO data: the expected tree, a checker, and a reader that says what is wrong with an annotation file."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from rich.progress import Progress
+
+from asr_downstream.errors import DataError
+from asr_downstream.files import writable_folder
+from asr_downstream.sites import some
+
+__all__ = ['check_annotations', 'check_datasets', 'check_tree', 'unpack']
+
+SPLITS = ('train2017', 'val2017')
+ARCHIVES = ('train2017.zip', 'val2017.zip', 'annotations_trainval2017.zip')
+TREE = 'COCO_ROOT/ { annotations/instances_{train2017,val2017}.json  train2017/*.jpg  val2017/*.jpg }'
+
+
+def read_annotations(path: Path) -> dict[str, Any]:
+    """Read a COCO detection file.
+
+    Raises:
+        DataError: it is missing, not JSON, or not COCO detection annotations.
+    """
+    if not path.is_file():
+        near = sorted(p.name for p in path.parent.glob('*.json')) if path.parent.is_dir() else []
+        raise DataError(
+            f'{path}: no such annotation file; {"there is " + some(near) if near else "give its data set with --data-root"}'
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise DataError(f'{path}: is not JSON ({error}); give a COCO detection file') from error
+    missing = [k for k in ('images', 'annotations', 'categories') if not isinstance(content, dict) or k not in content]
+    if missing:
+        raise DataError(
+            f'{path}: is not a COCO detection file: it has no {", ".join(missing)}; '
+            f'expected images, annotations (with bbox, category_id, image_id) and categories'
+        )
+    for key, fields in (
+        ('images', ('id', 'file_name', 'width', 'height')),
+        ('annotations', ('image_id', 'category_id', 'bbox')),
+        ('categories', ('id', 'name')),
+    ):
+        for index, entry in enumerate(content[key]):
+            absent = [f for f in fields if f not in entry]
+            if absent:
+                raise DataError(f'{path}: {key}[{index}] has no {", ".join(absent)}')
+    return content
+
+
+def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = None) -> str:
+    """Check that a COCO file is sound, that its images are there, and that it has the classes of the config.
+
+    Returns:
+        One line: pictures, boxes, classes.
+
+    Raises:
+        DataError: with what is missing, where, and how much of it.
+    """
+    content = read_annotations(path)
+    present = {p.name for p in images.iterdir()} if images.is_dir() else set()
+    absent = [i['file_name'] for i in content['images'] if i['file_name'].split('/')[-1] not in present]
+    if absent:
+        raise DataError(
+            f'{images}: {len(absent)} of the {len(content["images"])} images of {path.name} are missing: {some(absent, 3)}'
+        )
+    names = {c['name'] for c in content['categories']}
+    unknown = [c for c in classes or () if c not in names]
+    if unknown:
+        raise DataError(
+            f'{path}: has no category {some(unknown, 3)}; it has {some(sorted(names), 10)}. '
+            f'Set metainfo=dict(classes=...) in the config to the names of the file'
+        )
+    return f'{len(content["images"])} images, {len(content["annotations"])} boxes, {len(names)} classes'
+
+
+def check_datasets(config: Config, *loaders: str) -> None:
+    """Check the annotation files behind the named data loaders of a config, before a model is built."""
+    for loader in loaders:
+        dataset = (config.get(loader) or {}).get('dataset', {})
+        while 'dataset' in dataset:
+            dataset = dataset['dataset']
+        if dataset.get('type') != 'CocoDataset':
+            continue
+        root = Path(dataset.get('data_root') or '')
+        classes = (dataset.get('metainfo') or {}).get('classes')
+        check_annotations(root / dataset['ann_file'], root / dataset.get('data_prefix', {}).get('img', ''), classes)
+
+
+def check_tree(root: Path) -> list[str]:
+    """Check a COCO 2017 tree.
+
+    Returns:
+        One line a split.
+
+    Raises:
+        DataError: with everything that is missing.
+    """
+    lines, problems = [], []
+    for split in SPLITS:
+        try:
+            summary = check_annotations(root / 'annotations' / f'instances_{split}.json', root / split)
+            lines.append(f'{split}: {summary}')
+        except DataError as error:
+            problems.append(str(error))
+    if problems:
+        archives = [a for a in ARCHIVES if not (root / a).exists()]
+        hint = f'expected {TREE}'
+        if len(archives) < len(ARCHIVES):
+            hint += f'; the archives in {root} can be unpacked with --unpack'
+        raise DataError(f'{"; ".join(problems)}; {hint}')
+    return lines
+
+
+def unpack(root: Path) -> None:
+    """Unpack the three COCO 2017 archives that lie in ``root``, each into place once it is complete.
+
+    Raises:
+        DataError: an archive is missing or damaged.
+    """
+    targets = {'train2017.zip': 'train2017', 'val2017.zip': 'val2017', 'annotations_trainval2017.zip': 'annotations'}
+    wanted = {a: t for a, t in targets.items() if not (root / t).exists()}
+    missing = [a for a in wanted if not (root / a).is_file()]
+    if missing:
+        raise DataError(f'{root}: {", ".join(missing)} not found; download from cocodataset.org into this folder')
+    with Progress() as progress:
+        for archive, target in wanted.items():
+            building = writable_folder(root / f'.{target}.tmp')
+            try:
+                with zipfile.ZipFile(root / archive) as file:
+                    members = file.infolist()
+                    bar = progress.add_task(archive, total=len(members))
+                    for member in members:
+                        file.extract(member, building)
+                        progress.advance(bar)
+            except (zipfile.BadZipFile, OSError) as error:
+                shutil.rmtree(building)
+                raise DataError(f'{root / archive}: cannot be unpacked ({error}); download it again') from error
+            (building / target).rename(root / target)
+            shutil.rmtree(building)

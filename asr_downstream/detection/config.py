@@ -1,0 +1,108 @@
+"""MMDetection configs: read, pointed at data, and turned into the config of the stock model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from asr_downstream.errors import AsrError, DataError
+
+__all__ = ['load_config', 'set_data_root', 'stock_config']
+
+SCOPE = 'asr_downstream.'
+
+
+def load_config(path: Path, data_root: Path | None = None, options: dict[str, Any] | None = None) -> Config:
+    """Read a config and point it at the data.
+
+    Args:
+        path: config file.
+        data_root: folder of the data set. Without it, a relative ``data/NAME/`` of the config is looked up under the
+            environment variable ``ASR_DATA_ROOT``, if that is set.
+        options: overrides, ``{'train_cfg.max_epochs': 3}``.
+
+    Raises:
+        AsrError: the file is missing or is no config.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise AsrError(f'{path}: no such config; configs are in det_configs/')
+    try:
+        config = Config.fromfile(path)
+    except Exception as error:
+        raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
+    if 'model' not in config:
+        raise AsrError(f'{path}: has no "model"; expected an MMDetection config')
+    if options:
+        config.merge_from_dict(options)
+    init_default_scope(config.get('default_scope', 'mmdet'))
+    shared = os.environ.get('ASR_DATA_ROOT')
+    if data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
+        data_root = Path(shared) / Path(config.data_root).name
+    if data_root is not None:
+        set_data_root(config, data_root)
+    return config
+
+
+def set_data_root(config: Config, root: Path) -> None:
+    """Replace the config's ``data_root`` wherever its data loaders and evaluators have it, in place.
+
+    Raises:
+        DataError: ``root`` is no folder, or the config has no ``data_root`` to replace.
+    """
+    if not root.is_dir():
+        raise DataError(f'{root}: no such data folder; give the folder that holds annotations/ with --data-root')
+    old = config.get('data_root')
+    if old is None:
+        raise DataError(f'{config.filename}: has no top-level data_root, so --data-root cannot be applied')
+    new = f'{root}/'
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {k: replaced(v) for k, v in value.items()}
+        if isinstance(value, list | tuple):
+            return type(value)(map(replaced, value))
+        return new + value[len(old) :] if isinstance(value, str) and value.startswith(old) else value
+
+    parts = {
+        key: replaced(value)
+        for key, value in config.to_dict().items()
+        if key.endswith(('_dataloader', '_evaluator')) and value
+    }
+    for key, value in parts.items():
+        config[key] = value
+    config.data_root = new
+
+
+def stock_config(config: Config) -> Config:
+    """Return a copy whose model is the stock model: types of this package become mmdet's, ``plug`` is dropped."""
+    stock = copy.deepcopy(config)
+
+    def strip(node: Any) -> None:
+        if isinstance(node, dict):
+            kind = node.get('type')
+            if isinstance(kind, str) and kind.startswith(SCOPE):
+                node['type'] = kind.removeprefix(SCOPE)
+                node.pop('plug', None)
+            for value in node.values():
+                strip(value)
+        elif isinstance(node, list | tuple):
+            for value in node:
+                strip(value)
+
+    strip(stock.model)
+    return stock
+
+
+def model_of(config: Config) -> Any:
+    """The model's config without pretrained weights to fetch: a checkpoint is about to replace them."""
+    model = copy.deepcopy(config.model)
+    model.pop('init_cfg', None)
+    if 'backbone' in model:
+        model.backbone.init_cfg = None
+    return model

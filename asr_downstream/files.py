@@ -1,0 +1,56 @@
+"""Files: written aside and renamed when complete, so that no half-written file carries the final name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from asr_downstream.errors import AsrError
+
+__all__ = ['sha256', 'writable_folder', 'write_atomically', 'write_json']
+
+
+def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let ``write`` fill a file beside ``path``, flush it to disk, and rename it to ``path``.
+
+    Raises:
+        AsrError: the folder cannot be written.
+    """
+    temporary = path.with_name(f'.{path.name}.tmp')
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write(temporary)
+        with temporary.open('rb') as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise AsrError(f'{path}: cannot be written ({error}); check the permissions and the free space') from error
+    finally:
+        temporary.unlink(missing_ok=True) if path.parent.exists() else None
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write ``content`` as indented JSON."""
+    write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + '\n'))
+
+
+def writable_folder(path: Path) -> Path:
+    """Make an empty folder, replacing what an interrupted run left under this name."""
+    try:
+        if path.exists():
+            shutil.rmtree(path)
+        path.mkdir(parents=True)
+    except OSError as error:
+        raise AsrError(f'{path}: cannot be written ({error}); choose another folder or check the permissions') from error
+    return path
+
+
+def sha256(path: Path) -> str:
+    """Hash of a file's content, hexadecimal."""
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
