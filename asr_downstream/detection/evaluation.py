@@ -1,0 +1,245 @@
+"""Evaluation: COCO metrics, cost and speed of detectors, side by side."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.evaluator import Evaluator
+from mmengine.logging import MMLogger
+from mmengine.runner import Runner
+from rich.progress import track
+from rich.table import Table
+from torch import nn
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from asr_downstream.description import render
+from asr_downstream.detection.coco import check_datasets
+from asr_downstream.detection.detectors import load_detector, sample_inputs
+from asr_downstream.errors import CheckpointError, DataError
+from asr_downstream.files import sha256, write_json
+from asr_downstream.folding import fold
+from asr_downstream.versions import versions
+
+__all__ = ['Comparison', 'Evaluation', 'compare', 'evaluate', 'gmacs', 'measure_latency', 'test', 'work_dir_of']
+
+METRICS = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APm': 'mAP_m', 'APl': 'mAP_l'}
+
+
+@dataclass
+class Evaluation:
+    """Detections and metrics of one detector on one data set.
+
+    Attributes:
+        name: column head.
+        metrics: AP, AP50, AP75, APs, APm, APl of boxes in [0, 1]; -1 where the set has no such boxes. With masks also
+            ``segm_AP`` and so on.
+        detections: by image id: boxes ``(n, 4)`` in pixels, scores ``(n,)``, labels ``(n,)``.
+        parameters: number of parameters.
+        gmacs: multiply-adds of convolutions and matrix products for one image, in units of 1e9.
+        latency_ms: median time for one image.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    detections: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(repr=False)
+    parameters: int
+    gmacs: float
+    latency_ms: float = float('nan')
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {**self.metrics, 'parameters': self.parameters, 'gmacs': self.gmacs, 'latency_ms': self.latency_ms}
+
+    def __str__(self) -> str:
+        table = Table('', self.name, title=f'{len(self.detections)} images')
+        table.columns[1].justify = 'right'
+        for name, value in self.metrics.items():
+            table.add_row(name, metric(value))
+        table.add_row('parameters', f'{self.parameters:,}')
+        table.add_row('GMACs', f'{self.gmacs:.3f}')
+        table.add_row('median latency, ms', f'{self.latency_ms:.1f}')
+        return render(table)
+
+
+@dataclass
+class Comparison:
+    """Two evaluations and how far their detections differ.
+
+    Attributes:
+        unfolded, folded: the evaluations.
+        boxes_px, scores: largest differences over images whose detections correspond one to one.
+        unmatched: images where number or labels of the detections differ.
+        images: images compared.
+        latency_ratio: median over paired rounds of folded over unfolded.
+    """
+
+    unfolded: Evaluation
+    folded: Evaluation
+    boxes_px: float
+    scores: float
+    unmatched: int
+    images: int
+    latency_ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            **{arm.name: arm.as_dict() for arm in (self.unfolded, self.folded)},
+            'largest_difference': {'boxes_px': self.boxes_px, 'scores': self.scores},
+            'images': self.images,
+            'images_with_other_detections': self.unmatched,
+            'latency_ratio': self.latency_ratio,
+        }
+
+    def __str__(self) -> str:
+        a, b = self.unfolded, self.folded
+        table = Table('', a.name, b.name, 'difference', title=f'{self.images} images')
+        for column in table.columns[1:]:
+            column.justify = 'right'
+        for name in a.metrics:
+            x, y = a.metrics[name], b.metrics[name]
+            table.add_row(name, metric(x), metric(y), f'{y - x:+.4f}' if x >= 0 else '')
+        table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
+        table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
+        table.add_row(
+            'median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}'
+        )
+        table.add_row('boxes, px', '', '', f'{self.boxes_px:.1e}')
+        table.add_row('scores', '', '', f'{self.scores:.1e}')
+        table.add_row('images with other detections', '', '', str(self.unmatched))
+        return render(table)
+
+
+def metric(value: float) -> str:
+    """Format an AP; -1 means that the set has no such boxes."""
+    return f'{value:.4f}' if value >= 0 else 'none'
+
+
+@torch.no_grad()
+def evaluate(config: Config, model: nn.Module, name: str) -> Evaluation:
+    """Run ``model`` over the test set of ``config`` and score it with the config's evaluator (pycocotools).
+
+    Raises:
+        DataError: the config has no test set or evaluator.
+    """
+    if not config.get('test_dataloader') or not config.get('test_evaluator'):
+        raise DataError(f'{config.filename}: has no test_dataloader and test_evaluator')
+    MMLogger.get_current_instance().setLevel('WARNING')
+    model.eval()
+    with redirect_stdout(io.StringIO()):  # pycocotools prints
+        loader = Runner.build_dataloader(config.test_dataloader)
+        evaluator = Evaluator(config.test_evaluator)
+    evaluator.dataset_meta = loader.dataset.metainfo
+    detections, first = {}, None
+    for batch in track(loader, description=f'testing {name}', transient=True):
+        samples = model.test_step(batch)  # type: ignore[operator]
+        evaluator.process(data_samples=samples, data_batch=batch)
+        for sample in samples:
+            found = sample.pred_instances
+            detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
+        if first is None:
+            first = model.data_preprocessor(batch, False)['inputs'][:1]  # type: ignore[operator]
+    with redirect_stdout(io.StringIO()):
+        scores = evaluator.evaluate(len(loader.dataset))
+    return Evaluation(
+        name=name,
+        metrics=metrics_of(scores),
+        detections=detections,
+        parameters=sum(p.numel() for p in model.parameters()),
+        gmacs=gmacs(model, first),
+    )
+
+
+def metrics_of(scores: dict[str, float]) -> dict[str, float]:
+    """Rename mmdet's ``coco/bbox_mAP_50`` to ``AP50``, ``coco/segm_mAP`` to ``segm_AP``."""
+    found = {}
+    for kind, prefix in (('bbox', ''), ('segm', 'segm_')):
+        for ours, theirs in METRICS.items():
+            key = f'coco/{kind}_{theirs}'
+            if key in scores:
+                found[prefix + ours] = float(scores[key])
+    if not found:  # no detection at all: mmdet returns nothing
+        found = dict.fromkeys(METRICS, 0.0)
+    return found
+
+
+@torch.no_grad()
+def gmacs(model: nn.Module, image: torch.Tensor) -> float:
+    """Multiply-adds for one image ``(1, 3, H, W)``, in units of 1e9, counted by ``torch.utils.flop_counter``."""
+    with FlopCounterMode(display=False) as counter:
+        model(**sample_inputs(image))
+    return counter.get_total_flops() / 2 / 1e9
+
+
+def first_image(config: Config) -> dict[str, Any]:
+    """First image of the test set, as a batch of one."""
+    single = {**config.test_dataloader, 'batch_size': 1, 'num_workers': 0, 'persistent_workers': False}
+    with redirect_stdout(io.StringIO()):
+        return next(iter(Runner.build_dataloader(single)))
+
+
+def measure_latency(models: Sequence[nn.Module], batch: dict[str, Any], rounds: int = 15) -> list[list[float]]:
+    """Time ``test_step`` of several detectors on one batch, in turn, so that a slow moment hits all of them.
+
+    Returns:
+        For each detector its times in milliseconds, one a round.
+    """
+    timers = [Timer('model.test_step(batch)', globals={'model': m, 'batch': batch}) for m in models]
+    with torch.no_grad():
+        for timer in timers:
+            timer.timeit(2)
+        return [list(times) for times in zip(*([t.timeit(1).median * 1e3 for t in timers] for _ in range(rounds)))]
+
+
+def compare(config: Config, plugged: nn.Module, folded: nn.Module) -> Comparison:
+    """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections."""
+    a, b = evaluate(config, plugged, 'unfolded'), evaluate(config, folded, 'folded')
+    boxes = scores = 0.0
+    unmatched = 0
+    for image, (boxes_a, scores_a, labels_a) in a.detections.items():
+        boxes_b, scores_b, labels_b = b.detections[image]
+        if not torch.equal(labels_a, labels_b):
+            unmatched += 1
+        elif len(labels_a):
+            boxes = max(boxes, float((boxes_a - boxes_b).abs().max()))
+            scores = max(scores, float((scores_a - scores_b).abs().max()))
+    times = measure_latency([plugged, folded], first_image(config))
+    a.latency_ms, b.latency_ms = map(median, times)
+    ratio = median(y / x for x, y in zip(*times, strict=True))
+    return Comparison(a, b, boxes, scores, unmatched, len(a.detections), ratio)
+
+
+def test(config: Config, checkpoint: Path, out: Path, folding: bool = False, trust: bool = False) -> str:
+    """Evaluate a checkpoint, with ``folding`` beside its folded copy; write ``out`` and return the table.
+
+    Raises:
+        AsrError: data or checkpoint are missing or unsound, or the model does not fold.
+    """
+    check_datasets(config, 'test_dataloader')
+    model, _ = load_detector(config, checkpoint, trust)
+    result: Evaluation | Comparison
+    if folding:
+        folded, report = fold(model)
+        if report.already_stock:
+            raise CheckpointError(f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold')
+        result = compare(config, model, folded)
+    else:
+        result = evaluate(config, model, 'detector')
+        result.latency_ms = median(measure_latency([model], first_image(config))[0])
+    provenance = {'config': str(config.filename), 'checkpoint': str(checkpoint), 'sha256': sha256(checkpoint)}
+    write_json(out, {**result.as_dict(), **provenance, 'versions': versions()})
+    return str(result)
+
+
+def work_dir_of(config: Config, given: Path | None) -> Path:
+    """Folder for results: as given, as the config says, or ``work_dirs/<config>``."""
+    return given or Path(config.get('work_dir') or Path('work_dirs') / Path(config.filename).stem)

@@ -1,0 +1,113 @@
+"""Folding a checkpoint: from a training checkpoint to a file that the stock config loads strictly."""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from safetensors.torch import save_file
+from torch import nn
+
+from asr_downstream.checkpoint import load_state
+from asr_downstream.detection.config import stock_config
+from asr_downstream.detection.detectors import build_detector, compare_features, load_detector
+from asr_downstream.errors import AsrError, CheckpointError, FoldError
+from asr_downstream.files import sha256, write_atomically, write_json
+from asr_downstream.folding import FoldReport, fold
+from asr_downstream.verification import Verification
+from asr_downstream.versions import versions
+
+__all__ = ['fold_checkpoint']
+
+FORMATS = ('.pth', '.safetensors')
+# Relative to the largest value of a feature map. Folding rounds each weight once; a network adds such roundings up.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = False) -> dict[str, Any]:
+    """Fold ``checkpoint`` and write three files that need nothing of this package.
+
+    ``out``: the stock weights; ``<out>.py``: the stock config; ``fold_report.json`` beside them: sites, measured
+    errors, hashes, versions. Before anything is written, the folded weights are loaded strictly into the model of the
+    stock config, and its feature maps are compared with the plugged model's in float32 and float64.
+
+    Args:
+        config: the config it was trained with.
+        checkpoint: what training wrote.
+        out: file to write, ``.pth`` or ``.safetensors``.
+        trust: see `asr_downstream.checkpoint.read_checkpoint`.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError, FoldError: it does not load, does not fold, or the result differs.
+        AsrError: ``out`` cannot be written.
+    """
+    if out.suffix not in FORMATS:
+        raise AsrError(f'{out}: the folded checkpoint should end in {" or ".join(FORMATS)}')
+    plugged, meta = load_detector(config, checkpoint, trust)
+    start = time.perf_counter()
+    folded, report = fold(plugged)
+    seconds = time.perf_counter() - start
+    if report.already_stock:
+        raise CheckpointError(f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug')
+    plain = stock_config(config)
+    stock = build_detector(plain)
+    load_state(stock, folded.state_dict(), checkpoint)
+    checks = {
+        'float32': compare_features(plugged.float(), stock.float()),
+        'float64': compare_exactly(plugged),
+    }
+    for precision, found in checks.items():
+        bound = TOLERANCE[getattr(torch, precision)]
+        if not found.relative <= bound:
+            raise FoldError(
+                f'{checkpoint}: the folded model differs by {found.relative:.1e} in {precision}, more than {bound:g}; '
+                f'nothing was written'
+            )
+    content = report_content(config, checkpoint, report, checks, seconds)
+    write_weights(out, stock, meta)
+    write_atomically(out.with_suffix('.py'), lambda p: p.write_text(plain.pretty_text))
+    content['folded'] = {'file': out.name, 'sha256': sha256(out), 'config': out.with_suffix('.py').name}
+    write_json(out.parent / 'fold_report.json', content)
+    return content
+
+
+def compare_exactly(plugged: nn.Module) -> Verification:
+    """Fold and compare in float64, where nothing but the algebra is left."""
+    exact = copy.deepcopy(plugged).double()
+    return compare_features(exact, fold(exact)[0])
+
+
+def write_weights(out: Path, stock: nn.Module, meta: dict[str, Any]) -> None:
+    """Write the stock weights; a ``.pth`` also says which classes the boxes have, as mmdet's inference expects."""
+    state = {k: v.contiguous() for k, v in stock.state_dict().items()}
+    if out.suffix == '.safetensors':
+        write_atomically(out, lambda p: save_file(state, p, {'format': 'pt'}))
+    else:
+        kept = {k: meta[k] for k in ('dataset_meta', 'epoch', 'iter', 'seed') if k in meta}
+        write_atomically(out, lambda p: torch.save({'state_dict': state, 'meta': kept}, p))
+
+
+def report_content(
+    config: Config, checkpoint: Path, report: FoldReport, checks: dict[str, Verification], seconds: float
+) -> dict[str, Any]:
+    """Gather what a reader of the report wants to know."""
+    return {
+        'config': str(config.filename),
+        'checkpoint': {'file': str(checkpoint), 'sha256': sha256(checkpoint)},
+        'spec': report.spec or config.model.get('backbone', {}).get('plug'),
+        'fold_seconds': round(seconds, 3),
+        'strict_load': True,
+        'feature_map_difference': {
+            precision: {'absolute': v.absolute, 'relative': v.relative} for precision, v in checks.items()
+        },
+        'sites': [asdict(site) for site in report.sites],
+        'versions': versions(),
+    }

@@ -1,0 +1,42 @@
+"""Prepare or check the data of detection.
+
+    python tools/prepare_data.py digits                       # 600 pictures of handwritten digits in data/digits
+    python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tree, say what is missing where
+    python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from asr_downstream import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and prepare the data."""
+    parser = cli.parser(__doc__)
+    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco')
+    digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
+    digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')
+    digits.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes')
+    coco = sets.add_parser('coco', help='check or unpack COCO 2017')
+    coco.add_argument('root', type=Path, nargs='?', default=Path('data/coco'), help='folder (default: data/coco)')
+    coco.add_argument('--unpack', action='store_true', help='unpack the archives in it first')
+    args = parser.parse_args(argv)
+
+    if args.set == 'digits':
+        from asr_downstream.detection.digits import make_digits
+
+        for split, path in make_digits(args.out, args.seed).items():
+            print(f'{split}: {path}')
+        return
+    from asr_downstream.detection.coco import check_tree, unpack
+
+    if args.unpack:
+        unpack(args.root)
+    print('\n'.join(check_tree(args.root)))
+
+
+if __name__ == '__main__':
+    cli.run(main)
