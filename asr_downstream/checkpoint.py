@@ -77,7 +77,7 @@ def mmengine_globals() -> list[Any]:
     import numpy as np
     from mmengine.logging import HistoryBuffer
 
-    core = np._core if hasattr(np, '_core') else np.core  # type: ignore[attr-defined]
+    core = np._core if hasattr(np, '_core') else np.core
     dtypes = [type(np.dtype(t)) for t in (np.uint32, np.uint64, np.int32, np.int64, np.float32, np.float64, bool)]
     return [
         HistoryBuffer,
@@ -108,7 +108,8 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor
     state = checkpoint.get('state_dict', checkpoint.get('model', checkpoint))
     if not isinstance(state, Mapping) or not state or not all(isinstance(v, Tensor) for v in state.values()):
         raise CheckpointError(
-            f'{path}: holds no weights; expected tensors under "state_dict", found keys {some(list(map(str, checkpoint)))}'
+            f'{path}: holds no weights; expected tensors under "state_dict", '
+            f'found keys {some(list(map(str, checkpoint)))}'
         )
     prefix = 'module.'
     wrapped = all(key.startswith(prefix) for key in state)

@@ -46,7 +46,9 @@ def writable_folder(path: Path) -> Path:
             shutil.rmtree(path)
         path.mkdir(parents=True)
     except OSError as error:
-        raise AsrError(f'{path}: cannot be written ({error}); choose another folder or check the permissions') from error
+        raise AsrError(
+            f'{path}: cannot be written ({error}); choose another folder or check the permissions'
+        ) from error
     return path
 
 

@@ -100,7 +100,9 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
         raise_lost(lost)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     if not layers:
-        message = f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
+        message = (
+            f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
+        )
         warnings.warn(message, stacklevel=3)
         return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
     check_foldable(model, layers, dynamic)
@@ -110,9 +112,9 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
     folded = copy.deepcopy(model)
     for path, new in scaled.items():
         layer = folded.get_submodule(path)
-        layer.weight.copy_(new.weight)  # type: ignore[operator, union-attr]
+        layer.weight.copy_(new.weight)  # type: ignore[operator]
         if new.bias is not None:
-            layer.bias.copy_(new.bias)  # type: ignore[operator, union-attr]
+            layer.bias.copy_(new.bias)  # type: ignore[operator]
         if new.site.kept:
             layer.gate = None  # type: ignore[assignment]
         else:
@@ -147,7 +149,7 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
         v = torch.ones(layer.dynamic[0].channels, dtype=torch.float64, device=layer.weight.device)
     if not v.isfinite().all():
         raise FoldError(
-            f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite, so this checkpoint has diverged; '
+            f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
             f'take an earlier one'
         )
     weight, bias = exact.scale(exact, v)

@@ -109,7 +109,7 @@ class PluggedSyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
 
     stock = nn.SyncBatchNorm
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         synchronised = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
         if not synchronised:
             return super().forward(x)
@@ -252,17 +252,17 @@ LAYERS: dict[type[nn.Module], type[Plugged]] = {
 }
 
 
-def attach(layer: nn.Module, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
+def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
     """Turn a stock ``layer`` into its plugged class, in place."""
     layer.__class__ = LAYERS[type(layer)]
     layer.register_module('gate', nn.ModuleList(gates) if gates else None)
     layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
 
 
-def detach(layer: nn.Module) -> None:
+def detach(layer: Any) -> None:
     """Turn a plugged ``layer`` back into its stock class, in place; its gates are dropped."""
     del layer.gate, layer.dynamic
-    layer.__class__ = layer.stock  # type: ignore[attr-defined]
+    layer.__class__ = layer.stock
 
 
 def rebind(model: nn.Module) -> list[str]:

@@ -1,4 +1,4 @@
-"""Plugs: how an attention meets its sites. A plug builds the gates of a site; `asr_downstream.plugging` attaches them."""
+"""Plugs: how an attention meets its sites. A plug builds the gates of a site; `plugging` attaches them."""
 
 from __future__ import annotations
 
@@ -34,9 +34,8 @@ class Plug:
             )
         ATTENTIONS.import_from_location()
         if attention['type'] not in ATTENTIONS.module_dict:
-            raise PlugError(
-                f'unknown attention {attention["type"]!r}: {did_you_mean(str(attention["type"]), ATTENTIONS.module_dict)}'
-            )
+            known = did_you_mean(str(attention['type']), ATTENTIONS.module_dict)
+            raise PlugError(f'unknown attention {attention["type"]!r}: {known}')
         self.attention = attention
         self.sites = sites
         self.preserve = preserve
@@ -71,7 +70,9 @@ class Plug:
         except PlugError:
             raise
         except Exception as error:
-            raise PlugError(f'{path}: attention {self.attention["type"]} fails on {channels} channels: {error}') from error
+            raise PlugError(
+                f'{path}: attention {self.attention["type"]} fails on {channels} channels: {error}'
+            ) from error
         if v.shape != (1, channels):
             raise PlugError(
                 f'{path}: attention {self.attention["type"]} gives gates of shape {tuple(v.shape)}, '

@@ -116,7 +116,7 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
                 f"correct it with register_site(...) or name the layers with sites=['pattern']"
             ) from None
     if not found:
-        blocks = ', '.join(sorted(key.rpartition('.')[0].rpartition('.')[2] + '.' + key.rpartition('.')[2] for key in SITES))
+        blocks = ', '.join(sorted('.'.join(key.split('.')[-2:]) for key in SITES))
         raise PlugError(
             f'{type(model).__name__} has no residual block that is known (known: {blocks}). Say which layer ends yours '
             f"with register_site(Block, 'path'), or name the layers: sites=['layer1.*.bn2']; "

@@ -94,7 +94,8 @@ def difference(name: str, x: Tensor, y: Tensor) -> Difference:
     x, y = x.double(), y.double()
     absolute = float((x - y).abs().nan_to_num(nan=torch.inf).max())
     scale = float(y.abs().max())
-    return Difference(name, tuple(x.shape), absolute, absolute / scale if scale else (0.0 if not absolute else torch.inf))
+    relative = absolute / scale if scale else (torch.inf if absolute else 0.0)
+    return Difference(name, tuple(x.shape), absolute, relative)
 
 
 def run(model: nn.Module, call: Any) -> Any:

@@ -1,8 +1,8 @@
 """Prepare or check the data of detection.
 
-    python tools/prepare_data.py digits                       # 600 pictures of handwritten digits in data/digits
-    python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tree, say what is missing where
-    python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
+python tools/prepare_data.py digits                       # 600 pictures of handwritten digits in data/digits
+python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tree, say what is missing where
+python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
 """
 
 from __future__ import annotations

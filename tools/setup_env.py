@@ -100,9 +100,7 @@ def make_wheel(setup: Setup, wheels: Path) -> None:
     building = wheels.with_name(wheels.name + '.tmp')
     building.mkdir(parents=True, exist_ok=True)
     options = ['--no-deps', '--no-build-isolation', '--verbose', '--wheel-dir', str(building)]
-    setup.run(
-        "mmcv: compiling its ops (once, 6 to 15 minutes)", setup.pip('wheel', *options, setup.pin('onedl-mmcv'))
-    )
+    setup.run('mmcv: compiling its ops (once, 6 to 15 minutes)', setup.pip('wheel', *options, setup.pin('onedl-mmcv')))
     wheels.mkdir(parents=True, exist_ok=True)
     for wheel in building.glob('*.whl'):
         wheel.replace(wheels / wheel.name)

@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     folder = evaluation.work_dir_of(config, args.work_dir)
-    print(evaluation.test(config, args.checkpoint, folder / 'test.json', args.fold, args.trust))
+    print(evaluation.evaluate_checkpoint(config, args.checkpoint, folder / 'test.json', args.fold, args.trust))
 
 
 if __name__ == '__main__':

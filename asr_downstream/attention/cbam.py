@@ -1,4 +1,6 @@
-"""Convolutional Block Attention Module (Woo et al., ECCV 2018, arXiv 1807.06521; Jongchan/attention-module MODELS/cbam.py).
+"""Convolutional Block Attention Module (Woo et al., ECCV 2018, arXiv 1807.06521).
+
+Source: Jongchan/attention-module, MODELS/cbam.py.
 
     channel half: s = sigmoid(MLP(avg(x)) + MLP(max(x)))              MLP: C -> C/r -> C without biases, r = 16
     spatial half: sigmoid(BN(conv7x7([max_c(x s), mean_c(x s)])))     one map for all channels
@@ -49,9 +51,9 @@ class CBAM(ChannelAttention):
         )
 
     def start_constant(self) -> None:
-        nn.init.zeros_(self.mlp[2].weight)
+        nn.init.zeros_(self.mlp[2].weight)  # type: ignore[arg-type]
         if self.spatial is not None:
-            nn.init.zeros_(self.spatial[0].weight)
+            nn.init.zeros_(self.spatial[0].weight)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         highest = x.flatten(2).amax(-1) if x.dim() > 2 else x  # (B, C)

@@ -1,4 +1,4 @@
-"""Squeeze-and-Excitation (Hu et al., CVPR 2018, arXiv 1709.01507), as in the official ASR code (models/modules/senet.py).
+"""Squeeze-and-Excitation (Hu et al., CVPR 2018, arXiv 1709.01507), as in the official ASR code (modules/senet.py).
 
     gate = sigmoid(W2 relu(W1 GAP(x) + b1) + b2)        W1: C -> C/r, W2: C/r -> C, with biases, r = 16
 

@@ -1,4 +1,6 @@
-"""Style-based Recalibration Module (Lee et al., ICCV 2019, arXiv 1903.10829; hyunjaelee410/style-based-recalibration-module).
+"""Style-based Recalibration Module (Lee et al., ICCV 2019, arXiv 1903.10829).
+
+Source: hyunjaelee410/style-based-recalibration-module, models/recalibration_modules.py.
 
     gate = sigmoid(N(w1 * mean(x) + w2 * std(x)))       w: (C, 2), zero at the start; N: BatchNorm over the batch
 

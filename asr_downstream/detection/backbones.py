@@ -38,10 +38,10 @@ class PluggedBackbone:
         part of the network, and draw other numbers for the stock weights.
         """
         if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            super().init_weights()
+            super().init_weights()  # type: ignore[misc]
         else:
             with unplugged(self):
-                super().init_weights()
+                super().init_weights()  # type: ignore[misc]
 
     def train(self, mode: bool = True) -> Any:
         """Switch the mode; gates of layers that a SyncBN conversion has rebuilt are attached again."""
@@ -58,11 +58,8 @@ def attach_plug(backbone: Any, spec: Spec) -> None:
 @contextmanager
 def unplugged(model: nn.Module) -> Iterator[None]:
     """Hide the gates of ``model`` and give its plugged layers their stock classes for a while."""
-    hidden = [
-        (m, type(m), {slot: m._modules.pop(slot) for slot in ('gate', 'dynamic')})  # type: ignore[attr-defined]
-        for m in model.modules()
-        if isinstance(m, Plugged)
-    ]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    hidden = [(m, type(m), {slot: m._modules.pop(slot) for slot in ('gate', 'dynamic')}) for m in layers]
     for layer, _, _ in hidden:
         layer.__class__ = layer.stock
     try:
@@ -70,7 +67,7 @@ def unplugged(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, plugged, slots in hidden:
             layer.__class__ = plugged
-            layer._modules.update(slots)  # type: ignore[attr-defined]
+            layer._modules.update(slots)
 
 
 @MODELS.register_module()

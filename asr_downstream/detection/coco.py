@@ -31,9 +31,8 @@ def read_annotations(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         near = sorted(p.name for p in path.parent.glob('*.json')) if path.parent.is_dir() else []
-        raise DataError(
-            f'{path}: no such annotation file; {"there is " + some(near) if near else "give its data set with --data-root"}'
-        )
+        hint = f'there is {some(near)}' if near else 'give the folder of the data set with --data-root'
+        raise DataError(f'{path}: no such annotation file; {hint}')
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -70,7 +69,8 @@ def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = 
     absent = [i['file_name'] for i in content['images'] if i['file_name'].split('/')[-1] not in present]
     if absent:
         raise DataError(
-            f'{images}: {len(absent)} of the {len(content["images"])} images of {path.name} are missing: {some(absent, 3)}'
+            f'{images}: {len(absent)} of the {len(content["images"])} images of {path.name} are missing: '
+            f'{some(absent, 3)}'
         )
     names = {c['name'] for c in content['categories']}
     unknown = [c for c in classes or () if c not in names]

@@ -39,7 +39,7 @@ def load_detector(config: Config, path: Path, trust: bool = False) -> tuple[nn.M
     model = build_detector(config)
     load_state(model, state, path)
     meta = dict(checkpoint.get('meta') or {})
-    model.dataset_meta = meta.get('dataset_meta')
+    model.dataset_meta = meta.get('dataset_meta')  # type: ignore[assignment]
     return model, meta
 
 
@@ -64,6 +64,6 @@ def compare_features(a: nn.Module, b: nn.Module, size: int = 160, seed: int = 0)
 def sample_inputs(x: Tensor) -> dict[str, Any]:
     """Arguments for ``detector(..., mode='tensor')`` on a batch of images ``(B, 3, H, W)``."""
     shape = tuple(x.shape[-2:])
-    meta = {k: shape for k in ('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape')}
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape)
     samples = [DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)}) for _ in x]
     return {'inputs': x, 'data_samples': samples, 'mode': 'tensor'}

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from rich.progress import track
 
 from asr_downstream.errors import DataError
 from asr_downstream.files import writable_folder
+from asr_downstream.progress import bar
 
 __all__ = ['make_digits']
 
@@ -82,8 +82,9 @@ def write_split(root: Path, split: str, count: int, images: np.ndarray, labels: 
     rng = np.random.default_rng([seed, *split.encode()])
     folder = root / split
     folder.mkdir(parents=True)
-    pictures, annotations = [], []
-    for image_id in track(range(count), description=f'digits: {split}', transient=True):
+    pictures: list[dict] = []
+    annotations: list[dict] = []
+    for image_id in bar(range(count), f'digits: drawing {split}'):
         canvas, boxes = draw_picture(rng, images, labels)
         name = f'{image_id:06d}.png'
         Image.fromarray(canvas).save(folder / name)

@@ -8,14 +8,13 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
-from rich.progress import track
 from rich.table import Table
 from torch import nn
 from torch.utils.benchmark import Timer
@@ -27,9 +26,22 @@ from asr_downstream.detection.detectors import load_detector, sample_inputs
 from asr_downstream.errors import CheckpointError, DataError
 from asr_downstream.files import sha256, write_json
 from asr_downstream.folding import fold
+from asr_downstream.progress import bar
 from asr_downstream.versions import versions
 
-__all__ = ['Comparison', 'Evaluation', 'compare', 'evaluate', 'gmacs', 'measure_latency', 'test', 'work_dir_of']
+__all__ = [
+    'Comparison',
+    'Evaluation',
+    'compare',
+    'evaluate',
+    'evaluate_checkpoint',
+    'gmacs',
+    'measure_latency',
+    'work_dir_of',
+]
+
+# Boxes (n, 4) as x1, y1, x2, y2 in pixels, scores (n,), labels (n,).
+Detections: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 METRICS = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APm': 'mAP_m', 'APl': 'mAP_l'}
 
@@ -42,7 +54,7 @@ class Evaluation:
         name: column head.
         metrics: AP, AP50, AP75, APs, APm, APl of boxes in [0, 1]; -1 where the set has no such boxes. With masks also
             ``segm_AP`` and so on.
-        detections: by image id: boxes ``(n, 4)`` in pixels, scores ``(n,)``, labels ``(n,)``.
+        detections: by image id.
         parameters: number of parameters.
         gmacs: multiply-adds of convolutions and matrix products for one image, in units of 1e9.
         latency_ms: median time for one image.
@@ -50,7 +62,7 @@ class Evaluation:
 
     name: str
     metrics: dict[str, float]
-    detections: dict[Any, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = field(repr=False)
+    detections: dict[Any, Detections] = field(repr=False)
     parameters: int
     gmacs: float
     latency_ms: float = float('nan')
@@ -70,39 +82,41 @@ class Evaluation:
         return render(table)
 
 
-@dataclass
-class Comparison:
-    """Two evaluations and how far their detections differ.
+class Differences(NamedTuple):
+    """How far the detections of two detectors differ.
 
     Attributes:
-        unfolded, folded: the evaluations.
         boxes_px, scores: largest differences over images whose detections correspond one to one.
         unmatched: images where number or labels of the detections differ.
         images: images compared.
-        latency_ratio: median over paired rounds of folded over unfolded.
     """
 
-    unfolded: Evaluation
-    folded: Evaluation
     boxes_px: float
     scores: float
     unmatched: int
     images: int
+
+
+@dataclass
+class Comparison:
+    """Two evaluations, the difference of their detections, and the median of folded over unfolded latency."""
+
+    unfolded: Evaluation
+    folded: Evaluation
+    difference: Differences
     latency_ratio: float
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
         return {
             **{arm.name: arm.as_dict() for arm in (self.unfolded, self.folded)},
-            'largest_difference': {'boxes_px': self.boxes_px, 'scores': self.scores},
-            'images': self.images,
-            'images_with_other_detections': self.unmatched,
+            'difference': self.difference._asdict(),
             'latency_ratio': self.latency_ratio,
         }
 
     def __str__(self) -> str:
         a, b = self.unfolded, self.folded
-        table = Table('', a.name, b.name, 'difference', title=f'{self.images} images')
+        table = Table('', a.name, b.name, 'difference', title=f'{self.difference.images} images')
         for column in table.columns[1:]:
             column.justify = 'right'
         for name in a.metrics:
@@ -110,12 +124,10 @@ class Comparison:
             table.add_row(name, metric(x), metric(y), f'{y - x:+.4f}' if x >= 0 else '')
         table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
         table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
-        table.add_row(
-            'median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}'
-        )
-        table.add_row('boxes, px', '', '', f'{self.boxes_px:.1e}')
-        table.add_row('scores', '', '', f'{self.scores:.1e}')
-        table.add_row('images with other detections', '', '', str(self.unmatched))
+        table.add_row('median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}')
+        table.add_row('boxes, px', '', '', f'{self.difference.boxes_px:.1e}')
+        table.add_row('scores', '', '', f'{self.difference.scores:.1e}')
+        table.add_row('images with other detections', '', '', str(self.difference.unmatched))
         return render(table)
 
 
@@ -139,24 +151,23 @@ def evaluate(config: Config, model: nn.Module, name: str) -> Evaluation:
         loader = Runner.build_dataloader(config.test_dataloader)
         evaluator = Evaluator(config.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
-    detections, first = {}, None
-    for batch in track(loader, description=f'testing {name}', transient=True):
+    detections: dict[Any, Detections] = {}
+    for batch in bar(loader, f'testing {name}'):
         samples = model.test_step(batch)  # type: ignore[operator]
         evaluator.process(data_samples=samples, data_batch=batch)
         for sample in samples:
             found = sample.pred_instances
             detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
-        if first is None:
-            first = model.data_preprocessor(batch, False)['inputs'][:1]  # type: ignore[operator]
     with redirect_stdout(io.StringIO()):
         scores = evaluator.evaluate(len(loader.dataset))
-    return Evaluation(
-        name=name,
-        metrics=metrics_of(scores),
-        detections=detections,
-        parameters=sum(p.numel() for p in model.parameters()),
-        gmacs=gmacs(model, first),
-    )
+    return described(model, name, metrics_of(scores), detections, first_image(config))
+
+
+def described(
+    model: nn.Module, name: str, metrics: dict[str, float], detections: dict[Any, Detections], image: dict[str, Any]
+) -> Evaluation:
+    """Add size and cost of ``model``, on a batch of one image, to its metrics."""
+    return Evaluation(name, metrics, detections, sum(p.numel() for p in model.parameters()), gmacs(model, image))
 
 
 def metrics_of(scores: dict[str, float]) -> dict[str, float]:
@@ -173,10 +184,11 @@ def metrics_of(scores: dict[str, float]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def gmacs(model: nn.Module, image: torch.Tensor) -> float:
-    """Multiply-adds for one image ``(1, 3, H, W)``, in units of 1e9, counted by ``torch.utils.flop_counter``."""
+def gmacs(model: nn.Module, image: dict[str, Any]) -> float:
+    """Multiply-adds for a batch of one image, in units of 1e9, counted by ``torch.utils.flop_counter``."""
+    pixels = model.data_preprocessor(image, False)['inputs']  # type: ignore[operator]
     with FlopCounterMode(display=False) as counter:
-        model(**sample_inputs(image))
+        model(**sample_inputs(pixels))
     return counter.get_total_flops() / 2 / 1e9
 
 
@@ -197,28 +209,34 @@ def measure_latency(models: Sequence[nn.Module], batch: dict[str, Any], rounds: 
     with torch.no_grad():
         for timer in timers:
             timer.timeit(2)
-        return [list(times) for times in zip(*([t.timeit(1).median * 1e3 for t in timers] for _ in range(rounds)))]
+        times = [[timer.timeit(1).median * 1e3 for timer in timers] for _ in range(rounds)]
+    return [list(series) for series in zip(*times, strict=True)]
 
 
 def compare(config: Config, plugged: nn.Module, folded: nn.Module) -> Comparison:
     """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections."""
     a, b = evaluate(config, plugged, 'unfolded'), evaluate(config, folded, 'folded')
+    times = measure_latency([plugged, folded], first_image(config))
+    a.latency_ms, b.latency_ms = map(median, times)
+    ratio = median(y / x for x, y in zip(*times, strict=True))
+    return Comparison(a, b, differences(a.detections, b.detections), ratio)
+
+
+def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differences:
+    """Compare the detections of two detectors, image by image."""
     boxes = scores = 0.0
     unmatched = 0
-    for image, (boxes_a, scores_a, labels_a) in a.detections.items():
-        boxes_b, scores_b, labels_b = b.detections[image]
+    for image, (boxes_a, scores_a, labels_a) in a.items():
+        boxes_b, scores_b, labels_b = b[image]
         if not torch.equal(labels_a, labels_b):
             unmatched += 1
         elif len(labels_a):
             boxes = max(boxes, float((boxes_a - boxes_b).abs().max()))
             scores = max(scores, float((scores_a - scores_b).abs().max()))
-    times = measure_latency([plugged, folded], first_image(config))
-    a.latency_ms, b.latency_ms = map(median, times)
-    ratio = median(y / x for x, y in zip(*times, strict=True))
-    return Comparison(a, b, boxes, scores, unmatched, len(a.detections), ratio)
+    return Differences(boxes, scores, unmatched, len(a))
 
 
-def test(config: Config, checkpoint: Path, out: Path, folding: bool = False, trust: bool = False) -> str:
+def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, folding: bool = False, trust: bool = False) -> str:
     """Evaluate a checkpoint, with ``folding`` beside its folded copy; write ``out`` and return the table.
 
     Raises:
@@ -230,7 +248,9 @@ def test(config: Config, checkpoint: Path, out: Path, folding: bool = False, tru
     if folding:
         folded, report = fold(model)
         if report.already_stock:
-            raise CheckpointError(f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold')
+            raise CheckpointError(
+                f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold'
+            )
         result = compare(config, model, folded)
     else:
         result = evaluate(config, model, 'detector')

@@ -1,4 +1,4 @@
-"""ResNets for 32-pixel images (He et al., CVPR 2016, arXiv 1512.03385, section 4.2), as the ASR and DIA papers use them.
+"""ResNets for 32-pixel images (He et al., CVPR 2016, arXiv 1512.03385, section 4.2), those of the ASR and DIA papers.
 
 ResNet-56: basic blocks, 9 a stage, widths 16, 32, 64. ResNet-164: bottlenecks, 18 a stage, widths 64, 128, 256 at the
 block outputs; with 100 classes 1,727,284 parameters. Both with 1x1 convolution and BN in the shortcuts of new stages.

@@ -1,0 +1,7 @@
+# python tools/train_det.py det_configs/tiny_coco/retinanet_r18-w32-asr-se_fpn_tiny_coco.py --data-root /data/tiny_coco
+# ASR(SE) at every residual branch; folded, it is the detector of retinanet_r18-w32_fpn_tiny_coco.py.
+_base_ = './retinanet_r18-w32_fpn_tiny_coco.py'
+
+model = dict(
+    backbone=dict(type='asr_downstream.ResNet', plug=dict(type='ASR', attention=dict(type='SE', reduction=16)))
+)

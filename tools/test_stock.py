@@ -1,0 +1,87 @@
+"""Evaluate a folded checkpoint with plain MMDetection, in a process that refuses to import asr_downstream.
+
+    python tools/test_stock.py shipped/detector.py shipped/detector.pth --out shipped/test
+
+The weights are read with weights_only=True and loaded with strict=True. Writes OUT.json with the metrics and
+OUT.safetensors with the detections, image by image. Without --out it only loads the weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import sys
+from collections.abc import Sequence
+from importlib.abc import MetaPathFinder
+from pathlib import Path
+
+
+class Refuse(MetaPathFinder):
+    """Import hook that makes ``import asr_downstream`` fail: the proof that shipped models do not need it."""
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
+        """Raise for this package, leave everything else to the next finder."""
+        if fullname.partition('.')[0] == 'asr_downstream':
+            raise ImportError(f'{fullname} must not be imported here')
+
+
+sys.meta_path.insert(0, Refuse())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, load, evaluate, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('config', type=Path, help='stock config')
+    parser.add_argument('checkpoint', type=Path, help='folded checkpoint, .pth or .safetensors')
+    parser.add_argument('--out', type=Path, help='where to write, without ending')
+    args = parser.parse_args(argv)
+
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.evaluator import Evaluator
+    from mmengine.logging import MMLogger
+    from mmengine.registry import init_default_scope
+    from mmengine.runner import Runner
+    from safetensors.torch import load_file, save_file
+
+    config = Config.fromfile(args.config)
+    init_default_scope('mmdet')
+    if 'backbone' in config.model:
+        config.model.backbone.init_cfg = None
+    model = MODELS.build(config.model)
+    if args.checkpoint.suffix == '.safetensors':
+        state = load_file(args.checkpoint)
+    else:
+        state = torch.load(args.checkpoint, map_location='cpu', weights_only=True)['state_dict']
+    model.load_state_dict(state, strict=True)
+    model.eval()
+    print(
+        f'{args.checkpoint}: {len(state)} tensors loaded strictly into {type(model).__module__}.{type(model).__name__}'
+    )
+    if args.out is None:
+        return
+
+    MMLogger.get_current_instance().setLevel('WARNING')
+    detections = {}
+    with contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
+        loader = Runner.build_dataloader(config.test_dataloader)
+        evaluator = Evaluator(config.test_evaluator)
+        evaluator.dataset_meta = loader.dataset.metainfo
+        for batch in loader:
+            samples = model.test_step(batch)
+            evaluator.process(data_samples=samples, data_batch=batch)
+            for sample in samples:
+                found = sample.pred_instances
+                for key in ('bboxes', 'scores', 'labels'):
+                    detections[f'{sample.img_id}.{key}'] = found[key].contiguous()
+        metrics = evaluator.evaluate(len(loader.dataset))
+    save_file(detections, args.out.with_suffix('.safetensors'))
+    args.out.with_suffix('.json').write_text(json.dumps(metrics, indent=2))
+    print(f'AP {metrics["coco/bbox_mAP"]:.4f}, AP50 {metrics["coco/bbox_mAP_50"]:.4f}')
+
+
+if __name__ == '__main__':
+    main()
