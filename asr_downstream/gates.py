@@ -87,8 +87,10 @@ class ConstantGate(Gate):
         if psi is None:
             psi = self.example().new_zeros(1, self.channels)
         # Half precision would cost accuracy and save nothing: these are a few vectors.
-        with torch.autocast(psi.device.type, enabled=False):
-            return self.attention(psi)
+        if torch.is_autocast_enabled(psi.device.type):
+            with torch.autocast(psi.device.type, enabled=False):
+                return self.attention(psi)
+        return self.attention(psi)
 
     def forward(self) -> Tensor:
         """Return the gates v, shape ``(C,)``."""

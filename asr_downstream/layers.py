@@ -257,6 +257,9 @@ def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) ->
     layer.__class__ = LAYERS[type(layer)]
     layer.register_module('gate', nn.ModuleList(gates) if gates else None)
     layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
+    for slot in (layer.gate, layer.dynamic):
+        if slot is not None:
+            slot.train(layer.training)
 
 
 def detach(layer: Any) -> None:

@@ -68,8 +68,6 @@ def plug(model: nn.Module, spec: Spec) -> Description:
             gates[site.path] += built
 
     for path, layer in layers.items():
-        for gate in gates[path]:
-            gate.train(layer.training)
         attach(
             layer,
             [g for g in gates[path] if isinstance(g, ConstantGate)],

@@ -100,9 +100,9 @@ def run_demo(out: Path, configs: Path, tools: Path, epochs: int | None = None) -
     models[FOLDED] = load_detector(load_config(shipped.with_suffix('.py')), shipped)[0]
     image = evaluation.first_image(loaded['stock'])
     results[FOLDED] = evaluation.described(models[FOLDED], FOLDED, metrics, detections, image)
-    times = evaluation.measure_latency(list(models.values()), image)
-    for result, series in zip(results.values(), times, strict=True):
-        result.latency_ms = median(series)
+    times = evaluation.measure_latency(models, image)
+    for arm, result in results.items():
+        result.latency_ms = median(times[arm])
     difference = evaluation.differences(results['ASR(SE)'].detections, results[FOLDED].detections)
 
     summary = {

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +17,6 @@ from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.table import Table
 from torch import nn
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from asr_downstream.description import render
@@ -27,6 +26,7 @@ from asr_downstream.errors import CheckpointError, DataError
 from asr_downstream.files import sha256, write_json
 from asr_downstream.folding import fold
 from asr_downstream.progress import bar
+from asr_downstream.timing import paired_times, ratio
 from asr_downstream.versions import versions
 
 __all__ = [
@@ -199,27 +199,21 @@ def first_image(config: Config) -> dict[str, Any]:
         return next(iter(Runner.build_dataloader(single)))
 
 
-def measure_latency(models: Sequence[nn.Module], batch: dict[str, Any], rounds: int = 15) -> list[list[float]]:
-    """Time ``test_step`` of several detectors on one batch, in turn, so that a slow moment hits all of them.
-
-    Returns:
-        For each detector its times in milliseconds, one a round.
-    """
-    timers = [Timer('model.test_step(batch)', globals={'model': m, 'batch': batch}) for m in models]
+def measure_latency(models: dict[str, Any], image: dict[str, Any], rounds: int = 15) -> dict[str, list[float]]:
+    """Time ``test_step`` of several detectors on a batch of one image: milliseconds of each, one a paired round."""
     with torch.no_grad():
-        for timer in timers:
-            timer.timeit(2)
-        times = [[timer.timeit(1).median * 1e3 for timer in timers] for _ in range(rounds)]
-    return [list(series) for series in zip(*times, strict=True)]
+        calls = {name: partial(model.test_step, image) for name, model in models.items()}
+        return paired_times(calls, rounds, 'latency')
 
 
 def compare(config: Config, plugged: nn.Module, folded: nn.Module) -> Comparison:
     """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections."""
     a, b = evaluate(config, plugged, 'unfolded'), evaluate(config, folded, 'folded')
-    times = measure_latency([plugged, folded], first_image(config))
-    a.latency_ms, b.latency_ms = map(median, times)
-    ratio = median(y / x for x, y in zip(*times, strict=True))
-    return Comparison(a, b, differences(a.detections, b.detections), ratio)
+    times = measure_latency({a.name: plugged, b.name: folded}, first_image(config))
+    for arm in (a, b):
+        arm.latency_ms = median(times[arm.name])
+    slower = ratio(times[b.name], times[a.name]).median
+    return Comparison(a, b, differences(a.detections, b.detections), slower)
 
 
 def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differences:
@@ -254,7 +248,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, folding: bo
         result = compare(config, model, folded)
     else:
         result = evaluate(config, model, 'detector')
-        result.latency_ms = median(measure_latency([model], first_image(config))[0])
+        result.latency_ms = median(measure_latency({'detector': model}, first_image(config))['detector'])
     provenance = {'config': str(config.filename), 'checkpoint': str(checkpoint), 'sha256': sha256(checkpoint)}
     write_json(out, {**result.as_dict(), **provenance, 'versions': versions()})
     return str(result)

@@ -1,0 +1,1 @@
+"""Benchmarks: paired in one run, ratios with their spread, no absolute times."""

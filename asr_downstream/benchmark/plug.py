@@ -1,0 +1,203 @@
+"""What plugging costs in training and what folding leaves of it: time and saved activations, against the stock model.
+
+Four arms with the same weights: the stock model; ASR(SE) as this package plugs it (scaled parameters); ASR(SE) as a
+feature map times its gates, the form of the official code; and the folded model.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from asr_downstream.description import render
+from asr_downstream.folding import fold
+from asr_downstream.layers import Plugged, detach
+from asr_downstream.models import resnet56
+from asr_downstream.plugging import plug
+from asr_downstream.timing import Ratio, paired_times, ratio
+from asr_downstream.verification import verify
+
+__all__ = ['CASES', 'Case', 'feature_map_form', 'fold_seconds', 'measure', 'saved_bytes', 'table']
+
+SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
+STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model and the size of its input ``(batch, 3, side, side)``."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    side: int
+
+
+def mmdet_resnet50() -> nn.Module:
+    """MMDetection's ResNet-50, all of it trained."""
+    from asr_downstream.detection.backbones import ResNet
+
+    return ResNet.stock_class(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
+
+
+CASES = (
+    Case('ResNet-56, 32 px', resnet56, batch=32, side=32),
+    Case('mmdet ResNet-50', mmdet_resnet50, batch=2, side=224),
+)
+
+
+def feature_map_form(plugged: nn.Module) -> nn.Module:
+    """Copy a plugged model into the form that multiplies the output of each site's layer by its gates."""
+    model = copy.deepcopy(plugged)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    for layer in layers:
+        gates = layer.gate
+        detach(layer)
+        layer.register_module('late_gates', gates)
+
+        def scale(module: Any, _: Any, y: Tensor) -> Tensor:
+            for gate in module.late_gates:
+                y = y * gate().view(1, -1, 1, 1)
+            return y
+
+        layer.register_forward_hook(scale)
+    return model
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, parameters and buffers left out."""
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = total(model(x))  # keeps the graph alive until it is counted, so that no address is used twice
+    count = sum(kept.values())
+    del loss
+    return count
+
+
+def total(outputs: Any) -> Tensor:
+    """A scalar that depends on every output."""
+    return sum((o.square().mean() for o in outputs), torch.zeros(())) if isinstance(outputs, tuple) else outputs.mean()
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward, backward and an SGD step."""
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        total(model(x)).backward()
+        optimiser.step()
+
+    return step
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """One forward without gradients."""
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return model(x)
+
+    return forward
+
+
+def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """Measure one case.
+
+    Returns:
+        Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
+        (bytes); and ``agreement``, the largest relative difference between the two ASR forms.
+    """
+    torch.manual_seed(seed)
+    stock = case.build()
+    x = torch.randn(case.batch, 3, case.side, case.side)
+    plugged = copy.deepcopy(stock)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plug(plugged, SPEC)
+    maps = feature_map_form(plugged)
+    for model in (stock, plugged, maps):
+        model.eval()
+    agreement = verify(plugged, maps, x).relative
+    folded, _ = fold(plugged)
+    arms = {STOCK: stock, SCALED: plugged, MAPS: maps, FOLDED: folded}
+
+    still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
+    inference_times = paired_times(still, rounds, f'{case.name}: inference')
+    trained = {name: model for name, model in arms.items() if name != FOLDED}
+    for model in trained.values():
+        model.train()
+    saved = {name: saved_bytes(model, x) for name, model in trained.items()}
+    steps = {name: training_step(model, x) for name, model in trained.items()}
+    training_times = paired_times(steps, rounds, f'{case.name}: training steps')
+    return {
+        'case': case.name,
+        'input': [case.batch, 3, case.side, case.side],
+        'agreement': agreement,
+        'training': ratios(training_times),
+        'inference': ratios(inference_times),
+        'saved': {name: count / saved[STOCK] for name, count in saved.items()},
+        'rounds': rounds,
+    }
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, Ratio]:
+    """Ratios of all arms to stock."""
+    return {name: ratio(series, times[STOCK]) for name, series in times.items()}
+
+
+def fold_seconds(repeats: int = 5) -> float:
+    """Median time to fold a Faster R-CNN R50 with ASR(SE) at all 16 sites, in seconds."""
+    from mmengine.hub import get_config
+    from mmengine.registry import init_default_scope
+
+    from asr_downstream.detection.detectors import build_detector
+
+    init_default_scope('mmdet')
+    config = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    config.model.backbone.update(type='asr_downstream.ResNet', plug=SPEC, frozen_stages=-1)
+    model = build_detector(config)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fold(model)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Print the measurements as one table."""
+    out = Table(
+        'model', 'arm', 'training step', 'saved activations', 'inference', title='ratios to stock, paired rounds'
+    )
+    for result in results:
+        for arm in (STOCK, SCALED, MAPS, FOLDED):
+            training = result['training'].get(arm)
+            saved = result['saved'].get(arm)
+            out.add_row(
+                result['case'],
+                arm,
+                str(training) if training else '',
+                f'{saved:.4f}' if saved else '',
+                str(result['inference'][arm]),
+            )
+        out.add_section()
+    return render(out)

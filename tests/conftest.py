@@ -1,0 +1,61 @@
+"""Fixtures: real models at tiny size, seeds, and the tools as subprocesses."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked det are skipped where MMDetection is not installed."""
+    if importlib.util.find_spec('mmdet') is None:
+        skip = pytest.mark.skip(reason='needs the extra det')
+        for item in items:
+            if 'det' in item.keywords:
+                item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Draw all parameters and BN statistics anew: default ones hide bugs (beta = 0, mean = 0, var = 1)."""
+    for name, p in model.named_parameters():
+        if name.endswith('psi'):
+            p.normal_(0, 1)
+        elif p.dim() > 1:
+            p.normal_(0, (2 / p[0].numel()) ** 0.5)
+        else:
+            p.normal_(0.5, 0.5)
+    for name, b in model.named_buffers():
+        if name.endswith('running_mean'):
+            b.normal_(0, 0.5)
+        elif name.endswith('running_var'):
+            b.uniform_(0.5, 2)
+    return model
+
+
+@pytest.fixture
+def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run a command line tool: ``tool('fold', CONFIG, ...)``, from the root of the checkout."""
+
+    def run(name: str, *args: object, **env: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, '-W', 'ignore', f'tools/{name}.py', *map(str, args)]
+        return subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=500, env={**os.environ, **env}, check=False
+        )
+
+    return run

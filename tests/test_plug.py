@@ -1,0 +1,339 @@
+"""plug: what it attaches, what it refuses, what it leaves alone."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import pytest
+import torch
+from cases import ATTENTIONS
+from conftest import randomise
+from torch import Tensor, nn
+
+import asr_downstream
+from asr_downstream import PlugError, describe, plug, rebind, register_site, verify
+from asr_downstream.models.resnet_cifar import BasicBlock, Bottleneck, ResNet
+from asr_downstream.registry import ATTENTIONS as REGISTRY
+from asr_downstream.sites import SITES
+
+ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
+CLASSIC = dict(type='Attention', attention=dict(type='SE', reduction=4))
+X = (2, 3, 16, 16)
+
+
+def tiny(block: type = Bottleneck) -> ResNet:
+    return ResNet(block, 2, width=8)
+
+
+def snapshot(model: nn.Module) -> tuple:
+    """Everything that a failed plug must leave as it was."""
+    classes = [(n, type(m)) for n, m in model.named_modules()]
+    tensors = {n: (t.data_ptr(), t.detach().clone()) for n, t in model.state_dict(keep_vars=True).items()}
+    return classes, tensors, dict(vars(model)).keys()
+
+
+def assert_untouched(model: nn.Module, before: tuple) -> None:
+    classes, tensors, attributes = snapshot(model)
+    assert classes == before[0]
+    assert attributes == before[2]
+    assert tensors.keys() == before[1].keys()
+    for name, (pointer, value) in tensors.items():
+        assert pointer == before[1][name][0]
+        assert torch.equal(value, before[1][name][1])
+
+
+@pytest.mark.parametrize(('block', 'end'), [(BasicBlock, 'bn2'), (Bottleneck, 'bn3')])
+def test_residual_sites_end_the_branches(block: type, end: str) -> None:
+    rows = plug(tiny(block), ASR).sites
+    assert [row.path for row in rows] == [f'layer{s}.{b}.{end}' for s in (1, 2, 3) for b in (0, 1)]
+    assert {row.plug for row in rows} == {'ASR(SE)'}
+    assert all(row.folds and row.layer == 'BatchNorm2d' for row in rows)
+
+
+def test_stock_names_identities_and_isinstance_stay() -> None:
+    model = tiny()
+    parameters = dict(model.named_parameters())
+    plug(model, ASR)
+    for name, p in parameters.items():
+        assert model.get_parameter(name) is p
+    assert isinstance(model.layer1[0].bn3, nn.BatchNorm2d)
+    missing, unexpected = model.load_state_dict(tiny().state_dict(), strict=False)
+    assert not unexpected
+    assert missing
+    assert all('.gate.' in key for key in missing)
+
+
+def test_the_global_random_state_stays_and_gates_differ_between_sites() -> None:
+    torch.manual_seed(5)
+    model = tiny()
+    after_stock = torch.rand(3)
+    torch.manual_seed(5)
+    plugged = tiny()
+    plug(plugged, ASR)
+    torch.testing.assert_close(torch.rand(3), after_stock, rtol=0, atol=0)
+    assert torch.equal(model.conv1.weight, plugged.conv1.weight)
+    first, second = (plugged.layer1[i].bn3.gate[0].attention.fc1.weight for i in (0, 1))
+    assert not torch.equal(first, second)
+    torch.manual_seed(5)
+    again = tiny()
+    plug(again, ASR)
+    assert torch.equal(first, again.layer1[0].bn3.gate[0].attention.fc1.weight)
+
+
+def test_patterns_and_all() -> None:
+    model = tiny()
+    assert [r.path for r in plug(model, dict(ASR, sites=['layer1.*.bn3', 'fc'])).sites] == [
+        'layer1.0.bn3',
+        'layer1.1.bn3',
+        'fc',
+    ]
+    model = tiny()
+    layers = [n for n, m in model.named_modules() if isinstance(m, nn.Conv2d | nn.BatchNorm2d | nn.Linear)]
+    assert [r.path for r in plug(model, dict(ASR, sites='all')).sites] == layers
+    model(torch.randn(X))
+
+
+def test_repeat_and_composition() -> None:
+    model = tiny()
+    rows = plug(model, [dict(ASR, repeat=2), CLASSIC]).sites
+    assert rows[0].plug == 'ASR(SE) x2 + Attention(SE)'
+    assert not rows[0].folds
+    layer = model.layer1[0].bn3
+    x = torch.randn(2, layer.num_features, 4, 4)
+    model.eval()
+    y = nn.BatchNorm2d.forward(layer, x) * (layer.gate[0]() * layer.gate[1]()).view(1, -1, 1, 1)
+    y = y * layer.dynamic[0].attention(y)[..., None, None]
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_classic_attention_on_tokens_gates_the_last_axis() -> None:
+    model = nn.Sequential(nn.Linear(6, 8))
+    plain = copy.deepcopy(model)
+    plug(model, dict(type='Attention', attention=dict(type='SE', reduction=2), sites=['0']))
+    x = torch.randn(2, 5, 6)
+    y = plain(x)
+    gates = model[0].dynamic[0].attention(y.mean(1))  # (B, C)
+    torch.testing.assert_close(model(x), y * gates[:, None])
+
+
+@pytest.mark.parametrize('attention', [a for a in ATTENTIONS if a != 'LayerScale'])
+@pytest.mark.parametrize('kind', ['ASR', 'Attention'])
+@pytest.mark.parametrize('training', [False, True])
+def test_preserve_changes_nothing_at_the_start(attention: str, kind: str, training: bool) -> None:
+    stock = randomise(tiny().double()).train(training)
+    model = copy.deepcopy(stock)
+    plug(model, dict(type=kind, attention=dict(type=attention), preserve=True))
+    assert verify(model, stock, torch.randn(X, dtype=torch.float64)).absolute == 0
+
+
+def test_preserve_holds_for_weights_that_are_loaded_later_and_after_reloading() -> None:
+    stock, model = randomise(tiny()).eval(), tiny().eval()
+    plug(model, dict(ASR, preserve=True))
+    model.load_state_dict(stock.state_dict(), strict=False)
+    x = torch.randn(X)
+    assert verify(model, stock, x).absolute == 0
+    nn.init.normal_(model.layer1[0].bn3.gate[0].psi)
+    other = tiny().eval()
+    plug(other, dict(ASR, preserve=True))
+    other.load_state_dict(model.state_dict())
+    assert verify(model, other, x).absolute == 0
+    assert verify(model, stock, x).absolute > 1e-4
+
+
+def test_without_preserve_fresh_se_gates_scale_the_branches() -> None:
+    stock = randomise(tiny()).eval()
+    model = copy.deepcopy(stock)
+    plug(model, ASR)
+    assert verify(model, stock, torch.randn(X)).relative > 0.01
+
+
+class Ramp(nn.Module):
+    """An attention whose gates have the wrong number of channels."""
+
+    def __init__(self, channels: int, extra: int = 1) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, channels + extra)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(asr_downstream.pool(x)).sigmoid()
+
+
+def shared(model: ResNet) -> None:
+    model.layer1[0].bn3.weight = model.layer1[1].bn3.weight
+
+
+def not_affine(model: ResNet) -> None:
+    model.layer1[0].bn3 = nn.BatchNorm2d(32, affine=False)
+
+
+def plugged_before(model: ResNet) -> None:
+    plug(model, ASR)
+
+
+BAD = [
+    (dict(type='ASRR', attention=dict(type='SE')), None, "unknown plug 'ASRR'.*did you mean 'ASR'"),
+    (dict(type='ASR', attention=dict(type='SEE')), None, "unknown attention 'SEE'.*did you mean 'SE'"),
+    (dict(type='ASR', attention='SE'), None, r"attention=dict\(type='SE'\)"),
+    (dict(type='ASR'), None, 'attention'),
+    (dict(ASR, repeat=0), None, 'repeat'),
+    (dict(ASR, reduction=3), None, 'reduction'),
+    (dict(type='ASR', attention=dict(type='SE', r=3)), None, "'r'"),
+    (dict(ASR, sites=['layer9.*']), None, r"nothing in ResNet matches 'layer9"),
+    (dict(ASR, sites=['layer1']), None, 'Sequential'),
+    (dict(ASR, sites='everything'), None, "'residual', 'all'"),
+    (dict(type='ASR', attention=dict(type='LayerScale', init_value=0.0), preserve=True), None, 'preserve'),
+    (dict(type='ASR', attention=dict(type='Ramp')), None, r'\(1, 33\), expected \(1, 32\)'),
+    ([CLASSIC, ASR], None, 'put the ASR first'),
+    ([], None, 'empty'),
+    (ASR, plugged_before, 'plugged already'),
+    (ASR, shared, 'shared with another layer'),
+    (ASR, not_affine, 'affine=False'),
+]
+
+
+@pytest.mark.parametrize(('spec', 'damage', 'message'), BAD, ids=[m for *_, m in BAD])
+def test_refusals_name_the_cause_and_leave_the_model_alone(spec: dict, damage: object, message: str) -> None:
+    if 'Ramp' not in REGISTRY.module_dict:
+        REGISTRY.register_module(module=Ramp)
+    model = tiny()
+    if damage is not None:
+        damage(model)
+    before = snapshot(model)
+    with pytest.raises(PlugError, match=message):
+        plug(model, spec)
+    assert_untouched(model, before)
+
+
+def test_no_known_block_lists_what_there_is() -> None:
+    with pytest.raises(PlugError, match=r'no residual block.*register_site.*sites=\[.*0, 1'):
+        plug(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), ASR)
+
+
+def test_layer_norm_over_several_axes_has_no_channels() -> None:
+    with pytest.raises(PlugError, match='last axis'):
+        plug(nn.Sequential(nn.LayerNorm((4, 8))), dict(ASR, sites=['0']))
+
+
+def test_frozen_blocks_are_left_out_with_a_warning() -> None:
+    model = tiny()
+    model.layer1.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r'2 sites.*not plugged: layer1.0.bn3, layer1.1.bn3.*frozen_stages'):
+        rows = plug(model, ASR).sites
+    assert rows[0].path == 'layer2.0.bn3'
+
+
+def test_frozen_blocks_named_by_the_user_are_plugged_with_a_warning() -> None:
+    model = tiny()
+    model.layer1.requires_grad_(False)
+    with pytest.warns(UserWarning, match='may never train'):
+        assert len(plug(model, dict(ASR, sites=['layer1.*.bn3'])).sites) == 2
+
+
+def test_all_sites_frozen_is_an_error_and_all_parameters_frozen_is_not() -> None:
+    model = tiny().requires_grad_(False)
+    model.fc.requires_grad_(True)
+    with pytest.raises(PlugError, match='all 6 sites lie in frozen blocks'):
+        plug(model, ASR)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert len(plug(tiny().requires_grad_(False), ASR).sites) == 6  # only the gates are to be trained
+
+
+def test_five_lines_register_an_attention_and_a_site() -> None:
+    @asr_downstream.ATTENTIONS.register_module()
+    class Mean(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.fc = nn.Linear(channels, channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(asr_downstream.pool(x)).sigmoid()
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.branch = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.GroupNorm(2, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.branch(x)
+
+    register_site(Block, 'branch.1')
+    try:
+        model = randomise(nn.Sequential(Block(), Block())).eval()
+        assert [r.path for r in plug(model, dict(type='ASR', attention=dict(type='Mean'))).sites] == [
+            '0.branch.1',
+            '1.branch.1',
+        ]
+        folded, _ = asr_downstream.fold(model)
+        assert verify(model, folded, torch.randn(2, 4, 5, 5)).relative < 1e-5
+    finally:
+        SITES.popitem()
+        REGISTRY.module_dict.pop('Mean')
+
+
+@pytest.mark.parametrize('spec', [ASR, CLASSIC, [ASR, CLASSIC]], ids=['ASR', 'Attention', 'both'])
+def test_copies_pickles_and_state_dicts(spec: object) -> None:
+    model = randomise(tiny())
+    plug(model, spec)
+    model.eval()
+    x = torch.randn(X)
+    assert verify(copy.deepcopy(model), model, x).absolute == 0
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert verify(torch.load(buffer, weights_only=False), model, x).absolute == 0
+    other = tiny().eval()
+    plug(other, spec)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert verify(other, model, x).absolute == 0
+
+
+def test_torch_compile_gives_the_same() -> None:
+    model = randomise(tiny(BasicBlock)).eval()
+    plug(model, ASR)
+    compiled = torch.compile(model, backend='aot_eager', fullgraph=True)
+    x = torch.randn(X)
+    torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_gates_stay_in_full_precision_under_autocast() -> None:
+    model = randomise(tiny())
+    plug(model, ASR)
+    layer = model.layer1[0].bn3
+    full = layer.constant()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(layer.constant(), full)
+
+
+def test_gates_take_the_dtype_and_mode_of_their_layer() -> None:
+    model = tiny().double().eval()
+    plug(model, [ASR, CLASSIC])
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.float64}
+    assert not any(m.training for m in model.modules())
+
+
+def test_conversion_to_sync_bn_loses_no_gate_unseen() -> None:
+    model = randomise(tiny()).eval()
+    plug(model, ASR)
+    x = torch.randn(X)
+    expected = model(x)
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    for lost in (describe, asr_downstream.fold):
+        with pytest.raises(PlugError, match=r'rebind\(model\)'):
+            lost(converted)
+    assert len(rebind(converted)) == 6
+    torch.testing.assert_close(converted(x), expected)
+    folded, _ = asr_downstream.fold(converted)
+    assert type(folded.layer1[0].bn3) is nn.SyncBatchNorm
+    torch.testing.assert_close(folded(x), expected)
+
+
+def test_describe_prints_a_table_and_says_when_there_is_none() -> None:
+    model = tiny()
+    assert str(describe(model)) == 'ResNet: no plugged sites'
+    text = str(plug(model, ASR))
+    assert 'layer1.0.bn3' in text
+    assert 'exactly' in text
+    assert describe(model).parameters == sum(p.numel() for n, p in model.named_parameters() if '.gate.' in n)
