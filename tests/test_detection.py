@@ -1,0 +1,238 @@
+"""The MMDetection adapter: plugged backbones, live detectors, configs."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT, randomise
+
+pytest.importorskip('mmdet')
+pytestmark = pytest.mark.det
+
+from mmdet.models import backbones as stock_backbones
+from mmdet.registry import MODELS
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from asr_downstream import describe, fold, plug, verify
+from asr_downstream.detection.backbones import ResNet
+from asr_downstream.detection.config import load_config, set_data_root, stock_config
+from asr_downstream.detection.detectors import build_detector, compare_features, sample_inputs
+from asr_downstream.errors import AsrError, DataError
+from asr_downstream.layers import rebind
+
+ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
+X = (2, 3, 64, 64)
+CONFIGS = sorted(p for p in (ROOT / 'det_configs').rglob('*.py') if '_base_' not in p.parts)
+BACKBONES = [
+    (dict(type='ResNet', depth=18), 'bn2', 8),
+    (dict(type='ResNet', depth=50), 'bn3', 16),
+    (dict(type='ResNeXt', depth=50, groups=4, base_width=4), 'bn3', 16),
+    (dict(type='ResNetV1d', depth=50), 'bn3', 16),
+    (dict(type='ResNet', depth=18, norm_cfg=dict(type='GN', num_groups=4)), 'gn2', 8),
+]
+IDS = [f'{b["type"]}-{b["depth"]}-{end}' for b, end, _ in BACKBONES]
+
+
+@pytest.fixture(autouse=True)
+def _scope() -> None:
+    init_default_scope('mmdet')
+
+
+def tiny(backbone: dict, **extra: Any) -> Any:
+    return MODELS.build(dict(backbone, base_channels=8, **extra))
+
+
+def plugged(backbone: dict, spec: Any = ASR, **extra: Any) -> Any:
+    return tiny(dict(backbone, type='asr_downstream.' + backbone['type']), plug=spec, **extra)
+
+
+def in_eval(model: Any) -> Any:
+    model.eval()  # mmdet's ResNet.eval() returns None
+    return model
+
+
+@pytest.mark.parametrize(('backbone', 'end', 'sites'), BACKBONES, ids=IDS)
+def test_backbone_plugs_trains_folds_and_loads_into_stock(backbone: dict, end: str, sites: int) -> None:
+    model = randomise(plugged(backbone, norm_eval=False).double())
+    rows = describe(model).sites
+    assert len(rows) == sites
+    assert all(row.path.endswith(end) and row.path.startswith('layer') for row in rows)
+
+    stock = tiny(backbone).double()
+    missing, unexpected = model.load_state_dict(stock.state_dict(), strict=False)
+    assert not unexpected
+    assert all('.gate.' in key for key in missing)
+
+    randomise(model).train()
+    x = torch.randn(X, dtype=torch.float64)
+    sum(y.square().mean() for y in model(x)).backward()
+    gates = {n: p for n, p in model.named_parameters() if '.gate.' in n}
+    assert len(gates) == 5 * sites
+    assert all(p.grad is not None for p in gates.values())
+    assert all(p.grad.abs().max() > 0 for n, p in gates.items() if 'fc2' in n)
+
+    model.eval()
+    folded, _ = fold(model)
+    assert type(folded) is getattr(stock_backbones, backbone['type'])
+    in_eval(stock).load_state_dict(folded.state_dict(), strict=True)
+    assert verify(model, stock, x).relative < 1e-10
+    bare = in_eval(tiny(backbone).double())
+    bare.load_state_dict({k: v for k, v in model.state_dict().items() if '.gate.' not in k})
+    assert verify(model, bare, x).relative > 1e-3
+
+
+@pytest.mark.parametrize(('backbone', 'end', 'sites'), BACKBONES, ids=IDS)
+def test_plug_on_a_live_backbone_does_the_same(backbone: dict, end: str, sites: int) -> None:
+    torch.manual_seed(1)
+    live = tiny(backbone)
+    plug(live, ASR)
+    torch.manual_seed(1)
+    from_config = plugged(backbone)
+    assert describe(live).sites == describe(from_config).sites
+    for key, value in from_config.state_dict().items():
+        assert torch.equal(live.state_dict()[key], value), key
+
+
+def test_initial_stock_weights_are_those_of_the_stock_class() -> None:
+    for spec in (ASR, dict(type='Attention', attention=dict(type='CBAM'))):
+        torch.manual_seed(3)
+        stock = tiny(BACKBONES[1][0])
+        stock.init_weights()
+        torch.manual_seed(3)
+        model = plugged(BACKBONES[1][0], spec)
+        gates = {k: v.clone() for k, v in model.state_dict().items() if '.gate.' in k or '.dynamic.' in k}
+        model.init_weights()
+        for key, value in stock.state_dict().items():
+            assert torch.equal(model.state_dict()[key], value), key
+        for key, value in gates.items():
+            assert torch.equal(model.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize('kind', ['ASR', 'Attention'])
+def test_pretrained_stock_weights_with_preserve_start_where_stock_stands(kind: str, tmp_path: Path) -> None:
+    stock = in_eval(randomise(tiny(BACKBONES[0][0])))
+    path = tmp_path / 'stock.pth'
+    torch.save(stock.state_dict(), path)
+    init_cfg = dict(type='Pretrained', checkpoint=str(path))
+    spec = dict(type=kind, attention=dict(type='SE', reduction=4), preserve=True)
+    model = plugged(BACKBONES[0][0], spec, init_cfg=init_cfg)
+    model.init_weights()
+    x = torch.randn(X)
+    assert verify(in_eval(model), stock, x).absolute == 0
+    plain = plugged(BACKBONES[0][0], dict(spec, preserve=False), init_cfg=init_cfg)
+    plain.init_weights()
+    assert verify(in_eval(plain), stock, x).relative > 1e-2
+
+
+def test_pretrained_plugged_weights_fill_the_gates(tmp_path: Path) -> None:
+    source = in_eval(randomise(plugged(BACKBONES[0][0])))
+    path = tmp_path / 'plugged.pth'
+    torch.save(source.state_dict(), path)
+    model = plugged(BACKBONES[0][0], init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.init_weights()
+    assert verify(in_eval(model), source, torch.randn(X)).absolute == 0
+
+
+def test_a_frozen_stage_is_left_out_with_a_warning() -> None:
+    with pytest.warns(UserWarning, match=r'2 sites.*layer1.0.bn2.*frozen_stages'):
+        model = plugged(BACKBONES[0][0], frozen_stages=1)
+    assert describe(model).sites[0].path == 'layer2.0.bn2'
+    model.train()
+    assert all(p.requires_grad for n, p in model.named_parameters() if '.gate.' in n)
+
+
+def test_sync_bn_conversion_keeps_the_gates() -> None:
+    model = in_eval(randomise(plugged(BACKBONES[0][0])))
+    x = torch.randn(X)
+    expected = model(x)
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    in_eval(converted)  # the switch of mode attaches them again
+    assert not rebind(converted)
+    for a, b in zip(converted(x), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_backbone_without_plug_is_stock() -> None:
+    model = MODELS.build(dict(type='asr_downstream.ResNet', depth=18, base_channels=8))
+    assert isinstance(model, ResNet)
+    assert not describe(model).sites
+
+
+def test_a_wrong_spec_in_a_config_is_an_error_with_the_right_name() -> None:
+    with pytest.raises(Exception, match="did you mean 'SE'"):
+        plugged(BACKBONES[0][0], dict(type='ASR', attention=dict(type='SEE')))
+
+
+def shrunk(config: Config) -> Config:
+    """The config at a width that a test can afford."""
+    model = config.model
+    model.backbone.base_channels = 8
+    expansion = 1 if model.backbone.depth < 50 else 4
+    width = len(model.neck.in_channels)
+    model.neck.in_channels = [8 * expansion * 2**i for i in range(4)][-width:]
+    if model.backbone.get('num_stages', 4) == 3:
+        model.neck.in_channels = [16, 32]
+    if 'roi_head' in model:
+        model.roi_head.bbox_head.fc_out_channels = 32
+    return config
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=[p.stem for p in CONFIGS])
+def test_every_config_builds_plugs_folds_and_ships(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv('ASR_DATA_ROOT', raising=False)
+    text = path.read_text()
+    assert text.startswith(f'# python tools/train_det.py {path.relative_to(ROOT).as_posix()}'), 'opens with its command'
+    config = shrunk(load_config(path))
+    plain = stock_config(config)
+    assert 'asr_downstream' not in plain.pretty_text
+    if 'plug' not in config.model.backbone:
+        assert plain.model == config.model
+        assert not describe(build_detector(config)).sites
+        return
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        model = in_eval(randomise(build_detector(config)))
+    rows = describe(model).sites
+    assert len(rows) >= 6
+    constant = config.model.backbone.plug.type == 'ASR'
+    assert all(row.folds == constant for row in rows)
+    x = torch.randn(1, 3, 64, 64)
+    model(**sample_inputs(x))
+    if not constant:
+        with pytest.raises(AsrError, match='depend on the input'):
+            fold(model)
+        return
+    model.double()
+    folded, _ = fold(model)
+    stock = build_detector(plain).double()
+    stock.load_state_dict(folded.state_dict(), strict=True)
+    assert compare_features(model, stock).relative < 1e-10
+
+
+def test_configs_have_an_arm_for_each_detector_and_depth() -> None:
+    names = {p.stem for p in CONFIGS}
+    for detector in ('faster-rcnn', 'retinanet'):
+        for depth in (18, 50):
+            for arm in ('', '-se-c3-c5', '-asr-se-c3-c5', '-asr-eca-c3-c5'):
+                assert f'{detector}_r{depth}{arm}_fpn_1x_coco' in names
+
+
+def test_data_root_reaches_loaders_and_evaluators(tmp_path: Path) -> None:
+    config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py')
+    set_data_root(config, tmp_path)
+    assert config.train_dataloader.dataset.data_root == f'{tmp_path}/'
+    assert config.test_evaluator.ann_file == f'{tmp_path}/annotations/val.json'
+    with pytest.raises(DataError, match='no such data folder'):
+        set_data_root(config, tmp_path / 'nowhere')
+
+
+def test_asr_data_root_holds_the_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('ASR_DATA_ROOT', str(tmp_path))
+    (tmp_path / 'digits').mkdir()
+    config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py')
+    assert config.train_dataloader.dataset.data_root == f'{tmp_path}/digits/'
