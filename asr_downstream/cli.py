@@ -13,7 +13,8 @@ from asr_downstream.errors import AsrError
 
 __all__ = ['parser', 'run']
 
-UNREADABLE = re.compile(r'failed to load image: (\S+)')
+# A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
+UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
 
 
 def parser(doc: str | None) -> argparse.ArgumentParser:

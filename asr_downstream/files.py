@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
     except (OSError, RuntimeError) as error:
         raise AsrError(f'{path}: cannot be written ({error}); check the permissions and the free space') from error
     finally:
-        temporary.unlink(missing_ok=True) if path.parent.exists() else None
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -54,5 +56,8 @@ def writable_folder(path: Path) -> Path:
 
 def sha256(path: Path) -> str:
     """Hash of a file's content, hexadecimal."""
+    digest = hashlib.sha256()
     with path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

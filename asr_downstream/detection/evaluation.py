@@ -16,6 +16,7 @@ from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.table import Table
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -86,8 +87,8 @@ class Differences(NamedTuple):
     """How far the detections of two detectors differ.
 
     Attributes:
-        boxes_px, scores: largest differences over images whose detections correspond one to one.
-        unmatched: images where number or labels of the detections differ.
+        boxes_px, scores: largest differences over the images whose detections correspond one to one.
+        unmatched: images where the number of detections of some class differs.
         images: images compared.
     """
 
@@ -121,7 +122,7 @@ class Comparison:
             column.justify = 'right'
         for name in a.metrics:
             x, y = a.metrics[name], b.metrics[name]
-            table.add_row(name, metric(x), metric(y), f'{y - x:+.4f}' if x >= 0 else '')
+            table.add_row(name, metric(x), metric(y), f'{y - x:+.3f}' if x >= 0 else '')
         table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
         table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
         table.add_row('median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}')
@@ -132,8 +133,8 @@ class Comparison:
 
 
 def metric(value: float) -> str:
-    """Format an AP; -1 means that the set has no such boxes."""
-    return f'{value:.4f}' if value >= 0 else 'none'
+    """Format an AP, which mmdet rounds to three digits; -1 means that the set has no such boxes."""
+    return f'{value:.3f}' if value >= 0 else 'none'
 
 
 @torch.no_grad()
@@ -217,16 +218,23 @@ def compare(config: Config, plugged: nn.Module, folded: nn.Module) -> Comparison
 
 
 def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differences:
-    """Compare the detections of two detectors, image by image."""
+    """Compare the detections of two detectors, image by image.
+
+    Detections of one class are paired by the nearest boxes, since rounding may swap two whose scores are equal.
+    """
     boxes = scores = 0.0
     unmatched = 0
     for image, (boxes_a, scores_a, labels_a) in a.items():
         boxes_b, scores_b, labels_b = b[image]
-        if not torch.equal(labels_a, labels_b):
+        if not torch.equal(labels_a.sort().values, labels_b.sort().values):
             unmatched += 1
-        elif len(labels_a):
-            boxes = max(boxes, float((boxes_a - boxes_b).abs().max()))
-            scores = max(scores, float((scores_a - scores_b).abs().max()))
+            continue
+        for label in labels_a.unique():
+            in_a, in_b = (labels == label for labels in (labels_a, labels_b))
+            apart = torch.cdist(boxes_a[in_a], boxes_b[in_b], p=torch.inf)  # (n, n) px
+            rows, columns = linear_sum_assignment(apart)
+            boxes = max(boxes, float(apart[rows, columns].max()))
+            scores = max(scores, float((scores_a[in_a][rows] - scores_b[in_b][columns]).abs().max()))
     return Differences(boxes, scores, unmatched, len(a))
 
 

@@ -1,0 +1,108 @@
+"""The package as such: what it imports, what it says without its extras, its set-up and its benchmark."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {blocked}:
+            raise ModuleNotFoundError(f"No module named '{{name}}'", name=name)
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, blocked: set[str]) -> subprocess.CompletedProcess[str]:
+    script = BLOCK.format(blocked=blocked) + code
+    return subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_the_core_works_without_its_extras() -> None:
+    done = python(
+        'import torch, asr_downstream as a\n'
+        'from asr_downstream.models import resnet56\n'
+        "m = resnet56().eval(); a.plug(m, dict(type='ASR', attention=dict(type='SE')))\n"
+        'f, report = a.fold(m); print(report, a.verify(m, f, torch.randn(2, 3, 32, 32)).relative < 1e-5)\n',
+        {'mmcv', 'mmdet', 'diffusers', 'accelerate', 'transformers', 'pycocotools', 'sklearn', 'torchvision', 'timm'},
+    )
+    assert done.stdout == 'folded 27 sites of ResNet True\n', done.stderr
+
+
+@pytest.mark.parametrize('missing', ['mmdet', 'mmcv'])
+def test_a_missing_extra_prints_how_to_install_it(missing: str) -> None:
+    done = python('import asr_downstream.detection', {missing})
+    assert done.returncode != 0
+    assert f"needs the extra det (No module named '{missing}')" in done.stderr
+    assert "pip install -c constraints.txt -e '.[det]'" in done.stderr
+
+
+def test_importing_reaches_no_network() -> None:
+    done = python(
+        'import socket\n'
+        'def refuse(*a, **k): raise AssertionError("network")\n'
+        'socket.socket.connect = refuse\n'
+        'import asr_downstream, asr_downstream.models\n',
+        {'requests'},
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope='module')
+def setup_env() -> object:
+    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools/setup_env.py')
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_failed_setup_step_names_itself_and_the_next_run_continues(
+    setup_env: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    setup = setup_env.Setup(tmp_path)
+    done: list[str] = []
+    setup.once('first', '1', lambda: done.append('first'), 'nothing')
+
+    def broken() -> None:
+        setup.run('second', [sys.executable, '-c', 'print("[1/2] c++ a.o"); print("no compiler"); raise SystemExit(3)'])
+
+    with pytest.raises(
+        SystemExit, match=r'(?s)step "second".*no compiler.*exit code 3.*What to do: install a compiler'
+    ):
+        setup.once('second', '1', broken, 'install a compiler')
+    for name in ('first', 'second'):
+        setup.once(name, '1', lambda name=name: done.append(name), 'nothing')
+    assert done == ['first', 'second']
+    setup.once('second', '2', lambda: done.append('again'), 'nothing')
+    assert done[-1] == 'again'
+    assert 'no compiler' in (tmp_path / 'setup.log').read_text()
+
+
+def test_constraints_pin_what_the_setup_needs(setup_env: object, tmp_path: Path) -> None:
+    setup = setup_env.Setup(tmp_path)
+    assert setup.pin('torch') == 'torch==' + torch.__version__.split('+')[0]
+    assert setup.pin('onedl-mmcv').startswith('onedl-mmcv==')
+    with pytest.raises(setup_env.StepFailed, match='does not pin torchvision'):
+        setup.pin('torchvision')
+
+
+def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path) -> None:
+    done = tool('benchmark', 'plug', '--rounds', '2', '--case', '56', '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    case = json.loads((tmp_path / 'plug.json').read_text())['cases'][0]
+    assert case['agreement'] < 1e-5
+    assert case['saved']['ASR(SE)'] <= 1.005  # counted, not timed: the same on every machine
+    assert case['saved']['ASR(SE), feature maps'] > 1.1
+    assert set(case['inference']) == {'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'}
+    assert 'feature maps' in done.stdout

@@ -1,0 +1,254 @@
+"""The command line tools as a user runs them: in processes of their own, on real data, with good and with bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip('mmdet')
+pytestmark = pytest.mark.det
+
+from asr_downstream.checkpoint import read_checkpoint
+from asr_downstream.detection.digits import make_digits
+
+PLUGGED = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
+STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
+SHORT = ('train_cfg.max_epochs=1', 'train_dataloader.batch_size=4', 'default_hooks.checkpoint.interval=1')
+Tool = Callable[..., object]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    make_digits(root, sizes={'train': 16, 'val': 6})
+    return root
+
+
+@pytest.fixture(scope='module')
+def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Checkpoint of one epoch, trained once through the tool."""
+    import subprocess
+    import sys
+
+    work = tmp_path_factory.mktemp('work')
+    done = subprocess.run(
+        [sys.executable, '-W', 'ignore', 'tools/train_det.py', PLUGGED, '--data-root', str(digits), '--work-dir',
+         str(work), '--cfg-options', *SHORT],
+        cwd=ROOT, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert 'backbone.layer1.0.bn2' in done.stdout + done.stderr
+    checkpoint = work / 'epoch_1.pth'
+    assert f'last checkpoint: {checkpoint}' in done.stdout
+    return checkpoint
+
+
+def test_test_det_compares_unfolded_and_folded(tool: Tool, digits: Path, trained: Path, tmp_path: Path) -> None:
+    done = tool('test_det', PLUGGED, trained, '--fold', '--data-root', digits, '--work-dir', tmp_path)
+    assert done.returncode == 0, done.stderr
+    for row in ('AP50', 'APl', 'parameters', 'GMACs', 'median latency', 'boxes, px', 'scores'):
+        assert row in done.stdout
+    found = json.loads((tmp_path / 'test.json').read_text())
+    assert found['difference']['images'] == 6
+    assert found['difference']['unmatched'] == 0
+    assert found['difference']['boxes_px'] < 0.01
+    assert found['folded']['parameters'] == found['unfolded']['parameters'] - 1806
+    for name in ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'):
+        assert found['folded'][name] == found['unfolded'][name]
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_fold_ships_what_plain_mmdetection_loads(
+    tool: Tool, digits: Path, trained: Path, tmp_path: Path, suffix: str
+) -> None:
+    out = tmp_path / f'detector{suffix}'
+    done = tool('fold', PLUGGED, trained, out)
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / 'fold_report.json').read_text())
+    assert len(report['sites']) == 6
+    assert report['feature_map_difference']['float64']['relative'] < 1e-10
+    assert report['feature_map_difference']['float32']['relative'] < 1e-4
+    assert report['versions']['torch'].startswith(torch.__version__.split('+')[0])
+    assert len(report['folded']['sha256']) == 64
+    assert 'asr_downstream' not in out.with_suffix('.py').read_text()
+    loaded = tool('test_stock', out.with_suffix('.py'), out)
+    assert loaded.returncode == 0, loaded.stderr
+    assert 'loaded strictly into mmdet.models.detectors.retinanet.RetinaNet' in loaded.stdout
+    # Negative control: a checkpoint with gates does not load there.
+    if suffix == '.pth':
+        gated = tmp_path / 'gated' / 'detector.pth'
+        gated.parent.mkdir()
+        torch.save({'state_dict': read_checkpoint(trained)['state_dict']}, gated)
+        refused = tool('test_stock', out.with_suffix('.py'), gated)
+        assert refused.returncode != 0
+        assert 'Unexpected key' in refused.stderr
+        shutil.rmtree(gated.parent)
+        assert sorted(p.name for p in tmp_path.iterdir()) == ['detector.pth', 'detector.py', 'fold_report.json']
+
+
+def test_training_resumes(tool: Tool, digits: Path, trained: Path, tmp_path: Path) -> None:
+    work = tmp_path / 'work'
+    shutil.copytree(trained.parent, work)
+    (work / 'last_checkpoint').write_text(str(work / 'epoch_1.pth'))
+    options = ('--cfg-options', 'train_cfg.max_epochs=2', *SHORT[1:])
+    done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', work, '--resume', *options)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert (work / 'epoch_2.pth').exists()
+    assert 'resumed epoch: 1' in done.stdout + done.stderr
+
+
+def test_dry_run_says_what_would_happen(tool: Tool, digits: Path, tmp_path: Path) -> None:
+    done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', '--dry-run')
+    assert done.returncode == 0, done.stderr
+    for text in ('backbone.layer3.1.bn2', '1,806 fold away', '16 images', '10 epochs of 2 steps'):
+        assert text in done.stdout
+    assert not (tmp_path / 'w').exists()
+
+
+def test_digits_are_the_same_bytes_every_time(tool: Tool, tmp_path: Path) -> None:
+    for name, seed in (('a', 0), ('b', 0), ('c', 1)):
+        make_digits(tmp_path / name, seed, sizes={'train': 3, 'val': 3})
+    files = {n: {p.name: p.read_bytes() for p in (tmp_path / n).rglob('*.*')} for n in 'abc'}
+    assert files['a'] == files['b']
+    assert len(files['a']) == 5  # three names of pictures, shared by the splits, and two annotation files
+    assert files['a']['000000.png'] != files['c']['000000.png']
+    done = tool('prepare_data', 'digits', tmp_path / 'd')
+    assert done.returncode == 0, done.stderr
+    content = json.loads((tmp_path / 'd/annotations/train.json').read_text())
+    assert len(content['images']) == 480
+    for a in content['annotations']:
+        x, y, w, h = a['bbox']
+        assert min(x, y) >= 0
+        assert max(x + w, y + h) <= 160
+        assert min(w, h) >= 3
+
+
+def coco_tree(root: Path) -> Path:
+    image = {'id': 1, 'file_name': '1.jpg', 'width': 8, 'height': 8}
+    box = {'id': 1, 'image_id': 1, 'category_id': 1, 'bbox': [1, 1, 3, 3], 'area': 9, 'iscrowd': 0}
+    content = {'images': [image], 'annotations': [box], 'categories': [{'id': 1, 'name': 'cat'}]}
+    for split in ('train2017', 'val2017'):
+        (root / split).mkdir(parents=True)
+        (root / split / '1.jpg').touch()
+        (root / 'annotations').mkdir(exist_ok=True)
+        (root / f'annotations/instances_{split}.json').write_text(json.dumps(content))
+    return root
+
+
+def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
+    root = coco_tree(tmp_path / 'coco')
+    done = tool('prepare_data', 'coco', root)
+    assert done.returncode == 0, done.stderr
+    assert 'val2017: 1 images, 1 boxes, 1 classes' in done.stdout
+
+    packed = tmp_path / 'packed'
+    packed.mkdir()
+    for name, folder in (
+        ('train2017', 'train2017'),
+        ('val2017', 'val2017'),
+        ('annotations_trainval2017', 'annotations'),
+    ):
+        shutil.make_archive(str(packed / name), 'zip', root, folder)
+    hint = tool('prepare_data', 'coco', packed)
+    assert hint.returncode == 1
+    assert '--unpack' in hint.stderr
+    assert tool('prepare_data', 'coco', packed, '--unpack').returncode == 0
+
+    (root / 'val2017/1.jpg').unlink()
+    done = tool('prepare_data', 'coco', root)
+    assert done.returncode == 1
+    assert '1 of the 1 images of instances_val2017.json are missing: 1.jpg' in done.stderr
+
+
+def one_line(done: object, *texts: str) -> None:
+    """The contract for bad input: exit code 1, one line on stderr, naming what, where and what to do."""
+    assert done.returncode == 1, done.stdout + done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert len(lines) == 1, done.stderr
+    assert 'Traceback' not in done.stderr
+    for text in texts:
+        assert text in lines[0], lines[0]
+
+
+class TestBadInput:
+    def test_missing_checkpoint(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+        out = tmp_path / 'a.pth'
+        one_line(tool('fold', PLUGGED, tmp_path / 'none.pth', out), 'none.pth: no such checkpoint')
+        assert not list(tmp_path.iterdir())
+
+    def test_truncated_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
+        broken = tmp_path / 'broken.pth'
+        broken.write_bytes(trained.read_bytes()[:5000])
+        one_line(tool('fold', PLUGGED, broken, tmp_path / 'out/a.pth'), 'broken.pth: is damaged', 'train it again')
+        assert not (tmp_path / 'out').exists()
+
+    def test_checkpoint_of_another_architecture(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
+        config = 'det_configs/retinanet/retinanet_r18-asr-se-c3-c5_fpn_1x_coco.py'
+        one_line(tool('fold', config, trained, tmp_path / 'a.pth'), 'made for another model', 'use the config')
+
+    def test_folded_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
+        out = tmp_path / 'a.pth'
+        assert tool('fold', PLUGGED, trained, out).returncode == 0
+        one_line(tool('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
+        assert not (tmp_path / 'b.pth').exists()
+        one_line(tool('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
+
+    def test_unsafe_checkpoint(self, tool: Tool, tmp_path: Path) -> None:
+        path = tmp_path / 'unsafe.pth'
+        torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
+        one_line(tool('fold', PLUGGED, path, tmp_path / 'a.pth'), 'can run code', '--trust')
+
+    @pytest.mark.parametrize('content', ['{"images": []}', 'not json', '[1]'])
+    def test_annotations_that_are_not_coco(self, tool: Tool, tmp_path: Path, digits: Path, content: str) -> None:
+        root = tmp_path / 'digits'
+        shutil.copytree(digits, root)
+        (root / 'annotations/train.json').write_text(content)
+        done = tool('train_det', PLUGGED, '--data-root', root, '--work-dir', tmp_path / 'w')
+        one_line(done, 'train.json: is not')
+        assert not (tmp_path / 'w').exists()
+
+    def test_other_classes(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+        root = tmp_path / 'digits'
+        shutil.copytree(digits, root)
+        path = root / 'annotations/train.json'
+        path.write_text(path.read_text().replace('"name": "7"', '"name": "seven"'))
+        one_line(tool('train_det', PLUGGED, '--data-root', root, '--dry-run'), 'no category 7', 'metainfo')
+
+    def test_unreadable_image(self, tool: Tool, tmp_path: Path, digits: Path, trained: Path) -> None:
+        root = tmp_path / 'digits'
+        shutil.copytree(digits, root)
+        (root / 'val/000002.png').write_bytes(b'this is no picture')
+        done = tool('test_det', PLUGGED, trained, '--data-root', root, '--work-dir', tmp_path / 'w')
+        one_line(done, '000002.png: cannot be read as an image')
+        assert not (tmp_path / 'w').exists()
+
+    def test_misspelt_attention(self, tool: Tool, digits: Path, tmp_path: Path) -> None:
+        options = ('--cfg-options', 'model.backbone.plug.attention.type=SEE')
+        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', *options)
+        one_line(done, "unknown attention 'SEE'", "did you mean 'SE'")
+
+    def test_no_permission(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
+        """A file where the folder should be: root may write anywhere else."""
+        (tmp_path / 'file').touch()
+        one_line(tool('fold', PLUGGED, trained, tmp_path / 'file/a.pth'), 'cannot be written')
+        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'file/w')
+        one_line(done, 'cannot be written')
+
+    def test_missing_data_config_and_resume(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+        one_line(tool('train_det', PLUGGED, '--data-root', tmp_path / 'none'), 'none: no such data folder')
+        one_line(tool('train_det', 'none.py'), 'none.py: no such config')
+        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path, '--resume')
+        one_line(done, 'has no checkpoint to resume from')
+
+
+@pytest.mark.parametrize('name', ['train_det', 'test_det', 'fold', 'prepare_data', 'demo', 'benchmark', 'test_stock'])
+def test_help_teaches(tool: Tool, name: str) -> None:
+    done = tool(name, '--help')
+    assert done.returncode == 0
+    assert f'python tools/{name}.py' in done.stdout
