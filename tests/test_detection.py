@@ -236,3 +236,25 @@ def test_asr_data_root_holds_the_sets_by_name(tmp_path: Path, monkeypatch: pytes
     (tmp_path / 'digits').mkdir()
     config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py')
     assert config.train_dataloader.dataset.data_root == f'{tmp_path}/digits/'
+
+
+def test_plug_on_a_live_detector_finds_the_backbone_and_takes_patterns_elsewhere() -> None:
+    config = shrunk(load_config(ROOT / 'det_configs/retinanet/retinanet_r18_fpn_1x_coco.py'))
+    config.model.backbone.frozen_stages = -1
+    stock = in_eval(randomise(build_detector(config)).double())
+    model = build_detector(config).double()
+    model.load_state_dict(stock.state_dict())
+    rows = plug(
+        in_eval(model), dict(ASR, sites=['backbone.*.bn2', 'neck.fpn_convs.*.conv', 'bbox_head.retina_reg'])
+    ).sites
+    assert len(rows) == 8 + 5 + 1
+    assert rows[-1].path == 'bbox_head.retina_reg'
+    folded, _ = fold(model)
+    x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
+    assert verify(model, folded, sample_inputs(x)).relative < 1e-10
+    assert verify(model, stock, sample_inputs(x)).relative > 1e-3
+    stock.load_state_dict(folded.state_dict(), strict=True)
+    live = build_detector(config)
+    assert [r.path for r in plug(live, ASR).sites] == [
+        f'backbone.layer{s}.{b}.bn2' for s in (1, 2, 3, 4) for b in (0, 1)
+    ]
