@@ -6,6 +6,7 @@ pickles name ``getattr``; they are let through only for the buffers' own methods
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 from asr_downstream.errors import CheckpointError
 from asr_downstream.layers import Plugged
 from asr_downstream.sites import some
+
+# How torch names what a weights-only load does not let through; anything else it says is about a damaged file.
+REFUSED = re.compile(r'Unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+')
 
 __all__ = ['load_state', 'read_checkpoint', 'state_dict_of']
 
@@ -43,12 +47,12 @@ def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
         with torch.serialization.safe_globals(mmengine_globals()):
             checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
     except UnpicklingError as error:
-        if 'weights_only' not in str(error).lower() and 'Unsupported' not in str(error):
+        refused = REFUSED.search(str(error))
+        if refused is None:
             raise damaged(path, error) from error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else 'it holds pickled objects'
         raise CheckpointError(
             f'{path}: holds more than weights and was not read, because unpickling it can run code '
-            f'({first_sentence(error) or reason}); add --trust only if you trust where it comes from'
+            f'({refused[0].strip()}); add --trust only if you trust where it comes from'
         ) from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
         raise damaged(path, error) from error
@@ -63,13 +67,6 @@ def damaged(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         f'{path}: is damaged or not a checkpoint ({path.stat().st_size:,} bytes; {first}); copy or train it again'
     )
-
-
-def first_sentence(error: Exception) -> str:
-    """The global that a weights-only load refused, as torch names it."""
-    text = str(error)
-    start = text.find('Unsupported')
-    return text[start:].split(' was not')[0].splitlines()[0][:120] if start >= 0 else ''
 
 
 def mmengine_globals() -> list[Any]:

@@ -9,10 +9,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, Gate
 from asr_downstream.layers import Plugged, orphans
+from asr_downstream.sites import some
 
-__all__ = ['Description', 'SiteRow', 'describe', 'render']
+__all__ = ['Description', 'SiteRow', 'check_connected', 'describe', 'render']
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,7 @@ def describe(model: nn.Module) -> Description:
                 folds=all(isinstance(gate, ConstantGate) for gate in gates),
             )
         )
-    lost = orphans(model)
-    if lost:
-        raise_lost(lost)
+    check_connected(model)
     return Description(type(model).__name__, tuple(rows))
 
 
@@ -103,14 +103,17 @@ def label(gates: list[Gate]) -> list[str]:
     return [name if count == 1 else f'{name} x{count}' for name, count in names]
 
 
-def raise_lost(paths: list[str]) -> None:
-    """Say that a converter has disconnected gates."""
-    from asr_downstream.errors import PlugError
+def check_connected(model: nn.Module) -> None:
+    """Refuse a model with gates that a converter has disconnected.
 
-    raise PlugError(
-        f'{paths[0]}: has gates that are not used any more (and {len(paths) - 1} others): the layer was rebuilt, as '
-        f'convert_sync_batchnorm does; call asr_downstream.rebind(model) after such a conversion'
-    )
+    Raises:
+        PlugError: see `asr_downstream.layers.rebind`.
+    """
+    if paths := orphans(model):
+        raise PlugError(
+            f'{some(paths, 1)}: has gates that are not used any more: the layer was rebuilt, as '
+            f'convert_sync_batchnorm does; call asr_downstream.rebind(model) after such a conversion'
+        )
 
 
 def render(table: Table, width: int = 140) -> str:

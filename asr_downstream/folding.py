@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.description import orphans, raise_lost
+from asr_downstream.description import check_connected
 from asr_downstream.errors import FoldError
 from asr_downstream.layers import Plugged, detach
 from asr_downstream.sites import some
@@ -96,8 +96,7 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
     """
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
-    if lost := orphans(model):
-        raise_lost(lost)
+    check_connected(model)
     layers = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     if not layers:
         message = (
