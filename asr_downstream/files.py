@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['sha256', 'writable_folder', 'write_atomically', 'write_json']
+__all__ = ['check_writable', 'sha256', 'writable_folder', 'write_atomically', 'write_json']
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -52,6 +53,20 @@ def writable_folder(path: Path) -> Path:
             f'{path}: cannot be written ({error}); choose another folder or check the permissions'
         ) from error
     return path
+
+
+def check_writable(folder: Path) -> None:
+    """Make ``folder`` and try to write in it.
+
+    Raises:
+        AsrError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise AsrError(f'{folder}: cannot be written ({error}); choose another folder') from error
 
 
 def sha256(path: Path) -> str:

@@ -61,7 +61,7 @@ class FoldReport:
 
     @property
     def already_stock(self) -> bool:
-        """Nothing was plugged, so nothing was folded."""
+        """Nothing was folded."""
         return not self.sites
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
     check_connected(model)
-    layers = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
+    layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     if not layers:
         message = (
             f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
@@ -106,7 +106,7 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
         return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
     check_foldable(model, layers, dynamic)
 
-    scaled = {path: scaled_parameters(path, layer) for path, layer in layers.items()}
+    scaled = {path: scaled_parameters(path, layer) for path, layer in layers.items() if layer.gate is not None}
 
     folded = copy.deepcopy(model)
     for path, new in scaled.items():
@@ -118,11 +118,18 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
             layer.gate = None  # type: ignore[assignment]
         else:
             detach(layer)
-    if not any(new.site.kept for new in scaled.values()):
-        make_stock_(folded)
     sites = tuple(new.site for new in scaled.values())
-    message = f'folded {len(sites)} sites of {type(model).__name__}'
-    return folded, FoldReport(sites, message, getattr(model, 'plug_spec', None))
+    if any(layer.dynamic is not None for layer in layers.values()):
+        message = f'folded {len(sites)} sites of {type(model).__name__}; input-dependent gates are still plugged'
+    else:
+        make_stock_(folded)
+        message = f'folded {len(sites)} sites of {type(model).__name__}'
+    return folded, FoldReport(sites, message, specs(model))
+
+
+def specs(model: nn.Module) -> dict[str, Any]:
+    """What was plugged: path of the plugged (sub)model -> its spec."""
+    return {path: m.plug_spec for path, m in model.named_modules() if 'plug_spec' in vars(m)}
 
 
 def check_foldable(model: nn.Module, layers: dict[str, Any], dynamic: str) -> None:
@@ -144,8 +151,6 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     """Compute the folded weight and bias of one site in float64; changes nothing."""
     exact = copy.deepcopy(layer).double()
     v = exact.constant()
-    if v is None:
-        v = torch.ones(layer.dynamic[0].channels, dtype=torch.float64, device=layer.weight.device)
     if not v.isfinite().all():
         raise FoldError(
             f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '

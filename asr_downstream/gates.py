@@ -7,10 +7,16 @@ stock weights keep their scale and so their learning rate.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__ = ['ConstantGate', 'DynamicGate', 'Gate']
 
@@ -37,6 +43,14 @@ class Gate(nn.Module):
     def probe(self) -> Tensor:
         """Return the gates of a fresh module on a zero or learned input, shape ``(1, C)``."""
         raise PlugError(f'{type(self).__name__} cannot be probed')
+
+    def apply(self, fn: Callable[[nn.Module], None]) -> Self:
+        """Leave gates out of ``model.apply(init)``: a model's initialisation is about its own layers.
+
+        Frameworks initialise by class name or by block (mmdet zeroes all that is in a block's last norm), and a gate
+        would lose the start that its attention has chosen, and ``preserve=True`` with it.
+        """
+        return self
 
     def example(self) -> Tensor:
         """Return a tensor with the dtype and device of the gates."""
@@ -98,14 +112,24 @@ class ConstantGate(Gate):
 
 
 class DynamicGate(Gate):
-    """Gates of an attention on the feature map itself, the classic form (SE-ResNet)."""
+    """Gates of an attention on the feature map itself, the classic form (SE-ResNet).
+
+    Args:
+        attention: maps ``(B, C, *)`` to ``(B, C)``.
+        channels: C of the site.
+        positions: size of the axes ``*`` that the attention is tried on.
+    """
+
+    def __init__(self, attention: nn.Module, channels: int, positions: tuple[int, ...] = (2, 2)) -> None:
+        super().__init__(attention, channels)
+        self.positions = positions
 
     def probe(self) -> Tensor:
         # Batch norms inside an attention must not learn from this: eval mode, flags restored below.
         flags = {m: m.training for m in self.attention.modules()}
         self.attention.eval()
         try:
-            gate = self.attention(self.example().new_zeros(2, self.channels, 2, 2))
+            gate = self.attention(self.example().new_zeros(2, self.channels, *self.positions))
         finally:
             for module, training in flags.items():
                 module.training = training
@@ -116,4 +140,5 @@ class DynamicGate(Gate):
         gate = self.attention(x)
         if self.reference is not None:
             gate = gate / self.reference.view(1, -1, *(1,) * (gate.dim() - 2))
-        return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim()))
+        # Under autocast some attentions answer in float32: the feature map keeps its own precision.
+        return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim())).to(x.dtype)

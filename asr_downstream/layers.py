@@ -29,10 +29,12 @@ class Plugged:
     Attributes:
         stock: the class that the layer had and gets back.
         channel_dim: axis of the channels in the output.
+        positions: axes of the output besides batch and channels, at a size to try an attention on.
     """
 
     stock: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int] = 1
+    positions: ClassVar[tuple[int, ...]] = (2, 2)
 
     @classmethod
     def channels_of(cls, layer: Any) -> int:
@@ -45,7 +47,7 @@ class Plugged:
         weight = layer.weight * v.view(-1, *(1,) * (layer.weight.dim() - 1))
         return weight, None if layer.bias is None else layer.bias * v
 
-    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any) -> Tensor:
+    def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Stock forward with the parameters given."""
         raise PlugError(f'{type(self).__name__} has no forward')
 
@@ -56,10 +58,10 @@ class Plugged:
             v = gate() if v is None else v * gate()
         return v
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         v = self.constant()
         weight, bias = (self.weight, self.bias) if v is None else self.scale(self, v)  # type: ignore[attr-defined]
-        y = self.stock_forward(x, weight, bias, *args)
+        y = self.stock_forward(input, weight, bias, *args, **kwargs)
         return y if self.dynamic is None else self.scale_output(y)  # type: ignore[attr-defined]
 
     def scale_output(self, y: Tensor) -> Tensor:
@@ -72,6 +74,7 @@ class Plugged:
 
 
 class _BatchNorm(Plugged):
+    # The name is torch's own: mmengine's initialisers choose layers by the names of their bases.
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         factor = 0.0 if self.momentum is None else self.momentum
@@ -94,6 +97,7 @@ class _BatchNorm(Plugged):
 
 class PluggedBatchNorm1d(_BatchNorm, nn.BatchNorm1d):
     stock = nn.BatchNorm1d
+    positions = (2,)
 
 
 class PluggedBatchNorm2d(_BatchNorm, nn.BatchNorm2d):
@@ -102,22 +106,25 @@ class PluggedBatchNorm2d(_BatchNorm, nn.BatchNorm2d):
 
 class PluggedBatchNorm3d(_BatchNorm, nn.BatchNorm3d):
     stock = nn.BatchNorm3d
+    positions = (2, 2, 2)
 
 
-class PluggedSyncBatchNorm(_BatchNorm, nn.SyncBatchNorm):
+class _SyncBatchNorm(_BatchNorm):
     """While statistics are synchronised the output is scaled, since torch has no functional form of that kernel."""
 
-    stock = nn.SyncBatchNorm
-
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self: Any, input: Tensor) -> Tensor:
         synchronised = self.training and torch.distributed.is_available() and torch.distributed.is_initialized()
         if not synchronised:
-            return super().forward(x)
-        y = nn.SyncBatchNorm.forward(self, x)
+            return super().forward(input)
+        y = nn.SyncBatchNorm.forward(self, input)
         v = self.constant()
         if v is not None:
-            y = y * v.view(1, -1, *(1,) * (y.dim() - 2))
+            y = y * v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
         return y if self.dynamic is None else self.scale_output(y)
+
+
+class PluggedSyncBatchNorm(_SyncBatchNorm, nn.SyncBatchNorm):
+    stock = nn.SyncBatchNorm
 
 
 class PluggedGroupNorm(Plugged, nn.GroupNorm):
@@ -130,6 +137,7 @@ class PluggedGroupNorm(Plugged, nn.GroupNorm):
 class PluggedLayerNorm(Plugged, nn.LayerNorm):
     stock = nn.LayerNorm
     channel_dim = -1
+    positions = (2,)
 
     @classmethod
     def channels_of(cls, layer: nn.LayerNorm) -> int:
@@ -146,8 +154,9 @@ class PluggedLayerNorm(Plugged, nn.LayerNorm):
 class _InstanceNorm(Plugged):
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._check_input_dim(x)
-        return F.instance_norm(
-            x,
+        single = x.dim() == self._get_no_batch_dim()
+        y = F.instance_norm(
+            x[None] if single else x,
             self.running_mean,
             self.running_var,
             weight,
@@ -156,10 +165,12 @@ class _InstanceNorm(Plugged):
             0.0 if self.momentum is None else self.momentum,
             self.eps,
         )
+        return y[0] if single else y
 
 
 class PluggedInstanceNorm1d(_InstanceNorm, nn.InstanceNorm1d):
     stock = nn.InstanceNorm1d
+    positions = (2,)
 
 
 class PluggedInstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
@@ -168,6 +179,7 @@ class PluggedInstanceNorm2d(_InstanceNorm, nn.InstanceNorm2d):
 
 class PluggedInstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
     stock = nn.InstanceNorm3d
+    positions = (2, 2, 2)
 
 
 class _Conv(Plugged):
@@ -177,6 +189,7 @@ class _Conv(Plugged):
 
 class PluggedConv1d(_Conv, nn.Conv1d):
     stock = nn.Conv1d
+    positions = (2,)
 
 
 class PluggedConv2d(_Conv, nn.Conv2d):
@@ -185,6 +198,7 @@ class PluggedConv2d(_Conv, nn.Conv2d):
 
 class PluggedConv3d(_Conv, nn.Conv3d):
     stock = nn.Conv3d
+    positions = (2, 2, 2)
 
 
 class _ConvTranspose(Plugged):
@@ -211,6 +225,7 @@ class _ConvTranspose(Plugged):
 
 class PluggedConvTranspose1d(_ConvTranspose, nn.ConvTranspose1d):
     stock = nn.ConvTranspose1d
+    positions = (2,)
 
 
 class PluggedConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
@@ -219,11 +234,13 @@ class PluggedConvTranspose2d(_ConvTranspose, nn.ConvTranspose2d):
 
 class PluggedConvTranspose3d(_ConvTranspose, nn.ConvTranspose3d):
     stock = nn.ConvTranspose3d
+    positions = (2, 2, 2)
 
 
 class PluggedLinear(Plugged, nn.Linear):
     stock = nn.Linear
     channel_dim = -1
+    positions = (2,)
 
     def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

@@ -54,9 +54,9 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     owners = parameter_owners(model)
     for number, item in enumerate(plugs):
         for site in trainable_sites(model, item):
-            check_layer(site, owners)
+            check_layer(model, site, owners)
             with own_random_stream(f'{number}.{site.path}'):
-                built = item.build(site.path, site.channels, like=next(site.layer.parameters()))
+                built = item.build(site)
             if any(isinstance(g, DynamicGate) for g in gates[site.path]) and any(
                 isinstance(g, ConstantGate) for g in built
             ):
@@ -73,7 +73,7 @@ def plug(model: nn.Module, spec: Spec) -> Description:
             [g for g in gates[path] if isinstance(g, ConstantGate)],
             [g for g in gates[path] if isinstance(g, DynamicGate)],
         )
-    model.plug_spec = copy.deepcopy(specs)  # type: ignore[assignment]
+    model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
     return describe(model)
 
 
@@ -106,19 +106,31 @@ def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
     return rest
 
 
-def check_layer(site: Site, owners: dict[int, set[int]]) -> None:
+def check_layer(model: nn.Module, site: Site, owners: dict[int, set[int]]) -> None:
     """Refuse a layer that has no place for gates, has gates already, or shares its weight with another layer."""
     layer = site.layer
     if isinstance(layer, Plugged):
         raise PlugError(
             f'{site.path}: is plugged already; fold() the model first, or give all plugs in one list: [ASR, Attention]'
         )
-    weight = getattr(layer, 'weight', None)
-    if weight is None:
+    parents = site.path.split('.')[:-1]
+    for depth in range(len(parents) + 1):
+        if isinstance(parent := model.get_submodule('.'.join(parents[:depth])), nn.TransformerEncoderLayer):
+            raise PlugError(
+                f'{site.path}: {type(parent).__name__} reads its weights past the forwards of its layers in eval, '
+                f'so gates would be ignored; leave it out of sites=[...]'
+            )
+    if getattr(layer, 'weight', None) is None:
         raise PlugError(
             f'{site.path}: {type(layer).__name__} has affine=False, so there is no weight to fold gates into; '
             f'build it with affine=True, or plug the layer before it'
         )
+    for name in ('weight', 'bias'):
+        if getattr(layer, name, None) is not None and layer._parameters.get(name) is None:
+            raise PlugError(
+                f'{site.path}: its {name} is computed from other tensors (weight_norm, prune, a parametrization), so '
+                f'nothing can be folded into it; remove that first, or leave the layer out of sites=[...]'
+            )
     for name, parameter in layer.named_parameters(recurse=False):
         if len(owners[id(parameter)]) > 1:
             raise PlugError(
@@ -143,7 +155,10 @@ def parameter_owners(model: nn.Module) -> dict[int, set[int]]:
 @contextmanager
 def own_random_stream(name: str) -> Iterator[None]:
     """Draw from a stream that depends on the global one and on ``name``, and leave the global one as it was."""
-    with torch.random.fork_rng(devices=[]):
-        seed = int(torch.randint(2**62, ()))
-        torch.manual_seed(seed ^ zlib.crc32(name.encode()))
+    generator = torch.default_generator  # torch.manual_seed would seed the accelerators as well
+    state = generator.get_state()
+    try:
+        generator.manual_seed(int(torch.randint(2**62, ())) ^ zlib.crc32(name.encode()))
         yield
+    finally:
+        generator.set_state(state)

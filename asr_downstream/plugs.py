@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from asr_downstream.errors import PlugError, did_you_mean
+from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
-from asr_downstream.registry import ATTENTIONS, PLUGS, build
+from asr_downstream.layers import LAYERS
+from asr_downstream.registry import ATTENTIONS, PLUGS, build, find
+from asr_downstream.sites import Site
 
 __all__ = ['ASR', 'Attention', 'Plug']
 
@@ -25,24 +27,20 @@ class Plug:
             computed before.
     """
 
-    constant: ClassVar[bool]
-
     def __init__(self, attention: dict[str, Any], sites: str | Sequence[str] = 'residual', preserve: bool = False):
         if not isinstance(attention, dict) or 'type' not in attention:
             raise PlugError(
                 f"{type(self).__name__}: attention={attention!r} should be a dict, as in attention=dict(type='SE')"
             )
-        ATTENTIONS.import_from_location()
-        if attention['type'] not in ATTENTIONS.module_dict:
-            known = did_you_mean(str(attention['type']), ATTENTIONS.module_dict)
-            raise PlugError(f'unknown attention {attention["type"]!r}: {known}')
+        find(ATTENTIONS, attention['type'])
         self.attention = attention
         self.sites = sites
         self.preserve = preserve
 
-    def build(self, path: str, channels: int, like: Tensor) -> list[Gate]:
-        """Build the gates of the site at ``path``, with dtype and device of ``like``; the model is not touched."""
-        gates = self.gates(channels)
+    def build(self, site: Site) -> list[Gate]:
+        """Build the gates of ``site``, with dtype and device of its layer; the model is not touched."""
+        path, channels, like = site.path, site.channels, next(site.layer.parameters())
+        gates = self.gates(site)
         for gate in gates:
             gate.to(device=like.device, dtype=like.dtype)
             self.check(gate, path, channels)
@@ -58,7 +56,7 @@ class Plug:
                 gate.take_reference(path)
         return gates
 
-    def gates(self, channels: int) -> list[Gate]:
+    def gates(self, site: Site) -> list[Gate]:
         """Build the gates of one site."""
         raise PlugError(f'{type(self).__name__} builds no gates')
 
@@ -67,8 +65,6 @@ class Plug:
         """Run a fresh gate once: it must give one finite number a channel."""
         try:
             v = gate.probe()
-        except PlugError:
-            raise
         except Exception as error:
             raise PlugError(
                 f'{path}: attention {self.attention["type"]} fails on {channels} channels: {error}'
@@ -94,8 +90,6 @@ class ASR(Plug):
         preserve: see `Plug`.
     """
 
-    constant = True
-
     def __init__(
         self,
         attention: dict[str, Any],
@@ -110,10 +104,10 @@ class ASR(Plug):
         self.repeat = repeat
         self.init = init
 
-    def gates(self, channels: int) -> list[Gate]:
-        preset = getattr(ATTENTIONS.get(self.attention['type']), 'on_learned_input', {})
+    def gates(self, site: Site) -> list[Gate]:
+        preset = getattr(find(ATTENTIONS, self.attention['type']), 'on_learned_input', {})
         return [
-            ConstantGate(build(ATTENTIONS, self.attention, channels=channels, **preset), channels, self.init)
+            ConstantGate(build(ATTENTIONS, self.attention, channels=site.channels, **preset), site.channels, self.init)
             for _ in range(self.repeat)
         ]
 
@@ -125,9 +119,8 @@ class Attention(Plug):
     Its gates depend on the input and do not fold, unless the attention has no input (LayerScale).
     """
 
-    constant = False
-
-    def gates(self, channels: int) -> list[Gate]:
-        attention: nn.Module = build(ATTENTIONS, self.attention, channels=channels)
-        uses_input = getattr(attention, 'uses_input', True)
-        return [DynamicGate(attention, channels) if uses_input else ConstantGate(attention, channels)]
+    def gates(self, site: Site) -> list[Gate]:
+        attention: nn.Module = build(ATTENTIONS, self.attention, channels=site.channels)
+        if getattr(attention, 'uses_input', True):
+            return [DynamicGate(attention, site.channels, LAYERS[site.stock].positions)]
+        return [ConstantGate(attention, site.channels)]

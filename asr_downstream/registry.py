@@ -11,9 +11,9 @@ from typing import Any
 from mmengine.registry import MODELS as ENGINE_MODELS
 from mmengine.registry import Registry
 
-from asr_downstream.errors import PlugError, did_you_mean
+from asr_downstream.errors import AsrError, PlugError, did_you_mean
 
-__all__ = ['ATTENTIONS', 'MODELS', 'PLUGS', 'build']
+__all__ = ['ATTENTIONS', 'MODELS', 'PLUGS', 'build', 'find']
 
 ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
 PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
@@ -33,11 +33,22 @@ def build(registry: Registry, spec: Any, **defaults: Any) -> Any:
         raise PlugError(f"{what}: expected a dict like dict(type='...'), got {spec!r}")
     kwargs = {**defaults, **spec}
     name = kwargs.pop('type')
-    registry.import_from_location()
-    factory = registry.module_dict.get(name)
-    if factory is None:
-        raise PlugError(f'unknown {what} {name!r}: {did_you_mean(name, registry.module_dict)}')
+    factory = find(registry, name)
     try:
         return factory(**kwargs)
-    except TypeError as error:
+    except AsrError:
+        raise
+    except Exception as error:
         raise PlugError(f'{what} {name!r} does not take these arguments: {error}') from error
+
+
+def find(registry: Registry, name: Any) -> Any:
+    """Return what is registered under ``name``.
+
+    Raises:
+        PlugError: nothing is; the message has the nearest name and all others.
+    """
+    registry.import_from_location()
+    if name not in registry.module_dict:
+        raise PlugError(f'unknown {registry.name} {name!r}: {did_you_mean(str(name), registry.module_dict)}')
+    return registry.module_dict[name]

@@ -109,12 +109,18 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
             continue
         try:
             layer = attrgetter(end)(block)
-            found[names[id(layer)]] = layer
+            path = names[id(layer)]
         except (AttributeError, KeyError):
             raise PlugError(
                 f'{name}: a {type(block).__name__} should end in {end!r} (SITES), but has no such layer; '
                 f"correct it with register_site(...) or name the layers with sites=['pattern']"
             ) from None
+        if not is_layer(layer):
+            raise PlugError(
+                f'{path}: {qualified_name(type(layer))} is not a layer that can be folded; those are '
+                f"{', '.join(cls.__name__ for cls in LAYERS)}; name other layers with sites=['pattern']"
+            )
+        found[path] = layer
     if not found:
         blocks = ', '.join(sorted('.'.join(key.split('.')[-2:]) for key in SITES))
         raise PlugError(

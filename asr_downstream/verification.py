@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,8 +70,11 @@ def verify(a: nn.Module, b: nn.Module, inputs: Any) -> Verification:
         The differences; print them, or read ``.absolute`` and ``.relative``.
 
     Raises:
-        AsrError: the outputs do not correspond: other names, other shapes, no tensors.
+        AsrError: training mode, or outputs that do not correspond: other names, other shapes, no tensors.
     """
+    for model in (a, b):
+        if model.training:
+            raise AsrError(f'{type(model).__name__} is in training mode: call model.eval() first')
     worst: dict[str, Difference] = {}
     for call in inputs if isinstance(inputs, list) else [inputs]:
         ours, theirs = (dict(tensors(run(model, call))) for model in (a, b))
@@ -92,10 +96,11 @@ def difference(name: str, x: Tensor, y: Tensor) -> Difference:
     if not x.numel():
         return Difference(name, tuple(x.shape), 0.0, 0.0)
     x, y = x.double(), y.double()
-    absolute = float((x - y).abs().nan_to_num(nan=torch.inf).max())
-    scale = float(y.abs().max())
-    relative = absolute / scale if scale else (torch.inf if absolute else 0.0)
-    return Difference(name, tuple(x.shape), absolute, relative)
+    apart = torch.where(x == y, 0.0, (x - y).abs()).nan_to_num(nan=torch.inf)
+    absolute, scale = float(apart.max()), float(y.abs().max())
+    if absolute == 0 or not math.isfinite(absolute):
+        return Difference(name, tuple(x.shape), absolute, absolute)
+    return Difference(name, tuple(x.shape), absolute, absolute / scale if scale else math.inf)
 
 
 def run(model: nn.Module, call: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ pytestmark = pytest.mark.det
 from mmdet.models import backbones as stock_backbones
 from mmdet.registry import MODELS
 from mmengine.config import Config
+from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 
+import asr_downstream
 from asr_downstream import describe, fold, plug, verify
 from asr_downstream.detection.backbones import ResNet
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
 from asr_downstream.detection.detectors import build_detector, compare_features, sample_inputs
+from asr_downstream.detection.evaluation import metrics_of
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.layers import rebind
 
@@ -155,6 +159,70 @@ def test_sync_bn_conversion_keeps_the_gates() -> None:
     assert not rebind(converted)
     for a, b in zip(converted(x), expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_mmengines_own_sync_bn_plugs_reverts_and_folds() -> None:
+    backbone = dict(BACKBONES[0][0], norm_cfg=dict(type='SyncBN'))
+    model = in_eval(randomise(plugged(backbone)))
+    assert describe(model).sites[0].layer == 'SyncBatchNorm'
+    x = torch.randn(X)
+    expected = model(x)
+    reverted = revert_sync_batchnorm(copy.deepcopy(model))  # what mmdet's inference does with one process
+    in_eval(reverted)
+    assert len(describe(reverted).sites) == 8
+    for source in (model, reverted):
+        folded, _ = fold(source)
+        in_eval(folded)
+        for a, b in zip(folded(x), expected, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_a_live_plugged_backbone_is_initialised_as_stock_and_keeps_its_gates() -> None:
+    torch.manual_seed(3)
+    stock = tiny(BACKBONES[0][0])
+    stock.init_weights()
+    torch.manual_seed(3)
+    model = tiny(BACKBONES[0][0])
+    plug(model, dict(ASR, preserve=True))
+    model.init_weights()
+    for key, value in stock.state_dict().items():
+        assert torch.equal(model.state_dict()[key], value), key
+    assert torch.equal(model.layer2[0].bn2.constant(), torch.ones(16))
+
+
+def test_norm_eval_does_not_freeze_the_norms_of_an_attention() -> None:
+    model = plugged(BACKBONES[0][0], dict(type='Attention', attention=dict(type='SRM')), norm_eval=True)
+    model.train()
+    assert not model.bn1.training
+    inner = model.layer1[0].bn2.dynamic[0].attention.norm
+    model(torch.randn(X))
+    assert inner.num_batches_tracked == 1
+    in_eval(model)
+    assert not inner.training
+
+
+def test_named_sites_in_a_frozen_stage_are_frozen_from_the_start() -> None:
+    with pytest.warns(UserWarning, match='may never train'):
+        model = plugged(BACKBONES[0][0], dict(ASR, sites=['layer*.bn2']), frozen_stages=1)
+    trained = {n.split('.')[0] for n, p in model.named_parameters() if '.gate.' in n and p.requires_grad}
+    assert trained == {'layer2', 'layer3', 'layer4'}
+
+
+def test_the_stock_config_does_not_import_the_users_attentions() -> None:
+    config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py')
+    config.custom_imports = dict(imports=['mine.attention', 'mine.data'])
+    mine = type('Mine', (torch.nn.Module,), {'__module__': 'mine.attention'})
+    asr_downstream.ATTENTIONS.register_module(module=mine)
+    try:
+        assert stock_config(config).custom_imports.imports == ['mine.data']
+    finally:
+        asr_downstream.ATTENTIONS.module_dict.pop('Mine')
+
+
+def test_other_metrics_are_refused_and_no_detection_is_zero() -> None:
+    with pytest.raises(DataError, match='pascal_voc/mAP'):
+        metrics_of({'pascal_voc/mAP': 0.7})
+    assert set(metrics_of({}).values()) == {0.0}
 
 
 def test_a_backbone_without_plug_is_stock() -> None:

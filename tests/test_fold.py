@@ -81,6 +81,10 @@ def test_input_dependent_gates_are_an_error_or_are_kept() -> None:
     kept, report = fold(model, dynamic='keep')
     assert all(site.kept for site in report.sites)
     assert {row.plug for row in describe(kept).sites} == {'Attention(SE)'}
+    assert 'still plugged' in report.message
+    again, nothing = fold(kept, dynamic='keep')
+    assert nothing.sites == ()
+    assert nothing.message.startswith('folded 0 sites')
     assert verify(model, kept, torch.randn(X, dtype=torch.float64)).relative < 1e-10
 
 
@@ -143,6 +147,7 @@ class Outputs(nn.Module):
     def __init__(self, **outputs: object) -> None:
         super().__init__()
         self.outputs = outputs
+        self.eval()
 
     def forward(self, scale: torch.Tensor) -> object:
         return {k: [scale * t for t in v] for k, v in self.outputs.items()}
@@ -172,9 +177,18 @@ def test_verify_refuses_what_does_not_correspond(outputs: dict, message: str) ->
         verify(Outputs(), Outputs(), torch.tensor(1.0))
 
 
-def test_verify_counts_nan_as_infinitely_far() -> None:
-    found = verify(Outputs(m=[torch.tensor([float('nan')])]), Outputs(m=[torch.ones(1)]), torch.tensor(1.0))
+@pytest.mark.parametrize('a_is_nan', [True, False])
+def test_verify_counts_nan_as_infinitely_far(a_is_nan: bool) -> None:
+    nan, one = torch.tensor([float('nan'), 1.0]), torch.ones(2)
+    a, b = (nan, one) if a_is_nan else (one, nan)
+    found = verify(Outputs(z=[one], m=[a]), Outputs(z=[one], m=[b]), torch.tensor(1.0))
     assert found.absolute == float('inf')
+    assert found.relative == float('inf')
+
+
+def test_verify_refuses_training_mode() -> None:
+    with pytest.raises(AsrError, match='training mode'):
+        verify(plugged().train(), plugged(), torch.randn(X, dtype=torch.float64))
 
 
 def test_a_plain_model_folds_without_other_warnings() -> None:

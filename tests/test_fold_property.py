@@ -46,7 +46,9 @@ def along(v: Tensor, y: Tensor, dim: int) -> Tensor:
 
 
 def test_the_cases_cover_the_fold_table() -> None:
-    assert {type(case.build()) for case in LAYER_CASES} == set(LAYERS)
+    assert {type(case.build()) for case in LAYER_CASES} == {
+        cls for cls in LAYERS if cls.__module__.startswith('torch.')
+    }
 
 
 @pytest.mark.parametrize('case', LAYER_CASES, ids=IDS)

@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from cases import ATTENTIONS
 from conftest import randomise
 from torch import Tensor, nn
@@ -125,7 +126,8 @@ def test_preserve_changes_nothing_at_the_start(attention: str, kind: str, traini
     stock = randomise(tiny().double()).train(training)
     model = copy.deepcopy(stock)
     plug(model, dict(type=kind, attention=dict(type=attention), preserve=True))
-    assert verify(model, stock, torch.randn(X, dtype=torch.float64)).absolute == 0
+    x = torch.randn(X, dtype=torch.float64)
+    assert torch.equal(model(x), stock(x))
 
 
 def test_preserve_holds_for_weights_that_are_loaded_later_and_after_reloading() -> None:
@@ -168,6 +170,22 @@ def not_affine(model: ResNet) -> None:
     model.layer1[0].bn3 = nn.BatchNorm2d(32, affine=False)
 
 
+class MyNorm(nn.BatchNorm2d):
+    """A subclass may compute anything."""
+
+
+def subclassed(model: ResNet) -> None:
+    model.layer1[0].bn3 = MyNorm(32)
+
+
+def computed(model: ResNet) -> None:
+    nn.utils.prune.l1_unstructured(model.fc, 'weight', 0.5)
+
+
+def transformer(model: ResNet) -> None:
+    model.fc = nn.TransformerEncoderLayer(8, 2, 16)
+
+
 def plugged_before(model: ResNet) -> None:
     plug(model, ASR)
 
@@ -190,6 +208,15 @@ BAD = [
     (ASR, plugged_before, 'plugged already'),
     (ASR, shared, 'shared with another layer'),
     (ASR, not_affine, 'affine=False'),
+    (ASR, subclassed, 'test_plug.MyNorm is not a layer that can be folded'),
+    (dict(ASR, sites=['fc']), computed, 'weight is computed from other tensors'),
+    (dict(ASR, sites=['fc.linear2']), transformer, 'TransformerEncoderLayer reads its weights past'),
+    (
+        dict(type='Attention', attention=dict(type='CBAM'), sites=['fc']),
+        None,
+        'fc: .*CBAM.*spatial=False',
+    ),
+    (dict(type='ASR', attention=dict(type='SE', reduction=0)), None, 'SE.*arguments'),
 ]
 
 
@@ -305,6 +332,43 @@ def test_gates_stay_in_full_precision_under_autocast() -> None:
     full = layer.constant()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         assert torch.equal(layer.constant(), full)
+
+
+@pytest.mark.parametrize('attention', ATTENTIONS)
+@pytest.mark.parametrize('preserve', [False, True])
+def test_feature_maps_keep_their_precision_under_autocast(attention: str, preserve: bool) -> None:
+    if attention == 'LayerScale' and preserve:
+        attention = 'SE'
+    model = nn.Sequential(nn.Conv2d(3, 32, 3))
+    plug(model, dict(type='Attention', attention=dict(type=attention), sites=['0'], preserve=preserve))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert model(torch.randn(2, 3, 8, 8)).dtype == torch.bfloat16
+
+
+def test_initialising_the_model_leaves_the_gates_alone() -> None:
+    model = tiny()
+    plug(model, dict(ASR, preserve=True))
+    before = model.layer1[0].bn3.constant()
+    model.apply(lambda m: [nn.init.zeros_(p) for p in m.parameters(recurse=False)])
+    assert torch.equal(model.layer1[0].bn3.constant(), before)
+    assert not model.conv1.weight.any()
+
+
+def test_a_second_plug_on_other_sites_is_remembered() -> None:
+    model = tiny()
+    plug(model, dict(ASR, sites=['layer1.*.bn3']))
+    plug(model, dict(ASR, sites=['layer2.*.bn3']))
+    assert [s['sites'] for s in model.plug_spec] == [['layer1.*.bn3'], ['layer2.*.bn3']]
+    assert len(describe(model).sites) == 4
+
+
+def test_layers_keep_their_call_forms() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 4, 3, stride=2), nn.InstanceNorm2d(4, affine=True))
+    plain = copy.deepcopy(model)
+    plug(model, dict(ASR, sites=['0', '1'], preserve=True))
+    x = torch.randn(1, 4, 4, 4)
+    assert torch.equal(model[0](input=x, output_size=(10, 10)), plain[0](x, output_size=(10, 10)))
+    torch.testing.assert_close(model[1](x[0]), plain[1](x[0]))
 
 
 def test_gates_take_the_dtype_and_mode_of_their_layer() -> None:

@@ -15,7 +15,9 @@ pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
 from asr_downstream.checkpoint import read_checkpoint
+from asr_downstream.detection.coco import check_annotations
 from asr_downstream.detection.digits import make_digits
+from asr_downstream.errors import DataError
 
 PLUGGED = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
@@ -143,6 +145,16 @@ def coco_tree(root: Path) -> Path:
 
 def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
     root = coco_tree(tmp_path / 'coco')
+    nested = json.loads((root / 'annotations/instances_val2017.json').read_text())
+    nested['images'][0]['file_name'] = 'sub/1.jpg'
+    (root / 'nested').mkdir()
+    (root / 'nested/1.jpg').touch()
+    (root / 'nested.json').write_text(json.dumps(nested))
+    with pytest.raises(DataError, match='sub/1.jpg'):
+        check_annotations(root / 'nested.json', root / 'nested')
+    (root / 'nested/sub').mkdir()
+    (root / 'nested/sub/1.jpg').touch()
+    assert check_annotations(root / 'nested.json', root / 'nested') == '1 images, 1 boxes, 1 classes'
     done = tool('prepare_data', 'coco', root)
     assert done.returncode == 0, done.stderr
     assert 'val2017: 1 images, 1 boxes, 1 classes' in done.stdout
@@ -198,6 +210,30 @@ class TestBadInput:
         one_line(tool('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
         assert not (tmp_path / 'b.pth').exists()
         one_line(tool('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
+
+    def test_fold_overwrites_neither_checkpoint_nor_config(
+        self, tool: Tool, tmp_path: Path, trained: Path, digits: Path
+    ) -> None:
+        one_line(tool('fold', PLUGGED, trained, trained), 'would overwrite', 'another name')
+        config = tmp_path / 'mine.py'
+        text = f"_base_ = '{(ROOT / PLUGGED).as_posix()}'"
+        config.write_text(text)
+        one_line(tool('fold', config, trained, tmp_path / 'mine.pth'), 'would overwrite', 'mine.py')
+        assert config.read_text() == text
+        # Folding reads no data: a data root that is not there is no obstacle.
+        done = tool('fold', config, trained, tmp_path / 'out/a.pth', ASR_DATA_ROOT=str(tmp_path / 'none'))
+        assert done.returncode == 0, done.stderr
+
+    def test_unsafe_pretrained_weights(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+        path = tmp_path / 'unsafe.pth'
+        torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
+        options = ('--cfg-options', f'model.backbone.init_cfg.checkpoint={path}')
+        one_line(tool('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
+        config = tmp_path / 'mine.py'
+        init_cfg = dict(type='Pretrained', checkpoint=str(path))
+        config.write_text(f"_base_ = '{(ROOT / PLUGGED).as_posix()}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
+        done = tool('train_det', config, '--data-root', digits, '--work-dir', tmp_path / 'w')
+        one_line(done, 'can run code', '--trust')
 
     def test_unsafe_checkpoint(self, tool: Tool, tmp_path: Path) -> None:
         path = tmp_path / 'unsafe.pth'

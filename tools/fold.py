@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.shipping import fold_checkpoint
 
-    report = fold_checkpoint(load_config(args.config, options=args.cfg_options), args.checkpoint, args.out, args.trust)
+    config = load_config(args.config, options=args.cfg_options, needs_data=False)
+    report = fold_checkpoint(config, args.checkpoint, args.out, args.trust)
     difference = report['feature_map_difference']
     print(
         f'folded {len(report["sites"])} sites in {report["fold_seconds"]:.2f} s; relative difference of the feature '

@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         metrics = evaluator.evaluate(len(loader.dataset))
     save_file(detections, args.out.with_suffix('.safetensors'))
     args.out.with_suffix('.json').write_text(json.dumps(metrics, indent=2))
-    print(f'AP {metrics["coco/bbox_mAP"]:.4f}, AP50 {metrics["coco/bbox_mAP_50"]:.4f}')
+    print(', '.join(f'{name.removeprefix("coco/")} {value:.3f}' for name, value in metrics.items()))
 
 
 if __name__ == '__main__':

@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--work-dir', type=Path, help='logs and checkpoints (default: work_dirs/<config>)')
     parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
+    parser.add_argument('--auto-scale-lr', action='store_true', help='scale the lr to the batch size in use')
     parser.add_argument('--resume', nargs='?', const='latest', metavar='CHECKPOINT', help='continue a training')
     parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
     parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
@@ -39,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, args.data_root, args.cfg_options)
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
+    if args.auto_scale_lr:
+        config.auto_scale_lr.enable = True
     if args.seed is not None:
         config.randomness = {**config.get('randomness', {}), 'seed': args.seed}
     if args.dry_run:

@@ -6,68 +6,45 @@ A plugged backbone is its stock class with gates: same arguments, same keys, sam
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from mmdet.models import backbones
 from torch import nn
 
-from asr_downstream.layers import Plugged, rebind
-from asr_downstream.plugging import Spec, plug
+from asr_downstream.detection import layers  # noqa: F401  (mmengine's norms join the fold table)
+from asr_downstream.gates import Gate
+from asr_downstream.layers import rebind
+from asr_downstream.plugging import Spec
+from asr_downstream.plugging import plug as attach_plug
 from asr_downstream.registry import MODELS
 
 __all__ = ['PluggedBackbone', 'ResNeXt', 'ResNet', 'ResNetV1d']
 
 
 class PluggedBackbone:
-    """Mixin: plugs the backbone once it is built, and keeps mmdet's initialisation and mode switches as they are."""
+    """Mixin: plugs the backbone once it is built, and keeps mmdet's mode switches as they are."""
 
     stock_class: ClassVar[type[nn.Module]]
 
     def __init__(self, *args: Any, plug: Spec | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         if plug is not None:
-            attach_plug(self, plug)
-
-    def init_weights(self: Any) -> None:
-        """Initialise the stock weights as the stock class does.
-
-        A pretrained checkpoint of the stock model leaves only gates missing; one of a plugged model fills them too. A
-        random initialisation does not see the gates: mmengine chooses layers by class name and would treat them as
-        part of the network, and draw other numbers for the stock weights.
-        """
-        if isinstance(self.init_cfg, dict) and self.init_cfg.get('type') == 'Pretrained':
-            super().init_weights()  # type: ignore[misc]
-        else:
-            with unplugged(self):
-                super().init_weights()  # type: ignore[misc]
+            to_dict = getattr(plug, 'to_dict', None)  # a config holds the spec as mmengine's own dicts
+            attach_plug(self, to_dict() if to_dict else plug)  # type: ignore[arg-type]
+            self._freeze_stages()  # type: ignore[attr-defined]  # sites that were named in frozen stages
 
     def train(self, mode: bool = True) -> Any:
-        """Switch the mode; gates of layers that a SyncBN conversion has rebuilt are attached again."""
+        """Switch the mode.
+
+        Gates of layers that a SyncBN conversion has rebuilt are attached again. ``norm_eval=True`` is about pretrained
+        statistics: batch norms inside an attention have none, and train.
+        """
         rebind(self)  # type: ignore[arg-type]
-        return super().train(mode)  # type: ignore[misc]
-
-
-def attach_plug(backbone: Any, spec: Spec) -> None:
-    """Plug ``backbone``; a config may hold the spec as mmengine's own dicts and lists."""
-    to_dict = getattr(spec, 'to_dict', None)
-    plug(backbone, to_dict() if to_dict else spec)
-
-
-@contextmanager
-def unplugged(model: nn.Module) -> Iterator[None]:
-    """Hide the gates of ``model`` and give its plugged layers their stock classes for a while."""
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
-    hidden = [(m, type(m), {slot: m._modules.pop(slot) for slot in ('gate', 'dynamic')}) for m in layers]
-    for layer, _, _ in hidden:
-        layer.__class__ = layer.stock
-    try:
-        yield
-    finally:
-        for layer, plugged, slots in hidden:
-            layer.__class__ = plugged
-            layer._modules.update(slots)
+        result = super().train(mode)  # type: ignore[misc]
+        for gate in [m for m in self.modules() if isinstance(m, Gate)]:  # type: ignore[attr-defined]
+            if any(p.requires_grad for p in gate.parameters()):
+                gate.train(mode)
+        return result
 
 
 @MODELS.register_module()

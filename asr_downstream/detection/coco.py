@@ -41,11 +41,11 @@ def read_annotations(path: Path) -> dict[str, Any]:
     if missing:
         raise DataError(
             f'{path}: is not a COCO detection file: it has no {", ".join(missing)}; '
-            f'expected images, annotations (with bbox, category_id, image_id) and categories'
+            f'expected images, annotations (with id, image_id, category_id, bbox, area) and categories'
         )
     for key, fields in (
         ('images', ('id', 'file_name', 'width', 'height')),
-        ('annotations', ('image_id', 'category_id', 'bbox')),
+        ('annotations', ('id', 'image_id', 'category_id', 'bbox', 'area')),
         ('categories', ('id', 'name')),
     ):
         for index, entry in enumerate(content[key]):
@@ -65,8 +65,8 @@ def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = 
         DataError: with what is missing, where, and how much of it.
     """
     content = read_annotations(path)
-    present = {p.name for p in images.iterdir()} if images.is_dir() else set()
-    absent = [i['file_name'] for i in content['images'] if i['file_name'].split('/')[-1] not in present]
+    present = {p.relative_to(images).as_posix() for p in images.rglob('*')}
+    absent = [i['file_name'] for i in content['images'] if i['file_name'] not in present]
     if absent:
         raise DataError(
             f'{images}: {len(absent)} of the {len(content["images"])} images of {path.name} are missing: '

@@ -11,13 +11,16 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from asr_downstream.errors import AsrError, DataError
+from asr_downstream.registry import ATTENTIONS, PLUGS
 
 __all__ = ['load_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
 
 
-def load_config(path: Path, data_root: Path | None = None, options: dict[str, Any] | None = None) -> Config:
+def load_config(
+    path: Path, data_root: Path | None = None, options: dict[str, Any] | None = None, needs_data: bool = True
+) -> Config:
     """Read a config and point it at the data.
 
     Args:
@@ -25,6 +28,7 @@ def load_config(path: Path, data_root: Path | None = None, options: dict[str, An
         data_root: folder of the data set. Without it, a relative ``data/NAME/`` of the config is looked up under the
             environment variable ``ASR_DATA_ROOT``, if that is set.
         options: overrides, ``{'train_cfg.max_epochs': 3}``.
+        needs_data: whether ``ASR_DATA_ROOT`` is looked at.
 
     Raises:
         AsrError: the file is missing or is no config.
@@ -38,11 +42,13 @@ def load_config(path: Path, data_root: Path | None = None, options: dict[str, An
         raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
     if 'model' not in config:
         raise AsrError(f'{path}: has no "model"; expected an MMDetection config')
-    if options:
-        config.merge_from_dict(options)
+    try:
+        config.merge_from_dict(options or {})
+    except Exception as error:
+        raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error
     init_default_scope(config.get('default_scope', 'mmdet'))
     shared = os.environ.get('ASR_DATA_ROOT')
-    if data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
+    if needs_data and data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
         data_root = Path(shared) / Path(config.data_root).name
     if data_root is not None:
         set_data_root(config, data_root)
@@ -96,7 +102,18 @@ def stock_config(config: Config) -> Config:
                 strip(value)
 
     strip(stock.model)
+    imports = stock.get('custom_imports')
+    if imports:
+        imports.imports = [name for name in imports.imports if name not in plugin_modules()]
+        if not imports.imports:
+            stock.pop('custom_imports')
     return stock
+
+
+def plugin_modules() -> set[str]:
+    """Modules in which users have registered attentions and plugs: a stock model has no need of them."""
+    registered = (*ATTENTIONS.module_dict.values(), *PLUGS.module_dict.values())
+    return {cls.__module__ for cls in registered}
 
 
 def model_of(config: Config) -> Any:

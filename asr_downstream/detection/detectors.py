@@ -49,6 +49,7 @@ class FeatureMaps(nn.Module):
     def __init__(self, detector: nn.Module) -> None:
         super().__init__()
         self.detector = detector
+        self.training = detector.training
 
     def forward(self, x: Tensor) -> Any:
         return self.detector.extract_feat(x)  # type: ignore[operator]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import io
+import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,6 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
@@ -22,11 +25,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asr_downstream.description import render
 from asr_downstream.detection.coco import check_datasets
-from asr_downstream.detection.detectors import load_detector, sample_inputs
+from asr_downstream.detection.detectors import load_detector
 from asr_downstream.errors import CheckpointError, DataError
 from asr_downstream.files import sha256, write_json
 from asr_downstream.folding import fold
 from asr_downstream.progress import bar
+from asr_downstream.sites import some
 from asr_downstream.timing import paired_times, ratio
 from asr_downstream.versions import versions
 
@@ -148,6 +152,7 @@ def evaluate(config: Config, model: nn.Module, name: str) -> Evaluation:
         raise DataError(f'{config.filename}: has no test_dataloader and test_evaluator')
     MMLogger.get_current_instance().setLevel('WARNING')
     model.eval()
+    model.to(get_device())
     with redirect_stdout(io.StringIO()):  # pycocotools prints
         loader = Runner.build_dataloader(config.test_dataloader)
         evaluator = Evaluator(config.test_evaluator)
@@ -179,17 +184,26 @@ def metrics_of(scores: dict[str, float]) -> dict[str, float]:
             key = f'coco/{kind}_{theirs}'
             if key in scores:
                 found[prefix + ours] = float(scores[key])
-    if not found:  # no detection at all: mmdet returns nothing
-        found = dict.fromkeys(METRICS, 0.0)
-    return found
+    if not found and scores:
+        raise DataError(
+            f'expected COCO metrics (coco/bbox_mAP, ...), the evaluator of the config gives {some(list(scores))}'
+        )
+    return found or dict.fromkeys(METRICS, 0.0)  # mmdet scores nothing where nothing was detected
 
 
 @torch.no_grad()
 def gmacs(model: nn.Module, image: dict[str, Any]) -> float:
-    """Multiply-adds for a batch of one image, in units of 1e9, counted by ``torch.utils.flop_counter``."""
-    pixels = model.data_preprocessor(image, False)['inputs']  # type: ignore[operator]
-    with FlopCounterMode(display=False) as counter:
-        model(**sample_inputs(pixels))
+    """Multiply-adds of inference on a batch of one image, in units of 1e9, by ``torch.utils.flop_counter``.
+
+    Convolutions and matrix products are counted; NaN, with a warning, where the counter cannot follow a model.
+    """
+    counted = copy.deepcopy(model).requires_grad_(False)
+    try:
+        with FlopCounterMode(display=False) as counter:
+            counted.test_step(image)  # type: ignore[operator]
+    except Exception as error:
+        warnings.warn(f'the multiply-adds of {type(model).__name__} cannot be counted: {error}', stacklevel=2)
+        return float('nan')
     return counter.get_total_flops() / 2 / 1e9
 
 

@@ -51,6 +51,9 @@ def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = F
     """
     if out.suffix not in FORMATS:
         raise AsrError(f'{out}: the folded checkpoint should end in {" or ".join(FORMATS)}')
+    for source in (checkpoint, Path(config.filename)):
+        if source.resolve() in (out.resolve(), out.with_suffix('.py').resolve()):
+            raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
     plugged, meta = load_detector(config, checkpoint, trust)
     start = time.perf_counter()
     folded, report = fold(plugged)
@@ -87,7 +90,7 @@ def compare_exactly(plugged: nn.Module) -> Verification:
 
 def write_weights(out: Path, stock: nn.Module, meta: dict[str, Any]) -> None:
     """Write the stock weights; a ``.pth`` also says which classes the boxes have, as mmdet's inference expects."""
-    state = {k: v.contiguous() for k, v in stock.state_dict().items()}
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in stock.state_dict().items()}
     if out.suffix == '.safetensors':
         write_atomically(out, lambda p: save_file(state, p, {'format': 'pt'}))
     else:
@@ -102,7 +105,7 @@ def report_content(
     return {
         'config': str(config.filename),
         'checkpoint': {'file': str(checkpoint), 'sha256': sha256(checkpoint)},
-        'spec': report.spec or config.model.get('backbone', {}).get('plug'),
+        'spec': report.spec,
         'fold_seconds': round(seconds, 3),
         'strict_load': True,
         'feature_map_difference': {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 from mmengine.runner import Runner
@@ -14,7 +16,8 @@ from asr_downstream.description import describe
 from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.detectors import build_detector
 from asr_downstream.errors import CheckpointError
-from asr_downstream.files import writable_folder
+from asr_downstream.files import check_writable
+from asr_downstream.layers import rebind
 
 __all__ = ['plan', 'prepare', 'train']
 
@@ -32,14 +35,26 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
         AsrError: data or checkpoint are missing or unsound, or ``work_dir`` cannot be written.
     """
     check_datasets(config, 'train_dataloader', 'val_dataloader')
-    writable_folder(work_dir / '.writable').rmdir()
+    check_writable(work_dir)
     config.work_dir = str(work_dir)
     if resume is not None:
         config.load_from = str(latest(work_dir) if resume == 'latest' else Path(resume))
         config.resume = True
-    local = config.get('load_from')
-    if local and '://' not in local:
-        read_checkpoint(Path(local), trust)
+    for name in [config.get('load_from'), *pretrained(config.model)]:
+        if name and '://' not in name:  # what is fetched by name is mmengine's to read
+            read_checkpoint(Path(name), trust)
+
+
+def pretrained(node: Any) -> Iterator[str]:
+    """Checkpoints that the ``init_cfg`` entries of a model's config name."""
+    if isinstance(node, dict):
+        if node.get('type') == 'Pretrained' and 'checkpoint' in node:
+            yield node['checkpoint']
+        for value in node.values():
+            yield from pretrained(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from pretrained(value)
 
 
 def latest(work_dir: Path) -> Path:
@@ -61,6 +76,7 @@ def train(config: Config) -> Path:
         The last checkpoint.
     """
     runner = Runner.from_cfg(config)
+    rebind(runner.model)  # sync_bn=... has rebuilt its batch norms by now
     runner.logger.info(f'\n{describe(runner.model)}')
     runner.train()
     return latest(Path(config.work_dir))
@@ -73,12 +89,13 @@ def plan(config: Config) -> str:
     with redirect_stdout(io.StringIO()):
         loader = Runner.build_dataloader(config.train_dataloader)
     total = sum(p.numel() for p in model.parameters())
+    foldable = sum(row.parameters for row in describe(model).sites if row.folds)
     epochs = config.train_cfg.get('max_epochs')
     steps = f'{epochs} epochs of {len(loader)} steps' if epochs else f'{config.train_cfg.get("max_iters")} steps'
     return '\n'.join(
         [
             str(describe(model)),
-            f'parameters: {total:,}, of which {describe(model).parameters:,} fold away',
+            f'parameters: {total:,}, of which {foldable:,} fold away',
             f'data: {len(loader.dataset)} images in {config.get("data_root")}',
             f'steps: {steps}, batch size {config.train_dataloader.batch_size}',
             f'optimiser: {dict(config.optim_wrapper.optimizer)}',
