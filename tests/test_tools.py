@@ -230,7 +230,7 @@ class TestBadInput:
         options = ('--cfg-options', f'model.backbone.init_cfg.checkpoint={path}')
         one_line(tool('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
         config = tmp_path / 'mine.py'
-        init_cfg = dict(type='Pretrained', checkpoint=str(path))
+        init_cfg = dict(type='Pretrained', checkpoint=str(path), _delete_=True)
         config.write_text(f"_base_ = '{(ROOT / PLUGGED).as_posix()}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
         done = tool('train_det', config, '--data-root', digits, '--work-dir', tmp_path / 'w')
         one_line(done, 'can run code', '--trust')
