@@ -7,7 +7,6 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from asr_downstream.errors import AsrError
 
@@ -49,10 +48,3 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             raise
         print(f'error: {message}', file=sys.stderr)
         sys.exit(1)
-
-
-def existing(path: str) -> Path:
-    """Argument type: a path that exists."""
-    if not Path(path).exists():
-        raise argparse.ArgumentTypeError(f'{path}: no such file or folder')
-    return Path(path)

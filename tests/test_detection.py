@@ -16,6 +16,7 @@ pytestmark = pytest.mark.det
 
 from mmdet.models import backbones as stock_backbones
 from mmdet.registry import MODELS
+from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
@@ -24,7 +25,7 @@ import asr_downstream
 from asr_downstream import describe, fold, plug, verify
 from asr_downstream.detection.backbones import ResNet
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
-from asr_downstream.detection.detectors import build_detector, compare_features, sample_inputs
+from asr_downstream.detection.detectors import build_detector, compare_features
 from asr_downstream.detection.evaluation import metrics_of
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.layers import rebind
@@ -234,6 +235,14 @@ def test_a_backbone_without_plug_is_stock() -> None:
 def test_a_wrong_spec_in_a_config_is_an_error_with_the_right_name() -> None:
     with pytest.raises(Exception, match="did you mean 'SE'"):
         plugged(BACKBONES[0][0], dict(type='ASR', attention=dict(type='SEE')))
+
+
+def sample_inputs(x: torch.Tensor) -> dict[str, Any]:
+    """Arguments for ``detector(..., mode='tensor')`` on a batch of images ``(B, 3, H, W)``."""
+    shape = tuple(x.shape[-2:])
+    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape)
+    samples = [DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)}) for _ in x]
+    return {'inputs': x, 'data_samples': samples, 'mode': 'tensor'}
 
 
 def shrunk(config: Config) -> Config:

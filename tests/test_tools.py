@@ -178,7 +178,7 @@ def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
     assert '1 of the 1 images of instances_val2017.json are missing: 1.jpg' in done.stderr
 
 
-def one_line(done: object, *texts: str) -> None:
+def check_one_line(done: object, *texts: str) -> None:
     """The contract for bad input: exit code 1, one line on stderr, naming what, where and what to do."""
     assert done.returncode == 1, done.stdout + done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
@@ -191,34 +191,36 @@ def one_line(done: object, *texts: str) -> None:
 class TestBadInput:
     def test_missing_checkpoint(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
         out = tmp_path / 'a.pth'
-        one_line(tool('fold', PLUGGED, tmp_path / 'none.pth', out), 'none.pth: no such checkpoint')
+        check_one_line(tool('fold', PLUGGED, tmp_path / 'none.pth', out), 'none.pth: no such checkpoint')
         assert not list(tmp_path.iterdir())
 
     def test_truncated_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
         broken = tmp_path / 'broken.pth'
         broken.write_bytes(trained.read_bytes()[:5000])
-        one_line(tool('fold', PLUGGED, broken, tmp_path / 'out/a.pth'), 'broken.pth: is damaged', 'train it again')
+        check_one_line(
+            tool('fold', PLUGGED, broken, tmp_path / 'out/a.pth'), 'broken.pth: is damaged', 'train it again'
+        )
         assert not (tmp_path / 'out').exists()
 
     def test_checkpoint_of_another_architecture(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
         config = 'det_configs/retinanet/retinanet_r18-asr-se-c3-c5_fpn_1x_coco.py'
-        one_line(tool('fold', config, trained, tmp_path / 'a.pth'), 'made for another model', 'use the config')
+        check_one_line(tool('fold', config, trained, tmp_path / 'a.pth'), 'made for another model', 'use the config')
 
     def test_folded_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
         out = tmp_path / 'a.pth'
         assert tool('fold', PLUGGED, trained, out).returncode == 0
-        one_line(tool('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
+        check_one_line(tool('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
         assert not (tmp_path / 'b.pth').exists()
-        one_line(tool('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
+        check_one_line(tool('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
 
     def test_fold_overwrites_neither_checkpoint_nor_config(
         self, tool: Tool, tmp_path: Path, trained: Path, digits: Path
     ) -> None:
-        one_line(tool('fold', PLUGGED, trained, trained), 'would overwrite', 'another name')
+        check_one_line(tool('fold', PLUGGED, trained, trained), 'would overwrite', 'another name')
         config = tmp_path / 'mine.py'
         text = f"_base_ = '{(ROOT / PLUGGED).as_posix()}'"
         config.write_text(text)
-        one_line(tool('fold', config, trained, tmp_path / 'mine.pth'), 'would overwrite', 'mine.py')
+        check_one_line(tool('fold', config, trained, tmp_path / 'mine.pth'), 'would overwrite', 'mine.py')
         assert config.read_text() == text
         # Folding reads no data: a data root that is not there is no obstacle.
         done = tool('fold', config, trained, tmp_path / 'out/a.pth', ASR_DATA_ROOT=str(tmp_path / 'none'))
@@ -228,17 +230,17 @@ class TestBadInput:
         path = tmp_path / 'unsafe.pth'
         torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
         options = ('--cfg-options', f'model.backbone.init_cfg.checkpoint={path}')
-        one_line(tool('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
+        check_one_line(tool('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
         config = tmp_path / 'mine.py'
         init_cfg = dict(type='Pretrained', checkpoint=str(path), _delete_=True)
         config.write_text(f"_base_ = '{(ROOT / PLUGGED).as_posix()}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
         done = tool('train_det', config, '--data-root', digits, '--work-dir', tmp_path / 'w')
-        one_line(done, 'can run code', '--trust')
+        check_one_line(done, 'can run code', '--trust')
 
     def test_unsafe_checkpoint(self, tool: Tool, tmp_path: Path) -> None:
         path = tmp_path / 'unsafe.pth'
         torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
-        one_line(tool('fold', PLUGGED, path, tmp_path / 'a.pth'), 'can run code', '--trust')
+        check_one_line(tool('fold', PLUGGED, path, tmp_path / 'a.pth'), 'can run code', '--trust')
 
     @pytest.mark.parametrize('content', ['{"images": []}', 'not json', '[1]'])
     def test_annotations_that_are_not_coco(self, tool: Tool, tmp_path: Path, digits: Path, content: str) -> None:
@@ -246,7 +248,7 @@ class TestBadInput:
         shutil.copytree(digits, root)
         (root / 'annotations/train.json').write_text(content)
         done = tool('train_det', PLUGGED, '--data-root', root, '--work-dir', tmp_path / 'w')
-        one_line(done, 'train.json: is not')
+        check_one_line(done, 'train.json: is not')
         assert not (tmp_path / 'w').exists()
 
     def test_other_classes(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
@@ -254,33 +256,33 @@ class TestBadInput:
         shutil.copytree(digits, root)
         path = root / 'annotations/train.json'
         path.write_text(path.read_text().replace('"name": "7"', '"name": "seven"'))
-        one_line(tool('train_det', PLUGGED, '--data-root', root, '--dry-run'), 'no category 7', 'metainfo')
+        check_one_line(tool('train_det', PLUGGED, '--data-root', root, '--dry-run'), 'no category 7', 'metainfo')
 
     def test_unreadable_image(self, tool: Tool, tmp_path: Path, digits: Path, trained: Path) -> None:
         root = tmp_path / 'digits'
         shutil.copytree(digits, root)
         (root / 'val/000002.png').write_bytes(b'this is no picture')
         done = tool('test_det', PLUGGED, trained, '--data-root', root, '--work-dir', tmp_path / 'w')
-        one_line(done, '000002.png: cannot be read as an image')
+        check_one_line(done, '000002.png: cannot be read as an image')
         assert not (tmp_path / 'w').exists()
 
     def test_misspelt_attention(self, tool: Tool, digits: Path, tmp_path: Path) -> None:
         options = ('--cfg-options', 'model.backbone.plug.attention.type=SEE')
         done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', *options)
-        one_line(done, "unknown attention 'SEE'", "did you mean 'SE'")
+        check_one_line(done, "unknown attention 'SEE'", "did you mean 'SE'")
 
     def test_no_permission(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
         """A file where the folder should be: root may write anywhere else."""
         (tmp_path / 'file').touch()
-        one_line(tool('fold', PLUGGED, trained, tmp_path / 'file/a.pth'), 'cannot be written')
+        check_one_line(tool('fold', PLUGGED, trained, tmp_path / 'file/a.pth'), 'cannot be written')
         done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'file/w')
-        one_line(done, 'cannot be written')
+        check_one_line(done, 'cannot be written')
 
     def test_missing_data_config_and_resume(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
-        one_line(tool('train_det', PLUGGED, '--data-root', tmp_path / 'none'), 'none: no such data folder')
-        one_line(tool('train_det', 'none.py'), 'none.py: no such config')
+        check_one_line(tool('train_det', PLUGGED, '--data-root', tmp_path / 'none'), 'none: no such data folder')
+        check_one_line(tool('train_det', 'none.py'), 'none.py: no such config')
         done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path, '--resume')
-        one_line(done, 'has no checkpoint to resume from')
+        check_one_line(done, 'has no checkpoint to resume from')
 
 
 @pytest.mark.parametrize('name', ['train_det', 'test_det', 'fold', 'prepare_data', 'demo', 'benchmark', 'test_stock'])

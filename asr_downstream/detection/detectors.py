@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from mmdet.registry import MODELS
-from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
 from asr_downstream.detection.config import model_of
 from asr_downstream.verification import Verification, verify
 
-__all__ = ['FeatureMaps', 'build_detector', 'compare_features', 'load_detector', 'sample_inputs']
+__all__ = ['FeatureMaps', 'build_detector', 'compare_features', 'load_detector']
 
 
 def build_detector(config: Config) -> nn.Module:
@@ -60,11 +59,3 @@ def compare_features(a: nn.Module, b: nn.Module, size: int = 160, seed: int = 0)
     example = next(b.parameters())
     x = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
     return verify(FeatureMaps(a), FeatureMaps(b), x.to(example.device, example.dtype))
-
-
-def sample_inputs(x: Tensor) -> dict[str, Any]:
-    """Arguments for ``detector(..., mode='tensor')`` on a batch of images ``(B, 3, H, W)``."""
-    shape = tuple(x.shape[-2:])
-    meta = dict.fromkeys(('img_shape', 'ori_shape', 'pad_shape', 'batch_input_shape'), shape)
-    samples = [DetDataSample(metainfo={**meta, 'scale_factor': (1.0, 1.0)}) for _ in x]
-    return {'inputs': x, 'data_samples': samples, 'mode': 'tensor'}
