@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from asr_downstream.errors import CheckpointError
-from asr_downstream.layers import Plugged
-from asr_downstream.sites import some
+from asr_downstream.sites import inside_gate, some
 
+# Names that plugging adds, in the checkpoint of a model that is not at hand.
+GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
 # How torch names what a weights-only load does not let through; anything else it says is about a damaged file.
 REFUSED = re.compile(r'Unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+')
 
@@ -130,7 +131,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
             f'{path}: has no gates, but the config plugs {name}: it is a stock checkpoint, or was folded already; '
             f'use it with the stock config, or give the checkpoint that training wrote'
         )
-    if unexpected and not reshaped and not missing and all('.gate.' in k or '.dynamic.' in k for k in unexpected):
+    if unexpected and not reshaped and not missing and all(GATES.search(k) for k in unexpected):
         raise CheckpointError(
             f'{path}: has gates, but the config builds a stock {name}; use the config it was trained with, '
             f'or fold it first with tools/fold.py'
@@ -155,10 +156,4 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 
 def gate_keys(model: nn.Module) -> set[str]:
     """Names of the weights that plugging has added."""
-    return {
-        f'{path}.{slot}.{key}' if path else f'{slot}.{key}'
-        for path, layer in model.named_modules()
-        if isinstance(layer, Plugged)
-        for slot in ('gate', 'dynamic')
-        for key in (getattr(layer, slot).state_dict() if getattr(layer, slot) is not None else ())
-    }
+    return {key for key in model.state_dict() if inside_gate(model, key)}

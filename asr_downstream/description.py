@@ -12,9 +12,10 @@ from torch import nn
 from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, Gate
 from asr_downstream.layers import Plugged, orphans
+from asr_downstream.sharing import Member, SharedUnit
 from asr_downstream.sites import some
 
-__all__ = ['Description', 'SiteRow', 'check_connected', 'describe', 'render']
+__all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe', 'render']
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class SiteRow:
         layer: name of the stock class.
         channels: number of gates.
         plug: such as ``'ASR(SE) + Attention(SE)'``.
-        parameters: number of parameters that the plug added.
+        parameters: number of parameters that the plug added here, without shared ones.
         folds: whether all its gates are constant.
     """
 
@@ -39,21 +40,40 @@ class SiteRow:
 
 
 @dataclass(frozen=True)
+class SharedRow:
+    """An attention that sites share.
+
+    Attributes:
+        name: of the stage.
+        attention: its class.
+        sites: paths of the sites, in the order in which a state runs along them.
+        parameters: number of its parameters.
+    """
+
+    name: str
+    attention: str
+    sites: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Description:
     """The sites of a model; prints as a table.
 
     Attributes:
         model: class name of the model.
         sites: one row a site, in the order of ``named_modules()``.
+        shared: one row a shared attention.
     """
 
     model: str
     sites: tuple[SiteRow, ...]
+    shared: tuple[SharedRow, ...] = ()
 
     @property
     def parameters(self) -> int:
         """Number of parameters that plugging added."""
-        return sum(row.parameters for row in self.sites)
+        return sum(row.parameters for row in (*self.sites, *self.shared))
 
     def __str__(self) -> str:
         if not self.sites:
@@ -66,16 +86,25 @@ class Description:
         for row in self.sites:
             folds = 'exactly' if row.folds else 'no: depends on the input'
             table.add_row(row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds)
+        for unit in self.shared:
+            if unit is self.shared[0]:
+                table.add_section()
+            along = f'{unit.sites[0]} ... {unit.sites[-1]}' if len(unit.sites) > 1 else unit.sites[0]
+            table.add_row(along, f'{len(unit.sites)} sites', '', f'shared {unit.attention}', f'{unit.parameters:,}', '')
         return render(table)
 
 
 def describe(model: nn.Module) -> Description:
     """List the plugged sites of ``model``: path, stock class, channels, plug, parameters added, whether it folds."""
     rows = []
+    units: dict[SharedUnit, list[str]] = {}
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
             continue
         gates: list[Gate] = [*(layer.gate or ()), *(layer.dynamic or ())]  # type: ignore[attr-defined]
+        for gate in gates:
+            if isinstance(gate.attention, Member):
+                units.setdefault(gate.attention.unit, []).append(path)
         rows.append(
             SiteRow(
                 path=path,
@@ -87,15 +116,21 @@ def describe(model: nn.Module) -> Description:
             )
         )
     check_connected(model)
-    return Description(type(model).__name__, tuple(rows))
+    shared = tuple(
+        SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), sum(p.numel() for p in unit.parameters()))
+        for unit, paths in units.items()
+    )
+    return Description(type(model).__name__, tuple(rows), shared)
 
 
 def label(gates: list[Gate]) -> list[str]:
     """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``."""
     names: list[list] = []
     for gate in gates:
-        attention = type(gate.attention).__name__
-        name = f'{"ASR" if isinstance(gate, ConstantGate) else "Attention"}({attention})'
+        shared = isinstance(gate.attention, Member)
+        attention = type(gate.attention.attention if shared else gate.attention).__name__
+        plug = 'ASR' if isinstance(gate, ConstantGate) else 'DIA' if shared else 'Attention'
+        name = f'{plug}({attention})'
         if names and names[-1][0] == name:
             names[-1][1] += 1
         else:

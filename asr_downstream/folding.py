@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from asr_downstream.description import check_connected
 from asr_downstream.errors import FoldError
+from asr_downstream.gates import Gate
 from asr_downstream.layers import Plugged, detach
+from asr_downstream.sharing import Member, unregister
 from asr_downstream.sites import some
 
 __all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
@@ -106,18 +108,19 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
         return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
     check_foldable(model, layers, dynamic)
 
-    scaled = {path: scaled_parameters(path, layer) for path, layer in layers.items() if layer.gate is not None}
-
     folded = copy.deepcopy(model)
+    copies: dict[str, Any] = {path: folded.get_submodule(path) for path in layers}
+    scaled = {path: scaled_parameters(path, layer) for path, layer in copies.items() if layer.gate is not None}
     for path, new in scaled.items():
-        layer = folded.get_submodule(path)
-        layer.weight.copy_(new.weight)  # type: ignore[operator]
+        layer = copies[path]
+        layer.weight.copy_(new.weight)
         if new.bias is not None:
-            layer.bias.copy_(new.bias)  # type: ignore[operator]
+            layer.bias.copy_(new.bias)
         if new.site.kept:
-            layer.gate = None  # type: ignore[assignment]
+            layer.gate = None
         else:
             detach(layer)
+    unregister(folded, units_in_use(folded))
     sites = tuple(new.site for new in scaled.values())
     if any(layer.dynamic is not None for layer in layers.values()):
         message = f'folded {len(sites)} sites of {type(model).__name__}; input-dependent gates are still plugged'
@@ -148,15 +151,17 @@ def check_foldable(model: nn.Module, layers: dict[str, Any], dynamic: str) -> No
 
 
 def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
-    """Compute the folded weight and bias of one site in float64; changes nothing."""
-    exact = copy.deepcopy(layer).double()
-    v = exact.constant()
+    """Compute the folded weight and bias of one site in float64; changes only the precision of its gates."""
+    for gate in layer.gate:
+        for module in (gate, *chain_of(gate)):
+            module.double()
+    v = layer.constant()
     if not v.isfinite().all():
         raise FoldError(
             f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
             f'take an earlier one'
         )
-    weight, bias = exact.scale(exact, v)
+    weight, bias = layer.scale(layer, v)  # float32 times float64 is computed in float64
     rounded = {'weight': weight.to(layer.weight.dtype)}
     if bias is not None:
         rounded['bias'] = bias.to(layer.bias.dtype)
@@ -180,6 +185,20 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
         kept=layer.dynamic is not None,
     )
     return ScaledParameters(rounded['weight'], rounded.get('bias'), site)
+
+
+def chain_of(gate: Gate) -> list[nn.Module]:
+    """What the gates of a site depend on besides itself: a shared unit and the sites before it."""
+    if not isinstance(gate.attention, Member):
+        return []
+    unit = gate.attention.unit
+    return [unit, *unit.gates]
+
+
+def units_in_use(model: nn.Module) -> set[int]:
+    """Ids of the shared units that gates of ``model`` still ask."""
+    gates = (m for m in model.modules() if isinstance(m, Gate))
+    return {id(gate.attention.unit) for gate in gates if isinstance(gate.attention, Member)}
 
 
 def make_stock_(model: nn.Module) -> nn.Module:

@@ -8,12 +8,13 @@ stock weights keep their scale and so their learning rate.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
+from asr_downstream.sharing import Member
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,7 +55,8 @@ class Gate(nn.Module):
 
     def example(self) -> Tensor:
         """Return a tensor with the dtype and device of the gates."""
-        return next(self.attention.parameters(), torch.zeros(()))
+        attention = self.attention.unit if isinstance(self.attention, Member) else self.attention
+        return next(attention.parameters(), torch.zeros(()))
 
     @torch.no_grad()
     def take_reference(self, path: str) -> None:
@@ -97,18 +99,34 @@ class ConstantGate(Gate):
             self.register_parameter('psi', None)
 
     def probe(self) -> Tensor:
-        psi = self.psi
-        if psi is None:
-            psi = self.example().new_zeros(1, self.channels)
+        psi = self.input()
         # Half precision would cost accuracy and save nothing: these are a few vectors.
         if torch.is_autocast_enabled(psi.device.type):
             with torch.autocast(psi.device.type, enabled=False):
-                return self.attention(psi)
-        return self.attention(psi)
+                return self.attend(psi)
+        return self.attend(psi)
 
-    def forward(self) -> Tensor:
-        """Return the gates v, shape ``(C,)``."""
-        return self.relative(self.probe())[0]
+    def attend(self, psi: Tensor) -> Tensor:
+        """Gates of ``psi``; a recurrent unit starts at the first site of its run."""
+        if not isinstance(self.attention, Member):
+            return self.attention(psi)
+        before = self.attention.unit.gates[: self.attention.position]
+        return self.attention.alone([*(cast(ConstantGate, gate).input() for gate in before), psi])
+
+    def forward(self, anchor: Tensor | None = None) -> Tensor:
+        """Return the gates v, shape ``(C,)``.
+
+        Args:
+            anchor: the input of the layer, inside of a forward. A recurrent unit then continues from the site before;
+                without it, from its own start.
+        """
+        if anchor is None or not isinstance(self.attention, Member) or not self.attention.unit.recurrent:
+            return self.relative(self.probe())[0]
+        return self.relative(self.attention(self.input(), anchor))[0]
+
+    def input(self) -> Tensor:
+        """Return psi, or zeros for an attention without input: ``(1, C)``."""
+        return self.example().new_zeros(1, self.channels) if self.psi is None else self.psi
 
 
 class DynamicGate(Gate):
@@ -128,17 +146,31 @@ class DynamicGate(Gate):
         # Batch norms inside an attention must not learn from this: eval mode, flags restored below.
         flags = {m: m.training for m in self.attention.modules()}
         self.attention.eval()
+        zeros = self.example().new_zeros(2, self.channels, *self.positions)
         try:
-            gate = self.attention(self.example().new_zeros(2, self.channels, *self.positions))
+            if isinstance(self.attention, Member):
+                gate = self.attention.alone([zeros] * (self.attention.position + 1))
+            else:
+                gate = self.attention(zeros)
         finally:
             for module, training in flags.items():
                 module.training = training
         return gate.flatten(2).mean(-1)[:1] if gate.dim() > 2 else gate[:1]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale ``x`` ``(B, C, *)`` by its gates ``(B, C)`` or, from a spatial attention, ``(B, C, *)``."""
+    @property
+    def of_mean(self) -> bool:
+        """Whether the gates of a map are those of its mean over the positions."""
+        return getattr(self.attention, 'of_mean', False)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """Return the gates of a map ``(B, C, *)`` or descriptor: ``(B, C)``, or ``(B, C, *)`` if they are spatial."""
         gate = self.attention(x)
         if self.reference is not None:
             gate = gate / self.reference.view(1, -1, *(1,) * (gate.dim() - 2))
+        return gate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale a map ``x`` ``(B, C, *)`` by its gates."""
+        gate = self.gates(x)
         # Under autocast some attentions answer in float32: the feature map keeps its own precision.
         return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim())).to(x.dtype)

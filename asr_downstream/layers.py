@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
+from asr_downstream.fused import can_fuse, gated_batch_norm
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 
 __all__ = ['LAYERS', 'Plugged', 'attach', 'detach', 'orphans', 'rebind']
@@ -51,15 +52,15 @@ class Plugged:
         """Stock forward with the parameters given."""
         raise PlugError(f'{type(self).__name__} has no forward')
 
-    def constant(self) -> Tensor | None:
-        """Product of the constant gates, shape ``(C,)``; None without any."""
+    def constant(self, anchor: Tensor | None = None) -> Tensor | None:
+        """Product of the constant gates, shape ``(C,)``; None without any. ``anchor``: see `ConstantGate.forward`."""
         v: Tensor | None = None
         for gate in self.gate or ():  # type: ignore[attr-defined]
-            v = gate() if v is None else v * gate()
+            v = gate(anchor) if v is None else v * gate(anchor)
         return v
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        v = self.constant()
+        v = self.constant(input)
         weight, bias = (self.weight, self.bias) if v is None else self.scale(self, v)  # type: ignore[attr-defined]
         y = self.stock_forward(input, weight, bias, *args, **kwargs)
         return y if self.dynamic is None else self.scale_output(y)  # type: ignore[attr-defined]
@@ -75,6 +76,15 @@ class Plugged:
 
 class _BatchNorm(Plugged):
     # The name is torch's own: mmengine's initialisers choose layers by the names of their bases.
+    fuse: ClassVar[bool] = True  # False, on a class or a layer: the plain form, for comparison
+
+    def forward(self: Any, input: Tensor) -> Tensor:
+        if self.dynamic is None or not can_fuse(self, input):
+            return super().forward(input)
+        self._check_input_dim(input)
+        v = self.constant(input)
+        return gated_batch_norm(self, input, *((self.weight, self.bias) if v is None else self.scale(self, v)))
+
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._check_input_dim(x)
         factor = 0.0 if self.momentum is None else self.momentum
@@ -117,7 +127,7 @@ class _SyncBatchNorm(_BatchNorm):
         if not synchronised:
             return super().forward(input)
         y = nn.SyncBatchNorm.forward(self, input)
-        v = self.constant()
+        v = self.constant(input)
         if v is not None:
             y = y * v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
         return y if self.dynamic is None else self.scale_output(y)

@@ -8,6 +8,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.layers import Plugged, attach
 from asr_downstream.plugs import Plug
 from asr_downstream.registry import PLUGS, build
+from asr_downstream.sharing import SharedUnit, register
 from asr_downstream.sites import Site, find_sites, some
 
 __all__ = ['plug']
@@ -51,22 +53,26 @@ def plug(model: nn.Module, spec: Spec) -> Description:
 
     layers: dict[str, nn.Module] = {}
     gates: defaultdict[str, list[Gate]] = defaultdict(list)
+    units: list[SharedUnit] = []
     owners = parameter_owners(model)
     for number, item in enumerate(plugs):
-        for site in trainable_sites(model, item):
+        sites = item.select(trainable_sites(model, item))
+        for site in sites:
             check_layer(model, site, owners)
-            with own_random_stream(f'{number}.{site.path}'):
-                built = item.build(site)
-            if any(isinstance(g, DynamicGate) for g in gates[site.path]) and any(
-                isinstance(g, ConstantGate) for g in built
+            layers[site.path] = site.layer
+        built, shared = item.build(sites, partial(own_random_stream, number))
+        units += shared
+        for path, of_site in built.items():
+            if any(isinstance(g, DynamicGate) for g in gates[path]) and any(
+                isinstance(g, ConstantGate) for g in of_site
             ):
                 raise PlugError(
-                    f'{site.path}: constant gates outside of an input-dependent attention do not fold; '
+                    f'{path}: constant gates outside of an input-dependent attention do not fold; '
                     f'put the ASR first in the list: [ASR, Attention]'
                 )
-            layers[site.path] = site.layer
-            gates[site.path] += built
+            gates[path] += of_site
 
+    register(model, units)
     for path, layer in layers.items():
         attach(
             layer,
@@ -153,12 +159,12 @@ def parameter_owners(model: nn.Module) -> dict[int, set[int]]:
 
 
 @contextmanager
-def own_random_stream(name: str) -> Iterator[None]:
-    """Draw from a stream that depends on the global one and on ``name``, and leave the global one as it was."""
+def own_random_stream(number: int, name: str) -> Iterator[None]:
+    """Draw from a stream of the plug's number and ``name``, seeded by the global one, which stays as it was."""
     generator = torch.default_generator  # torch.manual_seed would seed the accelerators as well
     state = generator.get_state()
     try:
-        generator.manual_seed(int(torch.randint(2**62, ())) ^ zlib.crc32(name.encode()))
+        generator.manual_seed(int(torch.randint(2**62, ())) ^ zlib.crc32(f'{number}.{name}'.encode()))
         yield
     finally:
         generator.set_state(state)

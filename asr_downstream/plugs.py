@@ -1,64 +1,165 @@
-"""Plugs: how an attention meets its sites. A plug builds the gates of a site; `plugging` attaches them."""
+"""Plugs: how an attention meets its sites. A plug builds the gates of its sites; `plugging` attaches them.
+
+    Attention    an attention of its own at every site, on the feature map
+    DIA          one attention for the sites of a stage, on the feature map; a recurrent one carries a state along them
+    ASR          on a learned input: constant gates. Own attentions, or shared ones like DIA's
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from fnmatch import fnmatchcase
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.grouping import Share, group_sites
 from asr_downstream.layers import LAYERS
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, find
+from asr_downstream.sharing import Member, SharedUnit, drop_norms
 from asr_downstream.sites import Site
 
-__all__ = ['ASR', 'Attention', 'Plug']
+__all__ = ['ASR', 'DIA', 'Attention', 'Plug']
+
+# Name -> context in which random numbers come from a stream of that name.
+Streams: TypeAlias = Callable[[str], AbstractContextManager[None]]
 
 
 class Plug:
-    """Base class: an attention spec, the sites it goes to, and whether the model keeps its outputs at the start.
+    """Base class: an attention spec, the sites it goes to, and how it goes there.
 
     Args:
         attention: spec of the attention, ``dict(type='SE', reduction=16)``.
         sites: see `asr_downstream.sites.find_sites`.
+        skip: patterns of sites to leave out; a recurrent state passes them by.
         preserve: divide the gates by what they were at the start, so that a plugged model computes what the model
             computed before.
+        share: which sites share an attention, see `asr_downstream.grouping.group_sites`; None: none do.
     """
 
-    def __init__(self, attention: dict[str, Any], sites: str | Sequence[str] = 'residual', preserve: bool = False):
+    default_share: ClassVar[Share] = None
+
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        sites: str | Sequence[str] = 'residual',
+        skip: Sequence[str] = (),
+        preserve: bool = False,
+        share: Share = None,
+    ) -> None:
         if not isinstance(attention, dict) or 'type' not in attention:
             raise PlugError(
                 f"{type(self).__name__}: attention={attention!r} should be a dict, as in attention=dict(type='SE')"
             )
-        find(ATTENTIONS, attention['type'])
+        self.factory = find(ATTENTIONS, attention['type'])
+        if isinstance(skip, str):
+            raise PlugError(f'skip={skip!r} should be a list of patterns, [{skip!r}]')
         self.attention = attention
         self.sites = sites
+        self.skip = list(skip)
         self.preserve = preserve
+        self.share = share
 
-    def build(self, site: Site) -> list[Gate]:
-        """Build the gates of ``site``, with dtype and device of its layer; the model is not touched."""
-        path, channels, like = site.path, site.channels, next(site.layer.parameters())
-        gates = self.gates(site)
-        for gate in gates:
-            gate.to(device=like.device, dtype=like.dtype)
-            self.check(gate, path, channels)
-            if self.preserve:
-                if isinstance(gate, DynamicGate):
-                    start = getattr(gate.attention, 'start_constant', None)
-                    if start is None:
-                        raise PlugError(
-                            f'{path}: preserve=True needs {self.attention["type"]}.start_constant(), which makes the '
-                            f'first gates the same for every input'
-                        )
-                    start()
-                gate.take_reference(path)
-        return gates
+    def select(self, sites: list[Site]) -> list[Site]:
+        """Leave out the sites that ``skip`` names.
 
-    def gates(self, site: Site) -> list[Gate]:
-        """Build the gates of one site."""
+        Raises:
+            PlugError: a pattern matches nothing, or everything is left out.
+        """
+        for pattern in self.skip:
+            if not any(fnmatchcase(site.path, pattern) for site in sites):
+                raise PlugError(f'skip: {pattern!r} matches none of the {len(sites)} sites, such as {sites[0].path}')
+        kept = [s for s in sites if not any(fnmatchcase(s.path, pattern) for pattern in self.skip)]
+        if not kept:
+            raise PlugError(f'skip={self.skip!r} leaves out all {len(sites)} sites')
+        return kept
+
+    def build(self, sites: list[Site], stream: Streams) -> tuple[dict[str, list[Gate]], list[SharedUnit]]:
+        """Build the gates of all ``sites``, with dtype and device of their layers; the model is not touched.
+
+        Returns:
+            Path of the site -> its gates, and the units that they share.
+
+        Raises:
+            PlugError: the attention does not fit a site, or the sites cannot share it.
+        """
+        gates: dict[str, list[Gate]] = {}
+        units: list[SharedUnit] = []
+        if self.share is None:
+            for site in sites:
+                with stream(site.path):
+                    gates[site.path] = [self.fit(site, self.own(site)) for _ in range(self.copies)]
+        else:
+            for group in group_sites(sites, self.share):
+                with stream(group.name):
+                    for _ in range(self.copies):
+                        units.append(self.shared(group.name, group.runs, gates))
+        if self.preserve:
+            self.start_from_one(gates, units)
+        return {site.path: gates[site.path] for site in sites}, units
+
+    @property
+    def copies(self) -> int:
+        """Gates a site."""
+        return 1
+
+    def own(self, site: Site) -> Gate:
+        """Build a gate with an attention of its own."""
+        return self.gate(site, self.make(site.channels))
+
+    def shared(self, name: str, runs: Sequence[Sequence[Site]], gates: dict[str, list[Gate]]) -> SharedUnit:
+        """Build a unit, add a gate for each of its sites to ``gates``, and return the unit."""
+        first = runs[0][0]
+        like = next(first.layer.parameters())
+        unit = SharedUnit(self.make(first.channels).to(device=like.device, dtype=like.dtype), name)
+        members = [(site, Member(unit, index, len(run))) for run in runs for index, site in enumerate(run)]
+        drop_norms(unit.attention)
+        for site, member in members:
+            gate = self.gate(site, member)
+            unit.gates.append(gate)
+            gates.setdefault(site.path, []).append(self.fit(site, gate))
+        return unit
+
+    def make(self, channels: int) -> nn.Module:
+        """Build the attention."""
+        return build(ATTENTIONS, self.attention, channels=channels)
+
+    def gate(self, site: Site, attention: nn.Module) -> Gate:
+        """Build the gate of one site around its attention."""
         raise PlugError(f'{type(self).__name__} builds no gates')
+
+    def fit(self, site: Site, gate: Gate) -> Gate:
+        """Give a gate the dtype and device of its layer, and check it."""
+        like = next(site.layer.parameters())
+        gate.to(device=like.device, dtype=like.dtype)
+        self.check(gate, site.path, site.channels)
+        return gate
+
+    def start_from_one(self, gates: dict[str, list[Gate]], units: list[SharedUnit]) -> None:
+        """Make the gates of this moment the new 1; those that depend on the input are first made constant."""
+        dynamic = [(p, g) for p, of_site in gates.items() for g in of_site if isinstance(g, DynamicGate)]
+        for attention in {id(a): a for a in (u.attention for u in units if dynamic)}.values():
+            self.start_constant(attention)
+        for _, gate in dynamic:
+            if not isinstance(gate.attention, Member):
+                self.start_constant(gate.attention)
+        for path, of_site in gates.items():
+            for gate in of_site:
+                gate.take_reference(path)
+
+    def start_constant(self, attention: nn.Module) -> None:
+        """Make the first gates of an attention the same for every input."""
+        start = getattr(attention, 'start_constant', None)
+        if start is None:
+            raise PlugError(
+                f'preserve=True needs {self.attention["type"]}.start_constant(), which makes the first gates the same '
+                f'for every input'
+            )
+        start()
 
     @torch.no_grad()
     def check(self, gate: Gate, path: str, channels: int) -> None:
@@ -82,12 +183,14 @@ class Plug:
 class ASR(Plug):
     """Attention on a learned input (ASR, ECCV 2024): constant gates, which fold into the site's layer.
 
+    With ``DIALSTM`` the learned inputs go through one recurrent unit a stage; the gates are constant all the same.
+
     Args:
         attention: spec of the attention.
         repeat: number of such gates at each site, multiplied (the paper's delta; the official code has 1).
         init: start of psi.
-        sites: see `Plug`.
-        preserve: see `Plug`.
+        sites, skip, preserve: see `Plug`.
+        share: see `Plug`; the default is ``'stage'`` for a recurrent attention and None for others.
     """
 
     def __init__(
@@ -96,31 +199,78 @@ class ASR(Plug):
         repeat: int = 1,
         init: float = 0.1,
         sites: str | Sequence[str] = 'residual',
+        skip: Sequence[str] = (),
         preserve: bool = False,
+        share: Share = None,
     ) -> None:
-        super().__init__(attention, sites, preserve)
+        super().__init__(attention, sites, skip, preserve, share)
         if not isinstance(repeat, int) or repeat < 1:
             raise PlugError(f'ASR: repeat={repeat!r} must be a whole number of at least 1')
         self.repeat = repeat
         self.init = init
+        if share is None and getattr(self.factory, 'recurrent', False):
+            self.share = 'stage'
 
-    def gates(self, site: Site) -> list[Gate]:
-        preset = getattr(find(ATTENTIONS, self.attention['type']), 'on_learned_input', {})
-        return [
-            ConstantGate(build(ATTENTIONS, self.attention, channels=site.channels, **preset), site.channels, self.init)
-            for _ in range(self.repeat)
-        ]
+    @property
+    def copies(self) -> int:
+        return self.repeat
+
+    def make(self, channels: int) -> nn.Module:
+        preset = getattr(self.factory, 'on_learned_input', {})
+        return build(ATTENTIONS, self.attention, channels=channels, **preset)
+
+    def gate(self, site: Site, attention: nn.Module) -> Gate:
+        return ConstantGate(attention, site.channels, self.init)
 
 
 @PLUGS.register_module()
 class Attention(Plug):
     """An attention of its own at every site, on the feature map: the classic SE-ResNet form.
 
-    Its gates depend on the input and do not fold, unless the attention has no input (LayerScale).
+    Its gates depend on the input and have no exact fold, unless the attention has no input (LayerScale).
+
+    Args:
+        attention: spec of the attention.
+        sites, skip, preserve: see `Plug`.
     """
 
-    def gates(self, site: Site) -> list[Gate]:
-        attention: nn.Module = build(ATTENTIONS, self.attention, channels=site.channels)
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        sites: str | Sequence[str] = 'residual',
+        skip: Sequence[str] = (),
+        preserve: bool = False,
+    ) -> None:
+        super().__init__(attention, sites, skip, preserve)
+
+    def gate(self, site: Site, attention: nn.Module) -> Gate:
         if getattr(attention, 'uses_input', True):
-            return [DynamicGate(attention, site.channels, LAYERS[site.stock].positions)]
-        return [ConstantGate(attention, site.channels)]
+            return DynamicGate(attention, site.channels, LAYERS[site.stock].positions)
+        return ConstantGate(attention, site.channels)
+
+
+@PLUGS.register_module()
+class DIA(Attention):
+    """One attention shared along the sites of a stage (DIA, AAAI 2020; arXiv 2210.16101), on the feature map.
+
+    ``DIALSTM`` is the papers' unit and carries a state from site to site; any other attention may be shared as well
+    ("DIA-SE"). Normalisation inside an attention stays with its site.
+
+    Args:
+        attention: spec of the attention.
+        sites, skip, preserve: see `Plug`.
+        share: ``'stage'``, ``'width'``, or lists of patterns; see `asr_downstream.grouping.group_sites`.
+    """
+
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        sites: str | Sequence[str] = 'residual',
+        skip: Sequence[str] = (),
+        preserve: bool = False,
+        share: Share = 'stage',
+    ) -> None:
+        super().__init__(attention, sites, skip, preserve)
+        if share is None:
+            raise PlugError("DIA shares an attention: share='stage', 'width' or lists of patterns; without, use Attention")
+        self.share = share

@@ -17,6 +17,7 @@ from torch import nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.layers import LAYERS, Plugged
+from asr_downstream.sharing import SharedAttentions
 
 __all__ = ['SITES', 'Site', 'find_sites', 'register_site']
 
@@ -25,6 +26,7 @@ __all__ = ['SITES', 'Site', 'find_sites', 'register_site']
 SITES: dict[str, str] = {
     'mmdet.models.backbones.resnet.BasicBlock': 'norm2',
     'mmdet.models.backbones.resnet.Bottleneck': 'norm3',
+    'diffusers.models.resnet.ResnetBlock2D': 'conv2',
     'asr_downstream.models.resnet_cifar.BasicBlock': 'bn2',
     'asr_downstream.models.resnet_cifar.Bottleneck': 'bn3',
 }
@@ -38,11 +40,18 @@ class Site:
         path: its name in ``model.named_modules()``.
         layer: the layer, stock or plugged.
         frozen: nothing in the block around it is trained, so neither will its gates be.
+        block: path of the residual block that it belongs to, or of its parent.
     """
 
     path: str
     layer: nn.Module
     frozen: bool = False
+    block: str = ''
+
+    @property
+    def stage(self) -> str:
+        """Path of what holds the block: the sites of one width in it, one after another, are a stage."""
+        return self.block.rpartition('.')[0]
 
     @property
     def stock(self) -> type[nn.Module]:
@@ -97,7 +106,9 @@ def find_sites(model: nn.Module, sites: str | Sequence[str] = 'residual') -> lis
         raise PlugError(f"sites={sites!r} is not known: use 'residual', 'all' or a list of patterns, [{sites!r}]")
     else:
         found = matching_sites(model, list(sites))
-    return [Site(path, layer, frozen=is_frozen(model, path)) for path, layer in found.items()]
+    return [
+        Site(path, layer, frozen=is_frozen(model, path), block=block_of(model, path)) for path, layer in found.items()
+    ]
 
 
 def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Module]:
@@ -159,12 +170,26 @@ def is_layer(module: nn.Module) -> bool:
 
 
 def inside_gate(model: nn.Module, name: str) -> bool:
-    """Whether a module belongs to the gates of a plugged layer."""
+    """Whether a module belongs to the gates of a plugged layer, or to what they share."""
     parts = name.split('.')
+    if 'shared_attention' in parts:
+        home = model.get_submodule('.'.join(parts[: parts.index('shared_attention') + 1]))
+        return isinstance(home, SharedAttentions)
     return any(
         parts[i] in ('gate', 'dynamic') and isinstance(model.get_submodule('.'.join(parts[:i])), Plugged)
         for i in range(1, len(parts))
     )
+
+
+def block_of(model: nn.Module, path: str) -> str:
+    """Path of the block of `SITES` around a layer; without one, of its parent, or the layer's if that is a list."""
+    parts = path.split('.')
+    parents = ['.'.join(parts[:depth]) for depth in range(len(parts))]
+    known = [parent for parent in parents if branch_end(model.get_submodule(parent)) is not None]
+    if known:
+        return known[-1]
+    listed = isinstance(model.get_submodule(parents[-1]), nn.Sequential | nn.ModuleList)
+    return path if listed else parents[-1]
 
 
 def is_frozen(model: nn.Module, path: str) -> bool:

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 
-__all__ = ['ChannelAttention', 'hidden_width', 'pool']
+__all__ = ['ChannelAttention', 'hidden_width', 'is_norm', 'pool']
+
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 class ChannelAttention(nn.Module):
@@ -23,9 +25,14 @@ class ChannelAttention(nn.Module):
             so no psi is learned for it and it always folds.
         on_learned_input: constructor arguments that apply when the input is a learned vector psi (plug ``ASR``), which
             has one position and a batch of one. They may be overridden in the spec.
+        of_mean: the gates depend on a map only through its mean over the positions: ``self(x) == self(pool(x))``. The
+            mean may then be computed in another way (`asr_downstream.fused`).
+        recurrent: has ``step(y, state) -> (gates, state)``, which carries a state along the sites that share it.
     """
 
     uses_input: ClassVar[bool] = True
+    of_mean: ClassVar[bool] = False
+    recurrent: ClassVar[bool] = False
     on_learned_input: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, channels: int) -> None:
@@ -45,3 +52,8 @@ def pool(x: Tensor) -> Tensor:
 def hidden_width(channels: int, reduction: int) -> int:
     """Width of a bottleneck: ``channels // reduction``, at least 1 (the official code's rounding gives 0 at C <= 8)."""
     return max(channels // reduction, 1)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """Whether a module of an attention normalises: such a module is never shared, since each site has its statistics."""
+    return isinstance(module, NORMS) or getattr(module, 'normalises', False)

@@ -9,6 +9,7 @@ the zero padding), so only psi tells channels apart: it needs its gradient. Fres
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -27,6 +28,8 @@ class ECA(ChannelAttention):
         channels: C.
         kernel_size: k, odd; ``'adaptive'`` takes the odd number at ``|log2(C) / 2 + 1 / 2|`` (paper, Eq. 12).
     """
+
+    of_mean: ClassVar[bool] = True
 
     def __init__(self, channels: int, kernel_size: int | str = 3) -> None:
         super().__init__(channels)

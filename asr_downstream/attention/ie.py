@@ -8,6 +8,8 @@ Fresh gates are sigmoid(-1) = 0.269 exactly, for every input. Parameters: 2 C.
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +30,8 @@ class IE(ChannelAttention):
         channels: C.
         bias_init: start of b.
     """
+
+    of_mean: ClassVar[bool] = True
 
     def __init__(self, channels: int, bias_init: float = -1.0) -> None:
         super().__init__(channels)

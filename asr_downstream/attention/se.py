@@ -7,6 +7,8 @@ On a learned input (1, C) the pooling is the identity. Fresh gates scatter aroun
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import ChannelAttention, hidden_width, pool
@@ -26,6 +28,8 @@ class SE(ChannelAttention):
         reduction: r, the bottleneck.
         bias: biases of the two linear layers; the ASR tables count them.
     """
+
+    of_mean: ClassVar[bool] = True
 
     def __init__(self, channels: int, reduction: int = 16, bias: bool = True) -> None:
         super().__init__(channels)

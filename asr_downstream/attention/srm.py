@@ -26,6 +26,8 @@ __all__ = ['SRM', 'ChannelAffine']
 class ChannelAffine(nn.Module):
     """``weight * z + bias`` per channel, ``(B, C) -> (B, C)``: BatchNorm's affine without its statistics."""
 
+    normalises: ClassVar[bool] = True
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(channels))
