@@ -89,8 +89,8 @@ class Description:
         for unit in self.shared:
             if unit is self.shared[0]:
                 table.add_section()
-            along = f'{unit.sites[0]} ... {unit.sites[-1]}' if len(unit.sites) > 1 else unit.sites[0]
-            table.add_row(along, f'{len(unit.sites)} sites', '', f'shared {unit.attention}', f'{unit.parameters:,}', '')
+            count = f'{len(unit.sites)} sites'
+            table.add_row(unit.name, count, '', f'shared {unit.attention}', f'{unit.parameters:,}', '')
         return render(table)
 
 

@@ -122,10 +122,9 @@ def moments(x: Tensor, spread: bool) -> tuple[Tensor, Tensor | None]:
 def affine(x: Tensor, mean: Tensor, slope: Tensor, level: Tensor) -> Tensor:
     """Return ``slope (x - mean) + level``, in one pass."""
     ones = torch.ones_like(mean).flatten()
-    flat = torch.native_batch_norm(
-        rows(x), slope.flatten(), level.flatten(), mean.flatten(), ones, False, 0.0, 0.0
-    )[0]  # fmt: skip
-    return flat.view_as(x)
+    weight, bias = slope.flatten(), level.flatten()
+    flat = torch.native_batch_norm(rows(x), weight, bias, mean.flatten(), ones, False, 0.0, 0.0)[0]
+    return torch.ops.aten._unsafe_view(flat, x.shape)  # not a view for autograd: what follows may write into it
 
 
 def sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,7 +122,7 @@ class ConstantGate(Gate):
         """
         if anchor is None or not isinstance(self.attention, Member) or not self.attention.unit.recurrent:
             return self.relative(self.probe())[0]
-        return self.relative(self.attention(self.input(), anchor))[0]
+        return self.relative(self.attention(self.input(), anchor)).to(self.example().dtype)[0]
 
     def input(self) -> Tensor:
         """Return psi, or zeros for an attention without input: ``(1, C)``."""

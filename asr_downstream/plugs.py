@@ -1,8 +1,8 @@
 """Plugs: how an attention meets its sites. A plug builds the gates of its sites; `plugging` attaches them.
 
-    Attention    an attention of its own at every site, on the feature map
-    DIA          one attention for the sites of a stage, on the feature map; a recurrent one carries a state along them
-    ASR          on a learned input: constant gates. Own attentions, or shared ones like DIA's
+Attention    an attention of its own at every site, on the feature map
+DIA          one attention for the sites of a stage, on the feature map; a recurrent one carries a state along them
+ASR          on a learned input: constant gates. Own attentions, or shared ones like DIA's
 """
 
 from __future__ import annotations
@@ -272,5 +272,7 @@ class DIA(Attention):
     ) -> None:
         super().__init__(attention, sites, skip, preserve)
         if share is None:
-            raise PlugError("DIA shares an attention: share='stage', 'width' or lists of patterns; without, use Attention")
+            raise PlugError(
+                "DIA shares an attention: share='stage', 'width' or lists of patterns; without, use Attention"
+            )
         self.share = share

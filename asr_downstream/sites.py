@@ -182,14 +182,17 @@ def inside_gate(model: nn.Module, name: str) -> bool:
 
 
 def block_of(model: nn.Module, path: str) -> str:
-    """Path of the block of `SITES` around a layer; without one, of its parent, or the layer's if that is a list."""
+    """Path of the block around a layer: one of `SITES`, else the nearest element of a list, else its parent."""
     parts = path.split('.')
     parents = ['.'.join(parts[:depth]) for depth in range(len(parts))]
     known = [parent for parent in parents if branch_end(model.get_submodule(parent)) is not None]
     if known:
         return known[-1]
-    listed = isinstance(model.get_submodule(parents[-1]), nn.Sequential | nn.ModuleList)
-    return path if listed else parents[-1]
+    lists = [isinstance(model.get_submodule(p), nn.Sequential | nn.ModuleList) for p in parents]
+    elements = [parents[depth + 1] for depth in range(len(parents) - 1) if lists[depth]]
+    if elements:
+        return elements[-1]
+    return path if lists[-1] else parents[-1]
 
 
 def is_frozen(model: nn.Module, path: str) -> bool:

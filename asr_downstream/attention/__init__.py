@@ -11,4 +11,16 @@ from asr_downstream.attention.sigmoid_vector import SigmoidVector
 from asr_downstream.attention.spa import SPA
 from asr_downstream.attention.srm import SRM
 
-__all__ = ['CBAM', 'DIALSTM', 'ECA', 'IE', 'SE', 'SPA', 'SRM', 'ChannelAttention', 'LayerScale', 'SigmoidVector', 'pool']
+__all__ = [
+    'CBAM',
+    'DIALSTM',
+    'ECA',
+    'IE',
+    'SE',
+    'SPA',
+    'SRM',
+    'ChannelAttention',
+    'LayerScale',
+    'SigmoidVector',
+    'pool',
+]

@@ -12,11 +12,13 @@ from mmdet.models import backbones
 from torch import nn
 
 from asr_downstream.detection import layers  # noqa: F401  (mmengine's norms join the fold table)
+from asr_downstream.detection.checkpointing import use_non_reentrant
 from asr_downstream.gates import Gate
 from asr_downstream.layers import rebind
 from asr_downstream.plugging import Spec
 from asr_downstream.plugging import plug as attach_plug
 from asr_downstream.registry import MODELS
+from asr_downstream.sharing import SharedUnit
 
 __all__ = ['PluggedBackbone', 'ResNeXt', 'ResNet', 'ResNetV1d']
 
@@ -31,6 +33,7 @@ class PluggedBackbone:
         if plug is not None:
             to_dict = getattr(plug, 'to_dict', None)  # a config holds the spec as mmengine's own dicts
             attach_plug(self, to_dict() if to_dict else plug)  # type: ignore[arg-type]
+            use_non_reentrant(self)  # type: ignore[arg-type]
             self._freeze_stages()  # type: ignore[attr-defined]  # sites that were named in frozen stages
 
     def train(self, mode: bool = True) -> Any:
@@ -41,7 +44,7 @@ class PluggedBackbone:
         """
         rebind(self)  # type: ignore[arg-type]
         result = super().train(mode)  # type: ignore[misc]
-        for gate in [m for m in self.modules() if isinstance(m, Gate)]:  # type: ignore[attr-defined]
+        for gate in [m for m in self.modules() if isinstance(m, Gate | SharedUnit)]:  # type: ignore[attr-defined]
             if any(p.requires_grad for p in gate.parameters()):
                 gate.train(mode)
         return result
