@@ -4,8 +4,8 @@ Plain form: y = BN(x), h = gate(mean(y)), z = y h. It reads the map twice more t
 pass. But pooling commutes with an affine, so with m the mean of each sample and channel, mu and a the mean and slope
 of the batch norm,
 
-    d = (m - mu) a + beta          the descriptor, mean(BN(x)) without BN(x)
-    z = (a h) (x - m) + h d        one affine a sample and channel
+    d = (m - mu) a + beta             the descriptor, mean(BN(x)) without BN(x)
+    z = (a h) (x - mu) + beta h       one affine a sample and channel
 
 Forward: one pass for the moments of each sample, from which the batch statistics follow, and one for the affine.
 Backward: one pass for the two sums, one for the gradient; x is all that is kept, as in BN. What lies between the two
@@ -75,14 +75,16 @@ def gated_batch_norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     mean, var = Moments.apply(x, of_batch, link) if differentiable else moments(x, of_batch)
     mu, variance = statistics(layer, mean, var, x) if of_batch else (layer.running_mean, layer.running_var)
     slope = weight * (variance + layer.eps).rsqrt()  # (C,)
-    level = torch.addcmul(bias, mean - mu, slope)  # (B, C), the descriptor
+    descriptor = torch.addcmul(bias, mean - mu, slope)  # (B, C)
     gates = None
     for gate in layer.dynamic:
-        h = gate.gates(level).to(level.dtype)
-        level = level * h  # the mean of what the next gate sees
+        h = gate.gates(descriptor).to(x.dtype)
+        descriptor = descriptor * h  # the mean of what the next gate sees
         gates = h if gates is None else gates * h
-    slope = slope * gates
-    return Affine.apply(x, mean, slope, level, link) if differentiable else affine(x, mean, slope, level)
+    scale, level = weight * gates, bias * gates  # (B, C)
+    if not differentiable:
+        return affine(x, mu, variance, scale, level, layer.eps)
+    return Affine.apply(x, mean, mu, variance, scale, level, layer.eps, link)
 
 
 def gates_train(layer: Any) -> bool:
@@ -115,24 +117,31 @@ def moments(x: Tensor, spread: bool) -> tuple[Tensor, Tensor | None]:
     mean = x.flatten(2).mean(-1)
     if not spread:
         return mean, None
-    _, centred = sums(x, x, mean)  # of x (x - m), which is the sum of (x - m)^2
+    _, centred = sums(x, x, mean, torch.ones_like(mean))  # of x (x - m), which is the sum of (x - m)^2
     return mean, (centred / positions(x)).clamp_min_(0)
 
 
-def affine(x: Tensor, mean: Tensor, slope: Tensor, level: Tensor) -> Tensor:
-    """Return ``slope (x - mean) + level``, in one pass."""
-    ones = torch.ones_like(mean).flatten()
-    weight, bias = slope.flatten(), level.flatten()
-    flat = torch.native_batch_norm(rows(x), weight, bias, mean.flatten(), ones, False, 0.0, 0.0)[0]
+def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float = 0.0) -> Tensor:
+    """Return ``(x - mu) / sqrt(var + eps) * scale + level`` in one pass, by the kernel of the stock layer in eval.
+
+    Args:
+        x: ``(B, C, *)``.
+        mu, var: ``(C,)``.
+        scale, level: ``(B, C)``.
+        eps: of the batch norm.
+    """
+    mu, var = mu.expand_as(scale).flatten(), var.expand_as(scale).flatten()
+    flat = torch.native_batch_norm(rows(x), scale.flatten(), level.flatten(), mu, var, False, 0.0, eps)[0]
     return torch.ops.aten._unsafe_view(flat, x.shape)  # not a view for autograd: what follows may write into it
 
 
-def sums(dy: Tensor, x: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
-    """Sums over the positions of ``dy`` and of ``dy (x - mean)``: ``(B, C)`` each, in one pass."""
-    m, ones = mean.flatten(), torch.ones_like(mean).flatten()
+def sums(dy: Tensor, x: Tensor, mu: Tensor, var: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Sums over the positions of ``dy`` and of ``dy (x - mu) / sqrt(var + eps)``: ``(B, C)`` each, in one pass."""
+    shape = x.shape[:2]
+    mu, var = mu.expand(shape).flatten(), var.expand(shape).flatten()
     mask = [False, True, True]
-    _, centred, total = NORM_BACKWARD(rows(dy), rows(x), ones, m, ones, m, ones, False, 0.0, mask)
-    return total.view_as(mean), centred.view_as(mean)
+    _, centred, total = NORM_BACKWARD(rows(dy), rows(x), None, mu, var, mu, var, False, eps, mask)
+    return total.view(shape), centred.view(shape)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -171,7 +180,7 @@ class Moments(torch.autograd.Function):
             dx = spread_out(shift, x) if curve is None else spread_out(shift, x) + spread_out(curve, x) * x
             return dx.expand_as(x) if sent is None else dx + spread_out(sent[1], x) * sent[0], None, None
         dy, slope = sent
-        dx = affine(dy, torch.zeros_like(mean), slope, shift)
+        dx = affine(dy, mean.new_zeros(()), mean.new_ones(()), slope, shift)
         if curve is not None:
             dx.addcmul_(x, spread_out(curve, x))
         return dx, None, None
@@ -181,20 +190,28 @@ class Affine(torch.autograd.Function):
     """`affine`. Its gradient of x is left to `Moments`, which always comes later: ``mean`` leads there."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, mean: Tensor, slope: Tensor, level: Tensor, link: Link) -> Tensor:
-        ctx.save_for_backward(x, mean, slope)
-        ctx.link = link
-        return affine(x, mean, slope, level)
+    def forward(
+        ctx: Any, x: Tensor, mean: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float, link: Link
+    ) -> Tensor:
+        ctx.save_for_backward(x, mu, var, scale)
+        ctx.eps, ctx.link = eps, link
+        return affine(x, mu, var, scale, level, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, Tensor, Tensor, Tensor, None]:
-        x, mean, slope = ctx.saved_tensors
-        if torch.is_grad_enabled():
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mu, var, scale = ctx.saved_tensors
+        rstd = (var + ctx.eps).rsqrt()
+        if torch.is_grad_enabled():  # create_graph=True
             d_level = dy.flatten(2).sum(-1)
-            d_slope = (dy * (x - spread_out(mean, x))).flatten(2).sum(-1)
+            d_scale = (dy * (x - spread_out(mu.expand_as(scale), x))).flatten(2).sum(-1) * rstd
         else:
             dy = dy.contiguous()
-            d_level, d_slope = sums(dy, x, mean)
+            d_level, d_scale = sums(dy, x, mu, var, ctx.eps)
+        d_mean = d_mu = d_var = None
         if ctx.needs_input_grad[0]:
-            ctx.link.sent = dy, slope
-        return None, -slope * d_level, d_slope, d_level, None
+            ctx.link.sent = dy, scale * rstd
+            d_mean = torch.zeros_like(scale)
+        if ctx.needs_input_grad[2]:
+            d_mu = -(scale * d_level).sum(0) * rstd
+            d_var = (scale * d_scale).sum(0) * rstd.square() * -0.5
+        return None, d_mean, d_mu, d_var, d_scale, d_level, None, None

@@ -151,8 +151,8 @@ def find_left(unit: SharedUnit, position: int, anchor: Tensor) -> Any:
     if best is not None:
         return best.state
     raise AsrError(
-        f'{unit.name}: a block was computed again in the backward pass, and its input is cut off from the shared state: '
-        f'reentrant activation checkpointing would give wrong gradients here. Use use_reentrant=False '
+        f'{unit.name}: a block was computed again in the backward pass, and its input is cut off from the shared '
+        f'state: reentrant activation checkpointing would give wrong gradients here. Use use_reentrant=False '
         f'(diffusers: enable_gradient_checkpointing() as it is; mmdet: with_cp=True in a backbone of '
         f'asr_downstream); if no parameter before this block is trained, switch checkpointing off'
     )

@@ -55,5 +55,5 @@ def hidden_width(channels: int, reduction: int) -> int:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether a module of an attention normalises: such a module is never shared, since each site has its statistics."""
+    """Whether a module of an attention normalises; such a module is never shared: each site has its statistics."""
     return isinstance(module, NORMS) or getattr(module, 'normalises', False)
