@@ -2,6 +2,7 @@
 
     plug(model, spec)      attach attentions to the sites of a model
     fold(model)            put constant gates into the weights: the stock model again
+    record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
     describe(model)        the table of the sites
 
@@ -15,6 +16,7 @@ from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldErro
 from asr_downstream.folding import fold
 from asr_downstream.layers import rebind
 from asr_downstream.plugging import plug
+from asr_downstream.recording import record
 from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
 from asr_downstream.sites import SITES, register_site
 from asr_downstream.verification import verify
@@ -37,6 +39,7 @@ __all__ = [
     'plug',
     'pool',
     'rebind',
+    'record',
     'register_site',
     'verify',
 ]

@@ -128,14 +128,18 @@ def label(gates: list[Gate]) -> list[str]:
     names: list[list] = []
     for gate in gates:
         shared = isinstance(gate.attention, Member)
-        attention = type(gate.attention.attention if shared else gate.attention).__name__
         plug = 'ASR' if isinstance(gate, ConstantGate) else 'DIA' if shared else 'Attention'
-        name = f'{plug}({attention})'
+        name = f'{plug}({attention_name(gate)})'
         if names and names[-1][0] == name:
             names[-1][1] += 1
         else:
             names.append([name, 1])
     return [name if count == 1 else f'{name} x{count}' for name, count in names]
+
+
+def attention_name(gate: Gate) -> str:
+    """Class of a gate's attention, its own or a shared one."""
+    return type(gate.attention.attention if isinstance(gate.attention, Member) else gate.attention).__name__
 
 
 def check_connected(model: nn.Module) -> None:

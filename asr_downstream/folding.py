@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import copy
 import warnings
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.description import check_connected
+from asr_downstream import calibration
+from asr_downstream.calibration import Calibration, Metric, Step, groups
+from asr_downstream.description import attention_name, check_connected
 from asr_downstream.errors import FoldError
 from asr_downstream.gates import Gate
 from asr_downstream.layers import Plugged, detach
@@ -55,11 +59,14 @@ class FoldReport:
     Attributes:
         sites: the folded sites, in the order of ``named_modules()``.
         message: one line for a person.
+        spec: what was plugged.
+        calibration: what ``fold(calibrate=...)`` measured.
     """
 
     sites: tuple[FoldedSite, ...] = ()
     message: str = ''
     spec: Any = field(default=None, compare=False)
+    calibration: Calibration | None = field(default=None, compare=False)
 
     @property
     def already_stock(self) -> bool:
@@ -67,7 +74,7 @@ class FoldReport:
         return not self.sites
 
     def __str__(self) -> str:
-        return self.message
+        return self.message if self.calibration is None else f'{self.calibration}\n{self.message}'
 
 
 @dataclass(frozen=True)
@@ -77,17 +84,36 @@ class ScaledParameters:
     site: FoldedSite
 
 
-@torch.no_grad()
-def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldReport]:
-    """Fold the constant gates of ``model`` and return a stock copy.
+def fold(
+    model: nn.Module,
+    dynamic: str = 'error',
+    calibrate: Iterable[Any] | None = None,
+    *,
+    step: Step | None = None,
+    refine_norms: bool = False,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+) -> tuple[nn.Module, FoldReport]:
+    """Fold the gates of ``model`` and return a stock copy.
 
-    Folding is exact up to one rounding of the weights: classes, parameter names and buffers are those of the stock
-    model. A model without plugs is copied, with a warning: folding twice is harmless.
+    Constant gates fold exactly, up to one rounding of the weights: classes, parameter names and buffers are those of
+    the stock model. A model without plugs is copied, with a warning: folding twice is harmless.
+
+    Gates that depend on the input have no exact fold. With ``calibrate`` they are replaced by their mean over data; the
+    report then says how constant they were and how much the model has changed.
 
     Args:
         model: a plugged model in eval mode; it is not changed.
         dynamic: what to do with gates that depend on the input: ``'error'``, or ``'keep'`` them plugged (the paper's
             ASR + SE keeps the SE).
+        calibrate: batches to average the gates over: a list or a loader, read more than once, on the model's device.
+        step: how to run a batch, ``step(model, batch)``; its outputs are compared before and after. The default calls
+            the model with a tensor, a tuple of arguments or a dict of keyword arguments.
+        refine_norms: estimate the running statistics of all batch norms again, over the same data.
+        metric: of a model, larger is better; measured before and after.
+        max_drop: how much may be lost at most: of ``metric``, or without one the relative change of the outputs (root
+            mean square). The least constant sites stay unfolded until it holds; sites of one recurrent unit go
+            together.
 
     Returns:
         The folded copy and a report.
@@ -98,15 +124,32 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
     """
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
+    if calibrate is None:
+        if step is not None or refine_norms or metric is not None or max_drop is not None:
+            raise FoldError('fold: step, refine_norms, metric and max_drop belong to calibrate=...')
+        return fold_exactly(model, dynamic)
+    check_connected(model)
+    check_mode(model)
+    if not groups(model):
+        return fold_exactly(model, dynamic)
+    finish = partial(fold_exactly, dynamic='keep')
+    folded, report, found = calibration.calibrate(model, calibrate, finish, step, refine_norms, metric, max_drop)
+    return folded, replace(report, calibration=found, message=f'{report.message}; outputs change by {found.change:.2%}')
+
+
+@torch.no_grad()
+def fold_exactly(model: nn.Module, dynamic: str) -> tuple[nn.Module, FoldReport]:
+    """Fold the constant gates."""
     check_connected(model)
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     if not layers:
         message = (
             f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
         )
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, stacklevel=4)
         return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
-    check_foldable(model, layers, dynamic)
+    check_mode(model)
+    check_constant(layers, dynamic)
 
     folded = copy.deepcopy(model)
     copies: dict[str, Any] = {path: folded.get_submodule(path) for path in layers}
@@ -122,8 +165,12 @@ def fold(model: nn.Module, dynamic: str = 'error') -> tuple[nn.Module, FoldRepor
             detach(layer)
     unregister(folded, units_in_use(folded))
     sites = tuple(new.site for new in scaled.values())
-    if any(layer.dynamic is not None for layer in layers.values()):
-        message = f'folded {len(sites)} sites of {type(model).__name__}; input-dependent gates are still plugged'
+    left = [path for path, layer in layers.items() if layer.dynamic is not None]
+    if left:
+        message = (
+            f'folded {len(sites)} sites of {type(model).__name__}; input-dependent gates are still plugged at '
+            f'{some(left, 3)}'
+        )
     else:
         make_stock_(folded)
         message = f'folded {len(sites)} sites of {type(model).__name__}'
@@ -135,18 +182,23 @@ def specs(model: nn.Module) -> dict[str, Any]:
     return {path: m.plug_spec for path, m in model.named_modules() if 'plug_spec' in vars(m)}
 
 
-def check_foldable(model: nn.Module, layers: dict[str, Any], dynamic: str) -> None:
-    """Refuse training mode and, unless they are to be kept, input-dependent gates."""
-    training = [path for path, layer in layers.items() if layer.training]
+def check_mode(model: nn.Module) -> None:
+    """Refuse training mode."""
+    training = [path for path, m in model.named_modules() if isinstance(m, Plugged) and m.training]
     if model.training or training:
         where = 'the model' if model.training else training[0]
         raise FoldError(f'{where} is in training mode: call model.eval() first (folded weights are for inference)')
+
+
+def check_constant(layers: dict[str, Any], dynamic: str) -> None:
+    """Refuse input-dependent gates, unless they are to be kept."""
     varying = [path for path, layer in layers.items() if layer.dynamic is not None]
     if varying and dynamic == 'error':
-        names = sorted({type(g.attention).__name__ for path in varying for g in layers[path].dynamic})
+        names = sorted({attention_name(g) for path in varying for g in layers[path].dynamic})
         raise FoldError(
             f'the gates of {", ".join(names)} at {some(varying, 3)} depend on the input and have no exact fold; '
-            f"train with dict(type='ASR', ...) for constant gates, or fold only the constant ones with dynamic='keep'"
+            f"train with dict(type='ASR', ...) for constant gates, fold only the constant ones with dynamic='keep', or "
+            f'replace them by their mean over data with calibrate=loader'
         )
 
 

@@ -126,8 +126,10 @@ def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps
 
     Args:
         x: ``(B, C, *)``.
-        mu, var: ``(C,)``.
-        scale, level: ``(B, C)``.
+        mu: ``(C,)``, like ``var``.
+        var: biased.
+        scale: ``(B, C)``, like ``level``.
+        level: added at the end.
         eps: of the batch norm.
     """
     mu, var = mu.expand_as(scale).flatten(), var.expand_as(scale).flatten()

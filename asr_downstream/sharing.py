@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -71,6 +72,7 @@ class SharedUnit(nn.Module):
 
     Attributes:
         gates: the gates that share it, in the order of their positions; not registered as children.
+        watchers: called with each member and the state that it leaves (`asr_downstream.record`).
     """
 
     def __init__(self, attention: nn.Module, name: str) -> None:
@@ -80,6 +82,7 @@ class SharedUnit(nn.Module):
         self.recurrent = bool(getattr(attention, 'recurrent', False))
         self.gates: list[Gate] = []
         self.slots = Slots()
+        self.watchers: list[Callable[[Member, Any], None]] = []
 
     def apply(self, fn: Any) -> Self:
         """Leave the unit out of ``model.apply(init)``, as gates are."""
@@ -102,16 +105,18 @@ class SharedUnit(nn.Module):
         left = self.slots.by_thread.get(thread())
         return None if left is None or left.position >= position else left.state
 
-    def leave(self, position: int, length: int, gates: Tensor, state: Any) -> Tensor:
-        """Keep ``state`` for the next site; returns the gates."""
-        left = Left(self, position, state)
+    def leave(self, member: Member, gates: Tensor, state: Any) -> Tensor:
+        """Keep ``state`` for the site after ``member``; returns the gates."""
+        for watch in self.watchers:
+            watch(member, state)
+        left = Left(self, member.position, state)
         if not torch.compiler.is_compiling() and gates.grad_fn is not None:
             # Of a view, since the state may hold the gates: a node that owned itself would never be freed.
             gates = gates.view_as(gates)
             cast(Any, gates.grad_fn).metadata[TAG] = left
         if recomputing():
             return gates
-        if position == length - 1:
+        if member.position == member.length - 1:
             self.slots.by_thread.pop(thread(), None)
         else:
             self.slots.by_thread[thread()] = left
@@ -206,7 +211,7 @@ class Member(nn.Module):
             return self.attention(x)
         state = self.unit.state_before(self.position, x if anchor is None else anchor)
         gates, state = self.step(x, state)
-        return self.unit.leave(self.position, self.length, gates, state)
+        return self.unit.leave(self, gates, state)
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One step of the recurrence in full precision, also under autocast: rounding would add up along the sites."""

@@ -148,7 +148,7 @@ def test_skipped_sites_neither_read_nor_advance_the_state() -> None:
     x = images()
     handed = []
     leave = model.shared_attention['layer2'].leave
-    model.shared_attention['layer2'].leave = lambda p, n, g, s: handed.append((p, n)) or leave(p, n, g, s)
+    model.shared_attention['layer2'].leave = lambda m, g, s: handed.append((m.position, m.length)) or leave(m, g, s)
     torch.testing.assert_close(model(x), other(x))
     assert handed == [(0, 2), (1, 2)]
 

@@ -324,9 +324,9 @@ def seen_states(model: Any) -> Iterator[list[Any]]:
     for unit in units:
         leave = type(unit).leave
 
-        def keep(position: int, length: int, gates: Tensor, state: Any, unit: Any = unit, leave: Any = leave) -> Tensor:
+        def keep(member: Any, gates: Tensor, state: Any, unit: Any = unit, leave: Any = leave) -> Tensor:
             states.append(state)
-            return leave(unit, position, length, gates, state)
+            return leave(unit, member, gates, state)
 
         unit.leave = keep
     try:

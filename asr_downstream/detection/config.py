@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from mmengine.registry import init_default_scope
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.registry import ATTENTIONS, PLUGS
 
-__all__ = ['load_config', 'set_data_root', 'stock_config']
+__all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
 
@@ -108,6 +110,40 @@ def stock_config(config: Config) -> Config:
         if not imports.imports:
             stock.pop('custom_imports')
     return stock
+
+
+def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
+    """Return a copy whose plugs are only at the sites ``kept``, given by their paths in the detector."""
+    partly = copy.deepcopy(config)
+
+    def narrow(node: Any, path: str) -> None:
+        if not isinstance(node, dict):
+            return
+        if str(node.get('type')).startswith(SCOPE) and 'plug' in node:
+            own = [site.removeprefix(f'{path}.') for site in kept if site.startswith(f'{path}.')]
+            specs = [node['plug']] if isinstance(node['plug'], dict) else list(node['plug'])
+            specs = [spec for spec in (narrowed(dict(s), own) for s in specs if s['type'] != 'ASR') if spec]
+            if specs:
+                node['plug'] = specs
+            else:
+                node['type'] = node['type'].removeprefix(SCOPE)
+                node.pop('plug')
+        for key, value in node.items():
+            narrow(value, f'{path}.{key}' if path else key)
+
+    narrow(partly.model, '')
+    return partly
+
+
+def narrowed(spec: dict[str, Any], sites: list[str]) -> dict[str, Any] | None:
+    """Return a plug spec for ``sites`` only, or None without any."""
+    if not sites:
+        return None
+    spec = {key: value for key, value in spec.items() if key != 'skip'}
+    if isinstance(spec.get('share'), list | tuple):
+        groups = [[p for p in group if any(fnmatchcase(s, p) for s in sites)] for group in spec['share']]
+        spec['share'] = [group for group in groups if group]
+    return {**spec, 'sites': sites}
 
 
 def plugin_modules() -> set[str]:

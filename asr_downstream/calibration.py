@@ -1,0 +1,355 @@
+"""Calibrated folding: gates that depend on the input are replaced by their mean over real data, and then fold.
+
+How much that costs is measured, not assumed. The *stripe ratio* of a site is the standard deviation of its gates over
+the images, averaged over the channels, over the standard deviation of their means over the channels: how far the gates
+move against how much they differ. Near 0, the gates are the stripes of ASR (ECCV 2024, section 3) and constant for all
+purposes; a site above 1 does depend on its input.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from asr_downstream.description import render
+from asr_downstream.errors import FoldError
+from asr_downstream.gates import ConstantGate
+from asr_downstream.layers import Plugged
+from asr_downstream.progress import bar
+from asr_downstream.recording import record
+from asr_downstream.sharing import Member
+from asr_downstream.verification import run, tensors
+
+__all__ = ['Calibration', 'Constancy', 'Trial', 'calibrate', 'measure_constancy']
+
+Step = Callable[[nn.Module, Any], Any]
+Metric = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Constancy:
+    """How constant the gates of one site are over data.
+
+    Attributes:
+        path: of the site.
+        group: of what folds together: the site, or the run of sites of a recurrent unit.
+        mean: gates averaged over the samples, ``(C,)``, float64.
+        over_samples: standard deviation over samples (images, and positions of spatial gates), mean over channels.
+        over_channels: standard deviation of ``mean`` over channels.
+        samples: number of samples.
+    """
+
+    path: str
+    group: str
+    mean: Tensor
+    over_samples: float
+    over_channels: float
+    samples: int
+
+    @property
+    def ratio(self) -> float:
+        """The stripe ratio; 0 for gates that do not move."""
+        if self.over_samples == 0:
+            return 0.0
+        return self.over_samples / self.over_channels if self.over_channels else math.inf
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One number of groups left unfolded, and what it costs.
+
+    Attributes:
+        kept: number of groups that stay as they are.
+        change: of the outputs, root mean square over that of the outputs.
+        metric: of the folded model, if one was given.
+        drop: what is held against ``max_drop``.
+    """
+
+    kept: int
+    change: float
+    metric: float | None
+    drop: float
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What calibrated folding measured.
+
+    Attributes:
+        sites: constancy of every site with input-dependent gates, least constant last.
+        kept: paths of the sites that stay unfolded.
+        trials: what was tried, the one taken last.
+        metric_before: of the model as it was, if a metric was given.
+        refined: batch norm statistics were estimated again.
+    """
+
+    sites: tuple[Constancy, ...]
+    kept: tuple[str, ...]
+    trials: tuple[Trial, ...]
+    metric_before: float | None = None
+    refined: bool = False
+
+    @property
+    def change(self) -> float:
+        """Relative change of the outputs of the folded model."""
+        return self.trials[-1].change
+
+    @property
+    def metric_after(self) -> float | None:
+        """Metric of the folded model."""
+        return self.trials[-1].metric
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            'sites': [
+                {
+                    'path': s.path,
+                    'over_samples': s.over_samples,
+                    'over_channels': s.over_channels,
+                    'stripe_ratio': s.ratio,
+                    'samples': s.samples,
+                    'folded': s.path not in self.kept,
+                }
+                for s in self.sites
+            ],
+            'trials': [vars(t) for t in self.trials],
+            'metric_before': self.metric_before,
+            'metric_after': self.metric_after,
+            'output_change': self.change,
+            'batch_norms_refined': self.refined,
+        }
+
+    def __str__(self) -> str:
+        table = Table(
+            'site', 'std over samples', 'std over channels', 'stripe ratio', '', title='constancy of the gates'
+        )
+        for s in self.sites:
+            numbers = (f'{v:.4f}' for v in (s.over_samples, s.over_channels, s.ratio))
+            table.add_row(s.path, *numbers, 'kept' if s.path in self.kept else 'folded')
+        lines = [render(table), f'outputs change by {self.change:.2%} (root mean square)']
+        if self.metric_before is not None:
+            lines.append(f'metric: {self.metric_before:.4f} before, {self.metric_after:.4f} after')
+        if self.kept:
+            lines.append(f'kept unfolded, within the budget: {", ".join(self.kept)}')
+        return '\n'.join(lines)
+
+
+def default_step(model: nn.Module, batch: Any) -> Any:
+    """Call the model with a tensor, a list or tuple of arguments, or a dict of keyword arguments."""
+    return run(model, tuple(batch) if isinstance(batch, list) else batch)
+
+
+@torch.no_grad()
+def measure_constancy(
+    model: nn.Module, data: Iterable[Any], step: Step = default_step, text: str = 'calibrating'
+) -> tuple[list[Constancy], list[list[Tensor]]]:
+    """Run ``model`` over ``data``.
+
+    Returns:
+        The constancy of every site with input-dependent gates, least constant last, and the outputs of each batch.
+
+    Raises:
+        FoldError: no data, a site that no batch reaches, or gates that are not finite.
+    """
+    totals: dict[str, Moments] = {}
+    outputs: list[list[Tensor]] = []
+    with record(model) as seen:
+        for batch in bar(data, text):
+            try:
+                outputs.append([t.detach().clone() for _, t in tensors(step(model, batch))])
+            except TypeError as error:
+                raise FoldError(
+                    f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({error}); '
+                    f'say how with step=lambda model, batch: model(...)'
+                ) from error
+            for path, gates in seen.gates.items():
+                for g in gates:
+                    totals.setdefault(path, Moments()).add(g)
+                gates.clear()
+            for states in seen.states.values():
+                states.clear()
+    if not outputs:
+        raise FoldError('calibrate: there was no data; give a list or a loader of batches')
+    found = []
+    for path, group in groups(model).items():
+        if path not in totals:
+            raise FoldError(f'{path}: was not reached by the calibration data; leave the site out, or use other data')
+        found.append(totals[path].constancy(path, group))
+    return sorted(found, key=lambda s: s.ratio), outputs
+
+
+class Moments:
+    """Running sums of the gates of one site, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def add(self, gates: Tensor) -> None:
+        """Add gates ``(B, C, *)``."""
+        rows = gates.double().flatten(2).movedim(1, -1).flatten(0, -2) if gates.dim() > 2 else gates.double()
+        self.count += rows.shape[0]
+        self.total = self.total.to(rows) + rows.sum(0)
+        self.squares = self.squares.to(rows) + rows.square().sum(0)
+
+    def constancy(self, path: str, group: str) -> Constancy:
+        """Finish."""
+        mean = self.total / self.count
+        if not mean.isfinite().all():
+            raise FoldError(f'{path}: its gates are not finite on the calibration data; the training diverged')
+        std = (self.squares / self.count - mean.square()).clamp_min(0).sqrt()
+        return Constancy(path, group, mean, float(std.mean()), float(mean.std(unbiased=False)), self.count)
+
+
+def groups(model: nn.Module) -> dict[str, str]:
+    """Path of each site with input-dependent gates -> what it folds with.
+
+    Sites that share a recurrent state fold together: a site that is left would wait for the states of the others.
+    """
+    found: dict[str, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, Plugged) and layer.dynamic is not None:  # type: ignore[attr-defined]
+            gates: Any = layer.dynamic  # type: ignore[attr-defined]
+            members = [gate.attention for gate in gates if isinstance(gate.attention, Member)]
+            unit = next((m.unit for m in members if m.unit.recurrent), None)
+            found[path] = path if unit is None else unit.name
+    return found
+
+
+class Fixed(nn.Module):
+    """An attention that always gives the same gates ``(1, C)``."""
+
+    uses_input = False
+
+    def __init__(self, gates: Tensor) -> None:
+        super().__init__()
+        self.register_buffer('gates', gates[None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the gates."""
+        return self.gates  # type: ignore[return-value]
+
+
+def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
+    """Copy ``model`` with constant gates, the means, at ``sites``."""
+    model = copy.deepcopy(model)
+    for site in sites:
+        layer: Any = model.get_submodule(site.path)
+        gate = ConstantGate(Fixed(site.mean.to(layer.weight.device)), len(site.mean))
+        layer.gate = nn.ModuleList([*(layer.gate or ()), gate.eval()])
+        layer.dynamic = None
+    return model
+
+
+@torch.no_grad()
+def change_of(model: nn.Module, data: Iterable[Any], before: list[list[Tensor]], step: Step) -> float:
+    """Root mean square of the change of the outputs, over that of the outputs before."""
+    apart = size = 0.0
+    for batch, old in zip(bar(data, 'comparing'), before, strict=True):
+        for (_, new), o in zip(tensors(step(model, batch)), old, strict=True):
+            if new.shape != o.shape:
+                raise FoldError(
+                    f'calibrate: the output has {tuple(new.shape)} where the model gave {tuple(o.shape)}; let step= '
+                    f'return tensors of a fixed shape, such as feature maps'
+                )
+            apart += float((new.double() - o.double()).square().sum())
+            size += float(o.double().square().sum())
+    return math.sqrt(apart / size) if size else (0.0 if apart == 0 else math.inf)
+
+
+@contextmanager
+def estimating(model: nn.Module) -> Iterator[None]:
+    """Batch norms inside average the statistics of all batches, whatever their momentum; all else stays in eval."""
+    norms = [
+        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+    ]
+    momenta = [m.momentum for m in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+        norm.training = True
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+            norm.training = False
+
+
+@torch.no_grad()
+def refine(model: nn.Module, data: Iterable[Any], step: Step) -> None:
+    """Estimate the running statistics of all batch norms again, in place."""
+    with estimating(model):
+        for batch in bar(data, 'batch norms'):
+            step(model, batch)
+
+
+def calibrate(
+    model: nn.Module,
+    data: Iterable[Any],
+    finish: Callable[[nn.Module], tuple[nn.Module, Any]],
+    step: Step | None = None,
+    refine_norms: bool = False,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+) -> tuple[nn.Module, Any, Calibration]:
+    """Replace gates by their means and ``finish`` (fold) the copy; leave as few groups as ``max_drop`` asks for.
+
+    The number of groups to leave, the least constant first, is found by bisection. See `asr_downstream.fold`.
+
+    Returns:
+        What ``finish`` returned, the folded model first, and what was measured.
+    """
+    if iter(data) is data:
+        raise FoldError('calibrate: the data is read more than once; give a list or a DataLoader, not an iterator')
+    step = step or default_step
+    sites, outputs = measure_constancy(model, data, step)
+    worst = {}  # groups by their least constant site
+    for site in sites:
+        worst[site.group] = max(site.ratio, worst.get(site.group, 0.0))
+    order = sorted(worst, key=lambda group: worst[group], reverse=True)
+    metric_before = None if metric is None else float(metric(model))
+    trials: dict[int, tuple[nn.Module, Any, Trial]] = {}
+
+    def attempt(kept: int) -> Trial:
+        if kept not in trials:
+            left = set(order[:kept])
+            folded, report = finish(with_means(model, [s for s in sites if s.group not in left]))
+            if refine_norms:
+                refine(folded, data, step)
+            change = change_of(folded, data, outputs, step)
+            value = None if metric is None else float(metric(folded))
+            drop = change if metric_before is None or value is None else metric_before - value
+            trials[kept] = folded, report, Trial(kept, change, value, drop)
+        return trials[kept][2]
+
+    taken = 0
+    if attempt(0).drop > (math.inf if max_drop is None else max_drop):
+        low, taken = 0, len(order)  # low is too few, taken is enough: nothing folded, nothing dropped
+        while taken - low > 1:
+            middle = (low + taken) // 2
+            low, taken = (middle, taken) if attempt(middle).drop > max_drop else (low, middle)  # type: ignore[operator]
+        attempt(taken)
+    folded, report, last = trials.pop(taken)
+    left = set(order[:taken])
+    return (
+        folded,
+        report,
+        Calibration(
+            sites=tuple(sites),
+            kept=tuple(s.path for s in sites if s.group in left),
+            trials=(*(trial for *_, trial in trials.values()), last),
+            metric_before=metric_before,
+            refined=refine_norms,
+        ),
+    )

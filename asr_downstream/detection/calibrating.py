@@ -1,0 +1,94 @@
+"""Calibrated folding of detectors: gates averaged over training images, and AP before and after."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+from torch import nn
+
+from asr_downstream.detection.evaluation import evaluate
+from asr_downstream.errors import DataError
+from asr_downstream.folding import FoldReport, fold
+
+__all__ = ['CalibrationPlan', 'calibration_batches', 'fold_calibrated', 'preprocessed_features']
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How to fold by calibration.
+
+    Attributes:
+        images: number of training images to average the gates over.
+        refine_norms: estimate the batch norm statistics again, over the same images.
+        max_drop: most AP, in [0, 1], that may be lost; the least constant sites stay plugged until it holds.
+        evaluate: measure AP before and after; needed for ``max_drop``.
+        seed: of the choice of images.
+    """
+
+    images: int = 64
+    refine_norms: bool = False
+    max_drop: float | None = None
+    evaluate: bool = True
+    seed: int = 0
+
+
+def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]:
+    """Load training images as the test pipeline prepares them: no augmentation, since the gates are to be typical.
+
+    Raises:
+        DataError: the config has no training set, or it is empty.
+    """
+    if not config.get('train_dataloader') or not config.get('test_dataloader'):
+        raise DataError(f'{config.filename}: calibration needs a train_dataloader and a test_dataloader')
+    dataset = copy.deepcopy(config.train_dataloader.dataset)
+    while 'pipeline' not in dataset and 'dataset' in dataset:
+        dataset = dataset.dataset
+    test = config.test_dataloader
+    plain = test.dataset
+    while 'pipeline' not in plain and 'dataset' in plain:
+        plain = plain.dataset
+    dataset.update(pipeline=plain.pipeline, test_mode=True)
+    loader = {**test, 'dataset': dataset, 'num_workers': 0, 'persistent_workers': False}
+    with redirect_stdout(io.StringIO()):  # pycocotools prints
+        built = Runner.build_dataloader(loader)
+    if not len(built.dataset):
+        raise DataError(f'{config.filename}: the training set is empty')
+    order = torch.randperm(len(built.dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+    size = test.get('batch_size', 1)
+    return [
+        built.collate_fn([built.dataset[i] for i in order[start : start + size]])
+        for start in range(0, len(order), size)
+    ]  # fmt: skip
+
+
+def preprocessed_features(model: Any, batch: Any) -> Any:
+    """Run a detector up to its neck: feature maps, which are continuous, unlike what follows NMS."""
+    return model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+
+
+def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:
+    """Fold a detector by calibration on its own training images; the metric is AP on the test set of the config.
+
+    Raises:
+        FoldError: see `asr_downstream.fold`.
+        DataError: there are no data.
+    """
+    if plan.max_drop is not None and not plan.evaluate:
+        raise DataError('max_drop is about AP, which has to be measured: leave evaluate=True')
+    model.to(get_device())
+    return fold(
+        model,
+        calibrate=calibration_batches(config, plan.images, plan.seed),
+        step=preprocessed_features,
+        refine_norms=plan.refine_norms,
+        metric=(lambda m: evaluate(config, m, 'AP').metrics['AP']) if plan.evaluate else None,
+        max_drop=plan.max_drop,
+    )

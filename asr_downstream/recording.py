@@ -1,0 +1,91 @@
+"""What gates and states are on real data: recorded in the forwards of a plugged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from asr_downstream.gates import Gate
+from asr_downstream.layers import Plugged
+from asr_downstream.sharing import Member, SharedUnit
+
+__all__ = ['Recording', 'record']
+
+
+@dataclass
+class Recording:
+    """Of each site, by path, one entry a forward through it; tensors are detached.
+
+    Attributes:
+        gates: what the map was multiplied by, ``(B, C)``, or ``(B, C, *)`` from a spatial attention; the product where
+            a site has several input-dependent gates; constant gates are ``(1, C)``.
+        states: what a recurrent attention left, such as ``(h, c)``, each ``(B, C)``.
+    """
+
+    gates: dict[str, list[Tensor]] = field(default_factory=dict)
+    states: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Record the gates and states of all forwards inside, in one thread.
+
+    Where a site has constant and input-dependent gates, the input-dependent ones are recorded.
+
+        with record(model) as seen:
+            model(images)
+        seen.gates['layer1.0.bn3'][0]  # (B, C)
+    """
+    found = Recording()
+    handles = []
+    members: dict[int, str] = {}
+    units: set[SharedUnit] = set()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Plugged):
+            continue
+        found.gates[path] = []
+        for number, gate in enumerate(layer.dynamic or layer.gate or ()):  # type: ignore[attr-defined]
+            handles.append(gate.attention.register_forward_hook(keeper(found.gates[path], gate, number == 0)))
+            if isinstance(gate.attention, Member) and gate.attention.unit.recurrent:
+                found.states[path] = []
+                members[id(gate.attention)] = path
+                units.add(gate.attention.unit)
+
+    def watch(member: Member, state: Any) -> None:
+        if id(member) in members:
+            found.states[members[id(member)]].append(tuple(t.detach() for t in state))
+
+    for unit in units:
+        unit.watchers.append(watch)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for unit in units:
+            unit.watchers.remove(watch)
+
+
+def keeper(kept: list[Tensor], gate: Gate, first: bool) -> Any:
+    """Forward hook of the attention of ``gate``: keeps its gates, multiplied by those of the gates before."""
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        v = output.detach()
+        if gate.reference is not None:
+            v = v / spread(gate.reference, v.dim())
+        if not first:
+            before = kept.pop()
+            dims = max(before.dim(), v.dim())
+            v = spread(before, dims) * spread(v, dims)
+        kept.append(v)
+
+    return keep
+
+
+def spread(v: Tensor, dims: int) -> Tensor:
+    """Add axes of one position until ``v`` has ``dims`` axes."""
+    return v.view(*v.shape, *(1,) * (dims - v.dim()))
