@@ -314,7 +314,7 @@ def calibrate(
         raise FoldError('calibrate: the data is read more than once; give a list or a DataLoader, not an iterator')
     step = step or default_step
     sites, outputs = measure_constancy(model, data, step)
-    worst = {}  # groups by their least constant site
+    worst: dict[str, float] = {}  # groups by their least constant site
     for site in sites:
         worst[site.group] = max(site.ratio, worst.get(site.group, 0.0))
     order = sorted(worst, key=lambda group: worst[group], reverse=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['parser', 'run']
+__all__ = ['add_calibration', 'parser', 'run']
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
@@ -21,6 +21,20 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     summary, _, rest = (doc or '').partition('\n')
     return argparse.ArgumentParser(
         description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options of calibrated folding."""
+    parser.add_argument('--calibrate', type=int, metavar='N', help='training images to average gates over (such as 64)')
+    parser.add_argument(
+        '--refine-norms', action='store_true', help='estimate batch norm statistics again over those images'
+    )
+    parser.add_argument(
+        '--max-drop',
+        type=float,
+        metavar='AP',
+        help='most AP in [0, 1] to lose; the least constant sites stay plugged until it holds',
     )
 
 

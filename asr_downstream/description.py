@@ -73,7 +73,7 @@ class Description:
     @property
     def parameters(self) -> int:
         """Number of parameters that plugging added."""
-        return sum(row.parameters for row in (*self.sites, *self.shared))
+        return sum(row.parameters for row in self.sites) + sum(unit.parameters for unit in self.shared)
 
     def __str__(self) -> str:
         if not self.sites:

@@ -184,7 +184,7 @@ def specs(model: nn.Module) -> dict[str, Any]:
 
 def check_mode(model: nn.Module) -> None:
     """Refuse training mode."""
-    training = [path for path, m in model.named_modules() if isinstance(m, Plugged) and m.training]
+    training = [path for path, m in model.named_modules() if m.training and isinstance(m, Plugged)]
     if model.training or training:
         where = 'the model' if model.training else training[0]
         raise FoldError(f'{where} is in training mode: call model.eval() first (folded weights are for inference)')

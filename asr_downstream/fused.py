@@ -76,12 +76,11 @@ def gated_batch_norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     mu, variance = statistics(layer, mean, var, x) if of_batch else (layer.running_mean, layer.running_var)
     slope = weight * (variance + layer.eps).rsqrt()  # (C,)
     descriptor = torch.addcmul(bias, mean - mu, slope)  # (B, C)
-    gates = None
+    scale, level = weight, bias
     for gate in layer.dynamic:
         h = gate.gates(descriptor).to(x.dtype)
         descriptor = descriptor * h  # the mean of what the next gate sees
-        gates = h if gates is None else gates * h
-    scale, level = weight * gates, bias * gates  # (B, C)
+        scale, level = scale * h, level * h  # (B, C)
     if not differentiable:
         return affine(x, mu, variance, scale, level, layer.eps)
     return Affine.apply(x, mean, mu, variance, scale, level, layer.eps, link)
@@ -96,7 +95,7 @@ def gates_train(layer: Any) -> bool:
     return False
 
 
-def statistics(layer: Any, mean: Tensor, var: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def statistics(layer: Any, mean: Tensor, var: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Batch mean and biased variance ``(C,)`` from those of the samples ``(B, C)``; updates the running ones."""
     mu = mean.mean(0)
     variance = var.mean(0) + (mean - mu).square().mean(0)

@@ -148,8 +148,8 @@ class Plug:
             if not isinstance(gate.attention, Member):
                 self.start_constant(gate.attention)
         for path, of_site in gates.items():
-            for gate in of_site:
-                gate.take_reference(path)
+            for each in of_site:
+                each.take_reference(path)
 
     def start_constant(self, attention: nn.Module) -> None:
         """Make the first gates of an attention the same for every input."""

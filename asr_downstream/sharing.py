@@ -138,7 +138,7 @@ def recomputing() -> bool:
 def find_left(unit: SharedUnit, position: int, anchor: Tensor) -> Any:
     """Walk the autograd graph from ``anchor`` to the gates of the nearest site before ``position``."""
     best: Left | None = None
-    queue = deque([anchor.grad_fn])
+    queue: deque[Any] = deque([anchor.grad_fn])
     seen: set[Any] = set()
     while queue:
         node = queue.popleft()
@@ -270,7 +270,7 @@ class SharedAttentions(nn.ModuleDict):
 
 def release(model: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of a plugged root: drop the states that an exception has left, and the graph that they hold."""
-    for unit in model.shared_attention.values():  # type: ignore[union-attr, operator]
+    for unit in model.shared_attention.values():  # type: ignore[operator]
         unit.slots.by_thread.pop(thread(), None)
 
 

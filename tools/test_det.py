@@ -2,6 +2,10 @@
 
     python tools/test_det.py CONFIG work_dirs/NAME/epoch_10.pth
     python tools/test_det.py CONFIG work_dirs/NAME/epoch_10.pth --fold
+    python tools/test_det.py CONFIG work_dirs/NAME/epoch_10.pth --fold calibrated --calibrate 64
+
+Gates of ASR fold exactly. Gates that depend on the input (SE, DIA, ...) fold only by calibration: each is replaced by
+its mean over training images, and the table shows what that costs.
 
 Prints COCO metrics (pycocotools), parameters, multiply-adds and latency, and with --fold the largest difference of
 boxes and scores; writes the same as test.json to the work dir.
@@ -22,19 +26,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = cli.parser(__doc__)
     parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
     parser.add_argument('checkpoint', type=Path, help='.pth or .safetensors')
-    parser.add_argument('--fold', action='store_true', help='fold a copy and compare the two')
+    parser.add_argument(
+        '--fold',
+        nargs='?',
+        const='exact',
+        choices=['exact', 'calibrated'],
+        help='fold a copy and compare the two (default: exact)',
+    )
+    cli.add_calibration(parser)
     parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')
     parser.add_argument('--work-dir', type=Path, help='where test.json goes (default: work_dirs/<config>)')
     parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.detection import evaluation
+    if args.fold != 'calibrated' and (args.calibrate or args.refine_norms or args.max_drop is not None):
+        parser.error('--calibrate, --refine-norms and --max-drop go with --fold calibrated')
+    from asr_downstream.detection.calibrating import CalibrationPlan
     from asr_downstream.detection.config import load_config
+    from asr_downstream.detection.evaluation import work_dir_of
+    from asr_downstream.detection.testing import evaluate_checkpoint
 
     config = load_config(args.config, args.data_root, args.cfg_options)
-    folder = evaluation.work_dir_of(config, args.work_dir)
-    print(evaluation.evaluate_checkpoint(config, args.checkpoint, folder / 'test.json', args.fold, args.trust))
+    plan = CalibrationPlan(args.calibrate or 64, args.refine_norms, args.max_drop, evaluate=args.max_drop is not None)
+    out = work_dir_of(config, args.work_dir) / 'test.json'
+    print(evaluate_checkpoint(config, args.checkpoint, out, args.fold, args.trust, plan))
 
 
 if __name__ == '__main__':

@@ -13,7 +13,7 @@ every branch (``preserve=True`` divides that out). Parameters: 2 (5 N m + m + 4 
 
 from __future__ import annotations
 
-from typing import ClassVar, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -60,10 +60,10 @@ class DIALSTM(ChannelAttention):
         Returns:
             The gates h ``(B, C)`` and the new state ``(h, c)``.
         """
-        weights = self.ih[0].weight
+        weights: Any = self.ih[0].weight
         h = weights.new_zeros(1, self.channels) if state is None else state[0].to(weights.dtype)
-        full = torch.promote_types(weights.dtype, torch.float32)  # type: ignore[arg-type]
-        gates = (self.ih(y.to(weights.dtype)) + self.hh(h)).to(full)  # type: ignore[arg-type]
+        full = torch.promote_types(weights.dtype, torch.float32)
+        gates = (self.ih(y.to(weights.dtype)) + self.hh(h)).to(full)
         i, f, g, o = gates.chunk(4, 1)
         c = i.sigmoid() * g.tanh()
         if state is not None:

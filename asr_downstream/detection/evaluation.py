@@ -24,22 +24,16 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from asr_downstream.description import render
-from asr_downstream.detection.coco import check_datasets
-from asr_downstream.detection.detectors import load_detector
-from asr_downstream.errors import CheckpointError, DataError
-from asr_downstream.files import sha256, write_json
-from asr_downstream.folding import fold
+from asr_downstream.errors import DataError
 from asr_downstream.progress import bar
 from asr_downstream.sites import some
 from asr_downstream.timing import paired_times, ratio
-from asr_downstream.versions import versions
 
 __all__ = [
     'Comparison',
     'Evaluation',
     'compare',
     'evaluate',
-    'evaluate_checkpoint',
     'gmacs',
     'measure_latency',
     'work_dir_of',
@@ -250,30 +244,6 @@ def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differenc
             boxes = max(boxes, float(apart[rows, columns].max()))
             scores = max(scores, float((scores_a[in_a][rows] - scores_b[in_b][columns]).abs().max()))
     return Differences(boxes, scores, unmatched, len(a))
-
-
-def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, folding: bool = False, trust: bool = False) -> str:
-    """Evaluate a checkpoint, with ``folding`` beside its folded copy; write ``out`` and return the table.
-
-    Raises:
-        AsrError: data or checkpoint are missing or unsound, or the model does not fold.
-    """
-    check_datasets(config, 'test_dataloader')
-    model, _ = load_detector(config, checkpoint, trust)
-    result: Evaluation | Comparison
-    if folding:
-        folded, report = fold(model)
-        if report.already_stock:
-            raise CheckpointError(
-                f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold'
-            )
-        result = compare(config, model, folded)
-    else:
-        result = evaluate(config, model, 'detector')
-        result.latency_ms = median(measure_latency({'detector': model}, first_image(config))['detector'])
-    provenance = {'config': str(config.filename), 'checkpoint': str(checkpoint), 'sha256': sha256(checkpoint)}
-    write_json(out, {**result.as_dict(), **provenance, 'versions': versions()})
-    return str(result)
 
 
 def work_dir_of(config: Config, given: Path | None) -> Path:

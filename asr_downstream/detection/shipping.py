@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from asr_downstream.checkpoint import load_state
-from asr_downstream.detection.config import stock_config
+from asr_downstream.description import describe
+from asr_downstream.detection.calibrating import CalibrationPlan, fold_calibrated
+from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.detectors import build_detector, compare_features, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.files import sha256, write_atomically, write_json
@@ -29,7 +31,9 @@ FORMATS = ('.pth', '.safetensors')
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
-def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = False) -> dict[str, Any]:
+def fold_checkpoint(
+    config: Config, checkpoint: Path, out: Path, trust: bool = False, calibrate: CalibrationPlan | None = None
+) -> dict[str, Any]:
     """Fold ``checkpoint`` and write three files that need nothing of this package.
 
     ``out``: the stock weights; ``<out>.py``: the stock config; ``fold_report.json`` beside them: sites, measured
@@ -41,6 +45,8 @@ def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = F
         checkpoint: what training wrote.
         out: file to write, ``.pth`` or ``.safetensors``.
         trust: see `asr_downstream.checkpoint.read_checkpoint`.
+        calibrate: how to replace gates that depend on the input by their mean; None folds exactly or not at all. Where
+            its budget leaves sites plugged, ``<out>.py`` is a config of this package with those sites only.
 
     Returns:
         The report.
@@ -56,17 +62,21 @@ def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = F
             raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
     plugged, meta = load_detector(config, checkpoint, trust)
     start = time.perf_counter()
-    folded, report = fold(plugged)
+    folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
     seconds = time.perf_counter() - start
     if report.already_stock:
         raise CheckpointError(f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug')
-    plain = stock_config(config)
-    stock = build_detector(plain)
-    load_state(stock, folded.state_dict(), checkpoint)
-    checks = {
-        'float32': compare_features(plugged.float(), stock.float()),
-        'float64': compare_exactly(plugged),
-    }
+    kept = [row.path for row in describe(folded).sites]
+    plain = partly_stock_config(config, kept) if kept else stock_config(config)
+    shipped = build_detector(plain)
+    load_state(shipped, folded.cpu().state_dict(), checkpoint)
+    if report.calibration is None:
+        checks = {
+            'float32': compare_features(plugged.float(), shipped.float()),
+            'float64': compare_exactly(plugged),
+        }
+    else:  # the plugged model is another function; what is shipped is to be the folded one
+        checks = {'float32': compare_features(folded, shipped)}
     for precision, found in checks.items():
         bound = TOLERANCE[getattr(torch, precision)]
         if not found.relative <= bound:
@@ -75,11 +85,12 @@ def fold_checkpoint(config: Config, checkpoint: Path, out: Path, trust: bool = F
                 f'nothing was written'
             )
     content = report_content(config, checkpoint, report, checks, seconds)
-    write_weights(out, stock, meta)
+    content['still_plugged'] = kept
+    write_weights(out, shipped, meta)
     write_atomically(out.with_suffix('.py'), lambda p: p.write_text(plain.pretty_text))
     content['folded'] = {'file': out.name, 'sha256': sha256(out), 'config': out.with_suffix('.py').name}
     write_json(out.parent / 'fold_report.json', content)
-    return content
+    return {**content, 'report': report}
 
 
 def compare_exactly(plugged: nn.Module) -> Verification:
@@ -112,5 +123,6 @@ def report_content(
             precision: {'absolute': v.absolute, 'relative': v.relative} for precision, v in checks.items()
         },
         'sites': [asdict(site) for site in report.sites],
+        'calibration': None if report.calibration is None else report.calibration.as_dict(),
         'versions': versions(),
     }
