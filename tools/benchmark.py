@@ -1,6 +1,6 @@
 """Benchmarks, paired in one run: every round times each candidate once; ratios with their quartiles.
 
-    python tools/benchmark.py plug                 # what ASR(SE) costs in training, and folded
+    python tools/benchmark.py plug                 # what ASR(SE), SE and DIA cost in training, and folded
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -34,10 +34,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     results = [plug.measure(case, args.rounds) for case in cases]
     print(plug.table(results))
     for result in results:
-        print(f'{result["case"]}: the two ASR forms agree to {result["agreement"]:.1e}')
+        print(f'{result["case"]}: the two forms of each agree to {max(result["agreement"].values()):.1e}')
     report: dict[str, Any] = {'cases': results, 'versions': versions()}
     if not args.case:
         report['fold_faster_rcnn_r50_seconds'] = plug.fold_seconds()
+        text, report['parameters'] = plug.depth_table()
+        print(text)
         print(f'folding Faster R-CNN R50: {report["fold_faster_rcnn_r50_seconds"]:.2f} s')
     write_json(args.out / 'plug.json', report)
 

@@ -1,7 +1,8 @@
 """What plugging costs in training and what folding leaves of it: time and saved activations, against the stock model.
 
-Four arms with the same weights: the stock model; ASR(SE) as this package plugs it (scaled parameters); ASR(SE) as a
-feature map times its gates, the form of the official code; and the folded model.
+All arms have the same stock weights. ``feature maps`` and ``plain`` are the forms that other code uses, for comparison:
+the output of the layer times its gates. ASR as this package plugs it scales parameters, input-dependent gates (SE, DIA)
+are fused with their batch norm, and a folded model is stock.
 """
 
 from __future__ import annotations
@@ -26,20 +27,28 @@ from asr_downstream.plugging import plug
 from asr_downstream.timing import Ratio, paired_times, ratio
 from asr_downstream.verification import verify
 
-__all__ = ['CASES', 'Case', 'feature_map_form', 'fold_seconds', 'measure', 'saved_bytes', 'table']
+__all__ = ['CASES', 'Case', 'depth_table', 'feature_map_form', 'fold_seconds', 'measure', 'saved_bytes', 'table']
 
 SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
 STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
+PLAIN = ', plain'
+SE = {'type': 'Attention', 'attention': {'type': 'SE', 'reduction': 16}}
+
+
+def dia(reduction: int) -> dict[str, Any]:
+    """Spec of DIA."""
+    return {'type': 'DIA', 'attention': {'type': 'DIALSTM', 'reduction': reduction}}
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the size of its input ``(batch, 3, side, side)``."""
+    """A model, the size of its input ``(batch, 3, side, side)``, and the input-dependent plugs that are tried on it."""
 
     name: str
     build: Callable[[], nn.Module]
     batch: int
     side: int
+    dynamic: dict[str, dict[str, Any]]
 
 
 def mmdet_resnet50() -> nn.Module:
@@ -50,9 +59,24 @@ def mmdet_resnet50() -> nn.Module:
 
 
 CASES = (
-    Case('ResNet-56, 32 px', resnet56, batch=32, side=32),
-    Case('mmdet ResNet-50', mmdet_resnet50, batch=2, side=224),
+    Case('ResNet-56, 32 px', resnet56, batch=32, side=32, dynamic={'SE': SE, 'DIA r=4': dia(4)}),
+    Case(
+        'mmdet ResNet-50',
+        mmdet_resnet50,
+        batch=2,
+        side=224,
+        dynamic={'SE': SE, 'DIA r=20': dia(20), 'DIA r=4': dia(4)},
+    ),
 )
+
+
+def plain_form(plugged: nn.Module) -> nn.Module:
+    """Copy a plugged model; the copy multiplies maps by their input-dependent gates after the batch norm."""
+    model = copy.deepcopy(plugged)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    for layer in layers:
+        layer.fuse = False
+    return model
 
 
 def feature_map_form(plugged: nn.Module) -> nn.Module:
@@ -124,21 +148,21 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
-        (bytes); and ``agreement``, the largest relative difference between the two ASR forms.
+        (bytes); and ``agreement``, the largest relative difference between the two forms of each plug.
     """
     torch.manual_seed(seed)
     stock = case.build()
     x = torch.randn(case.batch, 3, case.side, case.side)
-    plugged = copy.deepcopy(stock)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        plug(plugged, SPEC)
-    maps = feature_map_form(plugged)
-    for model in (stock, plugged, maps):
+    arms = {STOCK: stock, SCALED: plugged_copy(stock, SPEC)}
+    arms[MAPS] = feature_map_form(arms[SCALED])
+    agreement = {SCALED: difference(arms[SCALED], arms[MAPS], x)}
+    for name, spec in case.dynamic.items():
+        arms[name] = plugged_copy(stock, spec)
+        arms[name + PLAIN] = plain_form(arms[name])
+        agreement[name] = difference(arms[name], arms[name + PLAIN], x)
+    arms[FOLDED], _ = fold(arms[SCALED])
+    for model in arms.values():
         model.eval()
-    agreement = verify(plugged, maps, x).relative
-    folded, _ = fold(plugged)
-    arms = {STOCK: stock, SCALED: plugged, MAPS: maps, FOLDED: folded}
 
     still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
     inference_times = paired_times(still, rounds, f'{case.name}: inference')
@@ -157,6 +181,23 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
         'saved': {name: count / saved[STOCK] for name, count in saved.items()},
         'rounds': rounds,
     }
+
+
+def plugged_copy(stock: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """Plug a copy, in eval mode."""
+    model = copy.deepcopy(stock)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plug(model, spec)
+    model.eval()
+    return model
+
+
+def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
+    """Largest relative difference of the outputs, in eval mode."""
+    a.eval()
+    b.eval()
+    return verify(a, b, x).relative
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Ratio]:
@@ -183,13 +224,30 @@ def fold_seconds(repeats: int = 5) -> float:
     return median(times)
 
 
+def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
+    """Parameters that SE and DIA add to mmdet's ResNets: SE grows with the depth, a shared unit does not."""
+    from asr_downstream.detection.backbones import ResNet
+
+    counts: dict[str, dict[str, int]] = {}
+    for depth in (50, 101, 152):
+        stock = sum(p.numel() for p in ResNet.stock_class(depth).parameters())
+        counts[f'ResNet-{depth}'] = {'stock': stock}
+        for name, spec in {'SE r=16': SE, 'DIA r=4': dia(4), 'DIA r=20': dia(20)}.items():
+            model = ResNet(depth, frozen_stages=-1, plug=spec)
+            counts[f'ResNet-{depth}'][name] = sum(p.numel() for p in model.parameters()) - stock
+    out = Table('backbone', 'stock', 'SE r=16', 'DIA r=4', 'DIA r=20', title='parameters, and what plugs add')
+    for name, row_counts in counts.items():
+        out.add_row(name, *(f'{"" if k == "stock" else "+"}{v:,}' for k, v in row_counts.items()))
+    return render(out), counts
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Print the measurements as one table."""
     out = Table(
         'model', 'arm', 'training step', 'saved activations', 'inference', title='ratios to stock, paired rounds'
     )
     for result in results:
-        for arm in (STOCK, SCALED, MAPS, FOLDED):
+        for arm in result['inference']:
             training = result['training'].get(arm)
             saved = result['saved'].get(arm)
             out.add_row(
