@@ -70,8 +70,8 @@ class FoldReport:
 
     @property
     def already_stock(self) -> bool:
-        """Nothing was folded."""
-        return not self.sites
+        """There was nothing to fold."""
+        return not self.sites and self.calibration is None
 
     def __str__(self) -> str:
         return self.message if self.calibration is None else f'{self.calibration}\n{self.message}'

@@ -1,9 +1,9 @@
-"""Train a stock detector and one with ASR(SE) on embedded data, fold, ship, and compare: four minutes on two cores.
+"""Train detectors on embedded data, stock, with ASR(SE) and with DIA, fold, ship, compare: five minutes on two cores.
 
     python tools/demo.py
     python tools/demo.py --out runs/demo --epochs 3
 
-Writes work_dirs/demo: shipped/ (a stock checkpoint and config), detections.png, summary.json. The exit code is 1 if the
+Writes work_dirs/demo: shipped/ (stock checkpoints and configs), detections.png, summary.json. The exit code is 1 if the
 folded detector does not equal the unfolded one or a detector has not learnt.
 """
 

@@ -66,6 +66,10 @@ def fold_checkpoint(
     seconds = time.perf_counter() - start
     if report.already_stock:
         raise CheckpointError(f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug')
+    if not report.sites:
+        raise FoldError(
+            f'{checkpoint}: the budget leaves every site plugged, so nothing was folded or written; raise --max-drop'
+        )
     kept = [row.path for row in describe(folded).sites]
     plain = partly_stock_config(config, kept) if kept else stock_config(config)
     shipped = build_detector(plain)
