@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream import calibration
-from asr_downstream.calibration import Calibration, Metric, Step, groups
+from asr_downstream.calibration import Calibration, Metric
+from asr_downstream.constancy import Step, groups
 from asr_downstream.description import attention_name, check_connected
 from asr_downstream.errors import FoldError
 from asr_downstream.gates import Gate
