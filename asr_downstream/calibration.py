@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from asr_downstream.constancy import Constancy, Step, default_step, measure_constancy
 from asr_downstream.description import render
 from asr_downstream.errors import FoldError
-from asr_downstream.gates import ConstantGate
+from asr_downstream.gates import ConstantGate, Gate
 from asr_downstream.progress import bar
 from asr_downstream.verification import tensors
 
@@ -136,46 +135,63 @@ def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
 
 
 @torch.no_grad()
-def change_of(model: nn.Module, data: Iterable[Any], before: list[list[Tensor]], step: Step) -> float:
-    """Root mean square of the change of the outputs, over that of the outputs before."""
+def change_of(model: nn.Module, folded: nn.Module, data: Iterable[Any], step: Step) -> float:
+    """Root mean square of the change of the outputs, over that of the outputs before; both on the same batches."""
     apart = size = 0.0
-    for batch, old in zip(bar(data, 'comparing'), before, strict=True):
-        for (_, new), o in zip(tensors(step(model, batch)), old, strict=True):
-            if new.shape != o.shape:
-                raise FoldError(
-                    f'calibrate: the output has {tuple(new.shape)} where the model gave {tuple(o.shape)}; let step= '
-                    f'return tensors of a fixed shape, such as feature maps'
-                )
-            apart += float((new.double() - o.double()).square().sum())
-            size += float(o.double().square().sum())
-    return math.sqrt(apart / size) if size else (0.0 if apart == 0 else math.inf)
+    for batch in bar(data, 'comparing'):
+        old, new = ([t.double() for _, t in tensors(step(m, batch))] for m in (model, folded))
+        if [t.shape for t in old] != [t.shape for t in new]:
+            raise FoldError(
+                'calibrate: the outputs have other shapes after folding; let step= return tensors of fixed shapes, '
+                'such as feature maps'
+            )
+        apart += sum(float((b - a).square().sum()) for a, b in zip(old, new, strict=True))
+        size += sum(float(a.square().sum()) for a in old)
+    change = math.sqrt(apart / size) if size else (0.0 if apart == 0 else math.inf)
+    if math.isnan(change):
+        raise FoldError('calibrate: the outputs are not finite; let step= return others, such as feature maps')
+    return change
 
 
-@contextmanager
-def estimating(model: nn.Module) -> Iterator[None]:
-    """Batch norms inside average the statistics of all batches, whatever their momentum; all else stays in eval."""
+@torch.no_grad()
+def refine(model: nn.Module, data: Iterable[Any], step: Step) -> None:
+    """Estimate the running statistics of the batch norms again, in place; all else stays in eval.
+
+    They average over all batches, whatever their momentum. Norms that ``step`` does not reach, and those of gates that
+    are still plugged, keep what they have.
+    """
+    gates = {id(m) for gate in model.modules() if isinstance(gate, Gate) for m in gate.modules()}
     norms = [
-        m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None
+        m
+        for m in model.modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is not None and id(m) not in gates
     ]
-    momenta = [m.momentum for m in norms]
+    before = [(m.momentum, {k: v.clone() for k, v in m.named_buffers(recurse=False)}) for m in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
         norm.training = True
     try:
-        yield
-    finally:
-        for norm, momentum in zip(norms, momenta, strict=True):
-            norm.momentum = momentum
-            norm.training = False
-
-
-@torch.no_grad()
-def refine(model: nn.Module, data: Iterable[Any], step: Step) -> None:
-    """Estimate the running statistics of all batch norms again, in place."""
-    with estimating(model):
         for batch in bar(data, 'batch norms'):
             step(model, batch)
+    finally:
+        for norm, (momentum, buffers) in zip(norms, before, strict=True):
+            norm.momentum = momentum
+            norm.training = False
+            if not norm.num_batches_tracked:
+                for name, value in buffers.items():
+                    norm.get_buffer(name).copy_(value)
+
+
+def finite(value: float) -> float:
+    """Return a metric as a float.
+
+    Raises:
+        FoldError: it is no number.
+    """
+    if not math.isfinite(value):
+        raise FoldError(f'calibrate: the metric is {value}, and nothing can be compared with that')
+    return float(value)
 
 
 def calibrate(
@@ -197,22 +213,22 @@ def calibrate(
     if iter(data) is data:
         raise FoldError('calibrate: the data is read more than once; give a list or a DataLoader, not an iterator')
     step = step or default_step
-    sites, outputs = measure_constancy(model, data, step)
+    sites = measure_constancy(model, data, step)
     worst: dict[str, float] = {}  # groups by their least constant site
     for site in sites:
         worst[site.group] = max(site.ratio, worst.get(site.group, 0.0))
     order = sorted(worst, key=lambda group: worst[group], reverse=True)
-    metric_before = None if metric is None else float(metric(model))
+    metric_before = None if metric is None else finite(metric(model))
     trials: dict[int, tuple[nn.Module, Any, Trial]] = {}
 
     def attempt(kept: int) -> Trial:
         if kept not in trials:
             left = set(order[:kept])
             folded, report = finish(with_means(model, [s for s in sites if s.group not in left]))
-            if refine_norms:
+            if refine_norms and kept < len(order):
                 refine(folded, data, step)
-            change = change_of(folded, data, outputs, step)
-            value = None if metric is None else float(metric(folded))
+            change = change_of(model, folded, data, step)
+            value = None if metric is None else finite(metric(folded))
             drop = change if metric_before is None or value is None else metric_before - value
             trials[kept] = folded, report, Trial(kept, change, value, drop)
         return trials[kept][2]
@@ -234,6 +250,6 @@ def calibrate(
             kept=tuple(s.path for s in sites if s.group in left),
             trials=(*(trial for *_, trial in trials.values()), last),
             metric_before=metric_before,
-            refined=refine_norms,
+            refined=refine_norms and taken < len(order),
         ),
     )

@@ -21,7 +21,7 @@ from asr_downstream.layers import Plugged
 from asr_downstream.progress import bar
 from asr_downstream.recording import record
 from asr_downstream.sharing import Member
-from asr_downstream.verification import run, tensors
+from asr_downstream.verification import run
 
 __all__ = ['Constancy', 'Step', 'default_step', 'groups', 'measure_constancy']
 
@@ -64,40 +64,41 @@ def default_step(model: nn.Module, batch: Any) -> Any:
 @torch.no_grad()
 def measure_constancy(
     model: nn.Module, data: Iterable[Any], step: Step = default_step, text: str = 'calibrating'
-) -> tuple[list[Constancy], list[list[Tensor]]]:
+) -> list[Constancy]:
     """Run ``model`` over ``data``.
 
     Returns:
-        The constancy of every site with input-dependent gates, least constant last, and the outputs of each batch.
+        The constancy of every site with input-dependent gates, least constant last.
 
     Raises:
         FoldError: no data, a site that no batch reaches, or gates that are not finite.
     """
     totals: dict[str, Moments] = {}
-    outputs: list[list[Tensor]] = []
+    batches = 0
     with record(model) as seen:
         for batch in bar(data, text):
             try:
-                outputs.append([t.detach().clone() for _, t in tensors(step(model, batch))])
+                step(model, batch)
             except TypeError as error:
                 raise FoldError(
                     f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({error}); '
                     f'say how with step=lambda model, batch: model(...)'
                 ) from error
+            batches += 1
             for path, gates in seen.gates.items():
                 for g in gates:
                     totals.setdefault(path, Moments()).add(g)
                 gates.clear()
             for states in seen.states.values():
                 states.clear()
-    if not outputs:
+    if not batches:
         raise FoldError('calibrate: there was no data; give a list or a loader of batches')
     found = []
     for path, group in groups(model).items():
         if path not in totals:
             raise FoldError(f'{path}: was not reached by the calibration data; leave the site out, or use other data')
         found.append(totals[path].constancy(path, group))
-    return sorted(found, key=lambda s: s.ratio), outputs
+    return sorted(found, key=lambda s: s.ratio)
 
 
 class Moments:
@@ -134,6 +135,6 @@ def groups(model: nn.Module) -> dict[str, str]:
         if isinstance(layer, Plugged) and layer.dynamic is not None:  # type: ignore[attr-defined]
             gates: Any = layer.dynamic  # type: ignore[attr-defined]
             members = [gate.attention for gate in gates if isinstance(gate.attention, Member)]
-            unit = next((m.unit for m in members if m.unit.recurrent), None)
+            unit = next((m.unit for m in members if m.recurrent), None)
             found[path] = path if unit is None else unit.name
     return found

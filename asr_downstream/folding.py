@@ -132,6 +132,10 @@ def fold(
     check_connected(model)
     check_mode(model)
     if not groups(model):
+        if refine_norms or metric is not None or max_drop is not None:
+            warnings.warn(
+                'all gates are constant and fold exactly: refine_norms, metric and max_drop are not used', stacklevel=2
+            )
         return fold_exactly(model, dynamic)
     finish = partial(fold_exactly, dynamic='keep')
     folded, report, found = calibration.calibrate(model, calibrate, finish, step, refine_norms, metric, max_drop)
@@ -151,6 +155,7 @@ def fold_exactly(model: nn.Module, dynamic: str) -> tuple[nn.Module, FoldReport]
         return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
     check_mode(model)
     check_constant(layers, dynamic)
+    check_whole(model, layers)
 
     folded = copy.deepcopy(model)
     copies: dict[str, Any] = {path: folded.get_submodule(path) for path in layers}
@@ -203,6 +208,18 @@ def check_constant(layers: dict[str, Any], dynamic: str) -> None:
         )
 
 
+def check_whole(model: nn.Module, layers: dict[str, Any]) -> None:
+    """Refuse to keep gates in a part of a model whose shared units lie outside of the part."""
+    inside = {id(m) for m in model.modules()}
+    for path, layer in layers.items():
+        for gate in layer.dynamic or ():
+            if isinstance(gate.attention, Member) and id(gate.attention.unit) not in inside:
+                raise FoldError(
+                    f'{path}: stays plugged, but shares an attention that is registered outside of this '
+                    f'{type(model).__name__}; fold the whole model that was plugged'
+                )
+
+
 def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     """Compute the folded weight and bias of one site in float64; changes only the precision of its gates."""
     for gate in layer.gate:
@@ -244,8 +261,7 @@ def chain_of(gate: Gate) -> list[nn.Module]:
     """What the gates of a site depend on besides itself: a shared unit and the sites before it."""
     if not isinstance(gate.attention, Member):
         return []
-    unit = gate.attention.unit
-    return [unit, *unit.gates]
+    return [gate.attention.unit, *gate.attention.run]
 
 
 def units_in_use(model: nn.Module) -> set[int]:

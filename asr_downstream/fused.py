@@ -34,12 +34,16 @@ class Link:
     """From `Affine` to `Moments` in a backward pass: the gradient of z and the slope, of which dx is made at once."""
 
     def __init__(self) -> None:
-        self.sent: tuple[Tensor, Tensor] | None = None
+        self.sent: tuple[int, Tensor, Tensor] | None = None
+
+    def send(self, dy: Tensor, slope: Tensor) -> None:
+        """Leave them for the same pass."""
+        self.sent = torch._C._current_graph_task_id(), dy, slope
 
     def take(self) -> tuple[Tensor, Tensor] | None:
-        """Return what was sent, once."""
+        """Return what was sent in this pass, once."""
         sent, self.sent = self.sent, None
-        return sent
+        return None if sent is None or sent[0] != torch._C._current_graph_task_id() else sent[1:]
 
 
 def can_fuse(layer: Any, x: Tensor) -> bool:
@@ -53,10 +57,11 @@ def can_fuse(layer: Any, x: Tensor) -> bool:
         and x.dtype == layer.weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
-        and x[0].numel() > x.shape[1]  # more than one position
+        and x.numel() > x.shape[0] * x.shape[1]  # more than one position, and an image at all
         and all(gate.of_mean for gate in layer.dynamic)
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -73,7 +78,10 @@ def gated_batch_norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
     differentiable = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad or gates_train(layer))
     link = Link()
     mean, var = Moments.apply(x, of_batch, link) if differentiable else moments(x, of_batch)
-    mu, variance = statistics(layer, mean, var, x) if of_batch else (layer.running_mean, layer.running_var)
+    if of_batch:
+        mu, variance = statistics(layer, mean, var, x)
+    else:  # copies: a later training step changes the buffers in place, perhaps before this backward pass
+        mu, variance = layer.running_mean.clone(), layer.running_var.clone()
     slope = weight * (variance + layer.eps).rsqrt()  # (C,)
     descriptor = torch.addcmul(bias, mean - mu, slope)  # (B, C)
     scale, level = weight, bias
@@ -113,11 +121,10 @@ def statistics(layer: Any, mean: Tensor, var: Any, x: Tensor) -> tuple[Tensor, T
 
 def moments(x: Tensor, spread: bool) -> tuple[Tensor, Tensor | None]:
     """Mean and, on request, biased variance over the positions of each sample and channel: ``(B, C)`` each."""
-    mean = x.flatten(2).mean(-1)
     if not spread:
-        return mean, None
-    _, centred = sums(x, x, mean, torch.ones_like(mean))  # of x (x - m), which is the sum of (x - m)^2
-    return mean, (centred / positions(x)).clamp_min_(0)
+        return x.flatten(2).mean(-1), None
+    mean, var = torch.batch_norm_update_stats(rows(x), None, None, 0.0)  # accumulates in float64, as batch norm does
+    return mean.view(x.shape[:2]), var.view(x.shape[:2])
 
 
 def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float = 0.0) -> Tensor:
@@ -209,8 +216,9 @@ class Affine(torch.autograd.Function):
             dy = dy.contiguous()
             d_level, d_scale = sums(dy, x, mu, var, ctx.eps)
         d_mean = d_mu = d_var = None
-        if ctx.needs_input_grad[0]:
-            ctx.link.sent = dy, scale * rstd
+        moments_node = ctx.next_functions[1][0]
+        if moments_node is not None and torch._C._will_engine_execute_node(moments_node):
+            ctx.link.send(dy, scale * rstd)
             d_mean = torch.zeros_like(scale)
         if ctx.needs_input_grad[2]:
             d_mu = -(scale * d_level).sum(0) * rstd

@@ -8,11 +8,12 @@ stock weights keep their scale and so their learning rate.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.attention.base import gates_of_mean
 from asr_downstream.errors import PlugError
 from asr_downstream.sharing import Member
 
@@ -108,10 +109,9 @@ class ConstantGate(Gate):
 
     def attend(self, psi: Tensor) -> Tensor:
         """Gates of ``psi``; a recurrent unit starts at the first site of its run."""
-        if not isinstance(self.attention, Member):
+        if not isinstance(self.attention, Member) or not self.attention.recurrent:
             return self.attention(psi)
-        before = self.attention.unit.gates[: self.attention.position]
-        return self.attention.alone([*(cast(ConstantGate, gate).input() for gate in before), psi])
+        return self.attention.alone([*self.attention.inputs_before(), psi])
 
     def forward(self, anchor: Tensor | None = None) -> Tensor:
         """Return the gates v, shape ``(C,)``.
@@ -120,7 +120,7 @@ class ConstantGate(Gate):
             anchor: the input of the layer, inside of a forward. A recurrent unit then continues from the site before;
                 without it, from its own start.
         """
-        if anchor is None or not isinstance(self.attention, Member) or not self.attention.unit.recurrent:
+        if anchor is None or not isinstance(self.attention, Member) or not self.attention.recurrent:
             return self.relative(self.probe())[0]
         return self.relative(self.attention(self.input(), anchor)).to(self.example().dtype)[0]
 
@@ -160,7 +160,7 @@ class DynamicGate(Gate):
     @property
     def of_mean(self) -> bool:
         """Whether the gates of a map are those of its mean over the positions."""
-        return getattr(self.attention, 'of_mean', False)
+        return self.attention.of_mean if isinstance(self.attention, Member) else gates_of_mean(self.attention)
 
     def gates(self, x: Tensor) -> Tensor:
         """Return the gates of a map ``(B, C, *)`` or descriptor: ``(B, C)``, or ``(B, C, *)`` if they are spatial."""

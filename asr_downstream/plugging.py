@@ -20,7 +20,7 @@ from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.layers import Plugged, attach
 from asr_downstream.plugs import Plug
 from asr_downstream.registry import PLUGS, build
-from asr_downstream.sharing import SharedUnit, register
+from asr_downstream.sharing import SharedUnit, check_free, register
 from asr_downstream.sites import Site, find_sites, some
 
 __all__ = ['plug']
@@ -72,6 +72,8 @@ def plug(model: nn.Module, spec: Spec) -> Description:
                 )
             gates[path] += of_site
 
+    if units:
+        check_free(model)
     register(model, units)
     for path, layer in layers.items():
         attach(

@@ -20,7 +20,7 @@ from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.grouping import Share, group_sites
 from asr_downstream.layers import LAYERS
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, find
-from asr_downstream.sharing import Member, SharedUnit, drop_norms
+from asr_downstream.sharing import Member, SharedUnit
 from asr_downstream.sites import Site
 
 __all__ = ['ASR', 'DIA', 'Attention', 'Plug']
@@ -94,8 +94,8 @@ class Plug:
                 with stream(site.path):
                     gates[site.path] = [self.fit(site, self.own(site)) for _ in range(self.copies)]
         else:
-            for group in group_sites(sites, self.share):
-                with stream(group.name):
+            for number, group in enumerate(group_sites(sites, self.share)):
+                with stream(f'{number}.{group.name}'):
                     for _ in range(self.copies):
                         units.append(self.shared(group.name, group.runs, gates))
         if self.preserve:
@@ -116,12 +116,11 @@ class Plug:
         first = runs[0][0]
         like = next(first.layer.parameters())
         unit = SharedUnit(self.make(first.channels).to(device=like.device, dtype=like.dtype), name)
-        members = [(site, Member(unit, index, len(run))) for run in runs for index, site in enumerate(run)]
-        drop_norms(unit.attention)
-        for site, member in members:
-            gate = self.gate(site, member)
-            unit.gates.append(gate)
-            gates.setdefault(site.path, []).append(self.fit(site, gate))
+        for number, sites in enumerate(runs):
+            run: list[Gate] = []
+            for position, site in enumerate(sites):
+                run.append(self.gate(site, Member(unit, (number, run), position, len(sites))))
+                gates.setdefault(site.path, []).append(self.fit(site, run[-1]))
         return unit
 
     def make(self, channels: int) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asr_downstream.gates import Gate
 from asr_downstream.layers import Plugged
 from asr_downstream.sharing import Member, SharedUnit
+from asr_downstream.state import Place
 
 __all__ = ['Recording', 'record']
 
@@ -42,7 +43,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
     """
     found = Recording()
     handles = []
-    members: dict[int, str] = {}
+    places: dict[tuple[int, int, int], str] = {}
     units: set[SharedUnit] = set()
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
@@ -50,30 +51,37 @@ def record(model: nn.Module) -> Iterator[Recording]:
         found.gates[path] = []
         for number, gate in enumerate(layer.dynamic or layer.gate or ()):  # type: ignore[attr-defined]
             handles.append(gate.attention.register_forward_hook(keeper(found.gates[path], gate, number == 0)))
-            if isinstance(gate.attention, Member) and gate.attention.unit.recurrent:
+            if isinstance(gate.attention, Member) and gate.attention.recurrent:
                 found.states[path] = []
-                members[id(gate.attention)] = path
+                places[spot(gate.attention.place)] = path
                 units.add(gate.attention.unit)
 
-    def watch(member: Member, state: Any) -> None:
-        if id(member) in members:
-            found.states[members[id(member)]].append(tuple(t.detach() for t in state))
+    def watch(place: Place, state: Any) -> None:
+        if spot(place) in places:
+            found.states[places[spot(place)]].append(tuple(t.detach() for t in state))
 
     for unit in units:
-        unit.watchers.append(watch)
+        unit.slot.watchers += (watch,)
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
         for unit in units:
-            unit.watchers.remove(watch)
+            unit.slot.watchers = tuple(w for w in unit.slot.watchers if w is not watch)
+
+
+def spot(place: Place) -> tuple[int, int, int]:
+    """Key of a place."""
+    return id(place.unit), place.run, place.position
 
 
 def keeper(kept: list[Tensor], gate: Gate, first: bool) -> Any:
     """Forward hook of the attention of ``gate``: keeps its gates, multiplied by those of the gates before."""
 
     def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module is not gate.attention:  # of a copy of the model, which has taken this hook along
+            return
         v = output.detach()
         if gate.reference is not None:
             v = v / spread(gate.reference, v.dim())

@@ -1,166 +1,56 @@
-"""One attention shared along the sites of a stage (DIA), and the state that a recurrent one carries from site to site.
+"""One attention shared along the sites of a stage (DIA), seen from each of them.
 
 The unit is registered once, at the root of the plugged model; each site holds a `Member`, which refers to it without
-registering it again. The state at a site is a function of the state at the site before, in the same forward:
-
-* In a forward, a site takes the state that the site before has just left in the unit (one slot a thread). The state
-  starts from zero at the first site of a stage and wherever the positions do not increase, so that a forward that was
-  abandoned leaves nothing behind; the last site empties the slot.
-* Activation checkpointing computes a block again during the backward pass, when the slot is empty or belongs to
-  another forward. The autograd graph then tells which forward it is: the map at a site depends on the gates of the site
-  before, whose node carries their state. Non-reentrant checkpointing keeps that graph. Reentrant checkpointing cuts it
-  wherever it would lose the gradient of the state, and is refused there.
+registering it again. A recurrent unit hands a state from site to site; see `asr_downstream.state`.
 """
 
 from __future__ import annotations
 
 import copy
-import threading
-from collections import deque
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.attention.base import is_norm, pool
-from asr_downstream.errors import AsrError
+from asr_downstream import state as states
+from asr_downstream.attention.base import gates_of_mean, is_norm, pool
+from asr_downstream.errors import PlugError
+from asr_downstream.state import Place
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
     from asr_downstream.gates import Gate
 
-__all__ = ['Member', 'SharedAttentions', 'SharedUnit', 'drop_norms', 'register', 'unregister']
+__all__ = ['Member', 'SharedAttentions', 'SharedUnit', 'check_free', 'register', 'unregister']
 
-TAG = 'asr_downstream.state'
-
-
-class Left(NamedTuple):
-    """State that a site has left.
-
-    Attributes:
-        unit: the shared unit.
-        position: of the site in its run.
-        state: what the attention's ``step`` returned.
-    """
-
-    unit: SharedUnit
-    position: int
-    state: Any
-
-
-class Slots:
-    """The last state of each thread; copies and pickles are empty, since a state belongs to a forward."""
-
-    def __init__(self) -> None:
-        self.by_thread: dict[int, Left] = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Slots:
-        return Slots()
-
-    def __reduce__(self) -> tuple[type[Slots], tuple[()]]:
-        return Slots, ()
+SLOT = 'shared_attention'
 
 
 class SharedUnit(nn.Module):
     """An attention that several sites share.
 
     Args:
-        attention: the module; normalisation in it is given to the sites, one each.
+        attention: the module; normalisation in it is taken out and given to the sites, one each.
         name: of the stage, for people.
-
-    Attributes:
-        gates: the gates that share it, in the order of their positions; not registered as children.
-        watchers: called with each member and the state that it leaves (`asr_downstream.record`).
     """
 
     def __init__(self, attention: nn.Module, name: str) -> None:
         super().__init__()
+        if is_norm(attention):
+            raise PlugError(f'{name}: {type(attention).__name__} normalises, so every site needs its own')
         self.attention = attention
         self.name = name
         self.recurrent = bool(getattr(attention, 'recurrent', False))
-        self.gates: list[Gate] = []
-        self.slots = Slots()
-        self.watchers: list[Callable[[Member, Any], None]] = []
+        self.norms = {name: m for name, m in attention.named_modules() if is_norm(m)}  # a dict: not registered
+        for path in self.norms:
+            parent, _, child = path.rpartition('.')
+            del attention.get_submodule(parent)._modules[child]
+        self.slot = states.Slot()
 
     def apply(self, fn: Any) -> Self:
         """Leave the unit out of ``model.apply(init)``, as gates are."""
         return self
-
-    def state_before(self, position: int, anchor: Tensor) -> Any:
-        """State that the site before left in this forward; None is the zero state.
-
-        Args:
-            position: of the asking site in its run.
-            anchor: input of the asking site, which leads to the forward that is being computed again.
-
-        Raises:
-            AsrError: that forward cannot be told.
-        """
-        if position == 0:
-            return None
-        if recomputing():
-            return find_left(self, position, anchor)
-        left = self.slots.by_thread.get(thread())
-        return None if left is None or left.position >= position else left.state
-
-    def leave(self, member: Member, gates: Tensor, state: Any) -> Tensor:
-        """Keep ``state`` for the site after ``member``; returns the gates."""
-        for watch in self.watchers:
-            watch(member, state)
-        left = Left(self, member.position, state)
-        if not torch.compiler.is_compiling() and gates.grad_fn is not None:
-            # Of a view, since the state may hold the gates: a node that owned itself would never be freed.
-            gates = gates.view_as(gates)
-            cast(Any, gates.grad_fn).metadata[TAG] = left
-        if recomputing():
-            return gates
-        if member.position == member.length - 1:
-            self.slots.by_thread.pop(thread(), None)
-        else:
-            self.slots.by_thread[thread()] = left
-        return gates
-
-
-def thread() -> int:
-    """Key of the running thread; a compiled forward reads back only what it has written itself."""
-    return 0 if torch.compiler.is_compiling() else threading.get_ident()
-
-
-def recomputing() -> bool:
-    """Whether a forward is being computed again by activation checkpointing."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
-
-
-def find_left(unit: SharedUnit, position: int, anchor: Tensor) -> Any:
-    """Walk the autograd graph from ``anchor`` to the gates of the nearest site before ``position``."""
-    best: Left | None = None
-    queue: deque[Any] = deque([anchor.grad_fn])
-    seen: set[Any] = set()
-    while queue:
-        node = queue.popleft()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        left = node.metadata.get(TAG)
-        if left is not None and left.unit is unit and left.position < position:
-            if left.position == position - 1:
-                return left.state
-            if best is None or left.position > best.position:
-                best = left
-            continue
-        queue.extend(next_node for next_node, _ in node.next_functions)
-    if best is not None:
-        return best.state
-    raise AsrError(
-        f'{unit.name}: a block was computed again in the backward pass, and its input is cut off from the shared '
-        f'state: reentrant activation checkpointing would give wrong gradients here. Use use_reentrant=False '
-        f'(diffusers: enable_gradient_checkpointing() as it is; mmdet: with_cp=True in a backbone of '
-        f'asr_downstream); if no parameter before this block is trained, switch checkpointing off'
-    )
 
 
 class Member(nn.Module):
@@ -168,17 +58,20 @@ class Member(nn.Module):
 
     Args:
         unit: what is shared.
-        position: of the site in its run of states; 0 starts from the zero state.
-        length: sites of that run.
+        run: the gates along which a state runs, in order, and the number of the run in the unit. Its members share the
+            list; that of each is added after the member is made.
+        position: of the site in its run; 0 starts from the zero state.
+        length: sites of the run.
     """
 
-    def __init__(self, unit: SharedUnit, position: int, length: int) -> None:
+    def __init__(self, unit: SharedUnit, run: tuple[int, list[Gate]], position: int, length: int) -> None:
         super().__init__()
+        number, self.run = run  # a list: not registered
         self.position = position
-        self.length = length
-        self.own = nn.ModuleDict()
-        view = own_norms(unit.attention, self.own)
-        self.shared = (unit, view)  # a tuple: not registered as children
+        self.standing = (number, position, length)
+        self.own = nn.ModuleDict({path.replace('.', '_'): copy.deepcopy(m) for path, m in unit.norms.items()})
+        self.shared = (unit,)  # a tuple: not registered
+        self.view = self.look()
 
     @property
     def unit(self) -> SharedUnit:
@@ -186,32 +79,76 @@ class Member(nn.Module):
         return self.shared[0]
 
     @property
+    def place(self) -> Place:
+        """Where the site stands."""
+        return Place(self.unit, *self.standing)
+
+    @property
     def attention(self) -> Any:
-        """The attention with this site's own normalisation."""
-        return self.shared[1]
+        """The shared attention; with normalisation, a view of it that has this site's own."""
+        norms = tuple(self.own.values())
+        if any(now is not then for now, then in zip(norms, self.view[0], strict=True)):
+            self.view = self.look()  # a converter, as that of SyncBN, has put others in their place
+        return self.view[1]
+
+    def look(self) -> tuple[tuple[nn.Module, ...], nn.Module]:
+        """Build the view; in a tuple, which is not registered."""
+        norms = tuple(self.own.values())
+        view = self.unit.attention
+        for path, norm in zip(self.unit.norms, norms, strict=True):
+            view = with_child(view, path.split('.'), norm)
+        return norms, view
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a state runs along the sites."""
+        return self.unit.recurrent
 
     @property
     def uses_input(self) -> bool:
         """See `asr_downstream.attention.base.ChannelAttention`."""
-        return getattr(self.attention, 'uses_input', True)
+        return getattr(self.unit.attention, 'uses_input', True)
 
     @property
     def of_mean(self) -> bool:
         """See `asr_downstream.attention.base.ChannelAttention`."""
-        return getattr(self.attention, 'of_mean', False)
+        return gates_of_mean(self.unit.attention)
 
     def forward(self, x: Tensor, anchor: Tensor | None = None) -> Tensor:
-        """Map ``x`` ``(B, C, *)`` to gates ``(B, C)`` and, if recurrent, advance the state of this forward.
+        """Map ``x`` to gates ``(B, C)`` and, if recurrent, advance the state of this forward.
 
         Args:
-            x: a feature map or a descriptor.
-            anchor: a tensor that depends on the sites before, where ``x`` does not.
+            x: a feature map ``(B, C, *)``, a descriptor, or a learned input ``(1, C)``.
+            anchor: for learned inputs, a tensor that depends on the sites before.
+
+        Raises:
+            AsrError: see `asr_downstream.state.before`.
         """
-        if not self.unit.recurrent:
+        if not self.recurrent:
             return self.attention(x)
-        state = self.unit.state_before(self.position, x if anchor is None else anchor)
-        gates, state = self.step(x, state)
-        return self.unit.leave(self, gates, state)
+        place = self.place
+        if anchor is None:
+            gates, state = self.step(x, states.before(place, x))
+        else:
+            gates, state = self.learned(x, place, anchor)
+        return states.leave(place, gates, state)
+
+    def learned(self, psi: Tensor, place: Place, anchor: Tensor) -> tuple[Tensor, Any]:
+        """One step on a learned input.
+
+        What the gates are depends on no forward, only on the learned inputs of the run. So where the site before has
+        not just run, with gradients if they are wanted, its state is computed again.
+        """
+        left = states.last(place, anchor)
+        just_before = left is not None and left.place.run == place.run and left.place.position == place.position - 1
+        if just_before and left is not None and (left.graph or not torch.is_grad_enabled()):
+            return self.step(psi, left.state)
+        return self.chain([*self.inputs_before(), psi])
+
+    def inputs_before(self) -> list[Tensor]:
+        """Learned inputs of the sites before in the run."""
+        gates: list[Any] = self.run[: self.position]
+        return [gate.input() for gate in gates]
 
     def step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """One step of the recurrence in full precision, also under autocast: rounding would add up along the sites."""
@@ -222,42 +159,28 @@ class Member(nn.Module):
 
     def alone(self, inputs: list[Tensor]) -> Tensor:
         """Return the gates here if the sites of the run up to this one had ``inputs``; no forward is touched."""
-        if not self.unit.recurrent:
-            return self.attention(inputs[-1])
-        gates, state = inputs[-1], None
-        for x in inputs:
+        return self.chain(inputs)[0] if self.recurrent else self.attention(inputs[-1])
+
+    def chain(self, inputs: list[Tensor]) -> tuple[Tensor, Any]:
+        """Steps from the zero state; returns the last gates and state."""
+        gates, state = self.step(inputs[0], None)
+        for x in inputs[1:]:
             gates, state = self.step(x, state)
-        return gates
+        return gates, state
 
 
-def own_norms(attention: nn.Module, own: nn.ModuleDict, prefix: str = '') -> nn.Module:
-    """Return ``attention`` as a site sees it: everything shared but the normalisation, of which ``own`` gets copies.
+def with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Module:
+    """View of ``module`` with ``child`` at ``path``.
 
-    The result shares even the dicts of its parameters with ``attention``, so that whatever is done to those (moved,
-    swapped by ``functional_call``) is seen here.
+    It shares even the dicts of its parameters with ``module``, so that whatever is done to those (moved, swapped by
+    ``functional_call``) is seen here.
     """
-    if not any(is_norm(m) for m in attention.modules()):
-        return attention
-    view = copy.copy(attention)
-    children: dict[str, nn.Module | None] = {}
-    for name, child in attention._modules.items():
-        if child is None:
-            children[name] = None
-        elif is_norm(child):
-            key = f'{prefix}{name}'.replace('.', '_')
-            own[key] = children[name] = copy.deepcopy(child)
-        else:
-            children[name] = own_norms(child, own, f'{prefix}{name}.')
+    view = copy.copy(module)
+    first, *rest = path
+    children = dict(module._modules)
+    children[first] = with_child(module.get_submodule(first), rest, child) if rest else child
     view.__dict__['_modules'] = children
     return view
-
-
-def drop_norms(attention: nn.Module) -> None:
-    """Take out of a shared attention the normalisation that its sites have copied."""
-    for module in list(attention.modules()):
-        for name, child in list(module.named_children()):
-            if is_norm(child):
-                del module._modules[name]
 
 
 class SharedAttentions(nn.ModuleDict):
@@ -271,17 +194,27 @@ class SharedAttentions(nn.ModuleDict):
 def release(model: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of a plugged root: drop the states that an exception has left, and the graph that they hold."""
     for unit in model.shared_attention.values():  # type: ignore[operator]
-        unit.slots.by_thread.pop(thread(), None)
+        unit.slot.left = None
+
+
+def check_free(model: nn.Module) -> None:
+    """Refuse a model that has something else where the units go.
+
+    Raises:
+        PlugError: it does.
+    """
+    if not isinstance(getattr(model, SLOT, None), SharedAttentions | None):
+        raise PlugError(f'{type(model).__name__} has an attribute {SLOT!r} of its own; rename it: the units go there')
 
 
 def register(model: nn.Module, units: list[SharedUnit]) -> None:
     """Register shared units at the root of a model."""
     if not units:
         return
-    if not isinstance(getattr(model, 'shared_attention', None), SharedAttentions):
+    if getattr(model, SLOT, None) is None:
         model.shared_attention = SharedAttentions()
         model.register_forward_hook(release, always_call=True)
-    home = cast(SharedAttentions, model.shared_attention)
+    home: Any = model.shared_attention
     for unit in units:
         key = name = unit.name.replace('.', '_') or 'model'
         number = 1
@@ -292,16 +225,14 @@ def register(model: nn.Module, units: list[SharedUnit]) -> None:
 
 
 def unregister(model: nn.Module, used: set[int]) -> None:
-    """Remove the units that are not in ``used`` (ids), and with the last one all that `register` has added."""
+    """Remove the units that are not in ``used`` (ids); the others get the names of a model with only those."""
     for module in list(model.modules()):
-        home = module._modules.get('shared_attention')
+        home = module._modules.get(SLOT)
         if not isinstance(home, SharedAttentions):
             continue
-        for key, unit in list(home.items()):
-            if id(unit) not in used:
-                del home[key]
-        if not len(home):
-            del module._modules['shared_attention']
-            for number in [n for n, hook in module._forward_hooks.items() if hook is release]:
-                del module._forward_hooks[number]
-                module._forward_hooks_always_called.pop(number, None)
+        units: list[Any] = [unit for unit in home.values() if id(unit) in used]
+        del module._modules[SLOT]
+        for number in [n for n, hook in module._forward_hooks.items() if hook is release]:
+            del module._forward_hooks[number]
+            module._forward_hooks_always_called.pop(number, None)
+        register(module, units)

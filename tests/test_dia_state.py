@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from conftest import randomise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asr_downstream import AsrError, plug
+from asr_downstream import AsrError, plug, record, state
 from asr_downstream.models.resnet_cifar import Bottleneck, ResNet
 
 DIA = dict(type='DIA', attention=dict(type='DIALSTM'))
@@ -109,11 +109,10 @@ def test_equals_a_plain_loop_from_the_equations(spec: Any, training: bool) -> No
         assert_same([model.eval()(x)], [reference(other.eval(), x)])
 
 
-def test_the_reference_notices_a_lost_state() -> None:
+def test_the_reference_notices_a_lost_state(monkeypatch: pytest.MonkeyPatch) -> None:
     model = plugged(DIA)
     other = copy.deepcopy(model)
-    unit = model.shared_attention['layer2']
-    unit.state_before = lambda position, anchor: None
+    monkeypatch.setattr(state, 'continued', lambda left, place: None)
     x = images()
     with pytest.raises(AssertionError):
         assert_same(results(model, x), results(other, x, run=partial(reference, other)))
@@ -151,14 +150,21 @@ def test_checkpointing_of_whole_stages_and_nested(spec: Any, reentrant: bool) ->
         assert_same(results(model, x, run=lambda x: checkpoint(model, x, use_reentrant=False)), expected)
 
 
-@recurrent_spec
-def test_reentrant_checkpointing_of_blocks_is_refused(spec: Any) -> None:
-    model = plugged(spec, training=False)
+def test_reentrant_checkpointing_of_blocks_is_refused() -> None:
+    model = plugged(DIA, training=False)
     model.around = partial(checkpoint, use_reentrant=True)
     with pytest.raises(AsrError, match=r'layer\d: .*use_reentrant=False'):
         results(model, images())
     model.around = None
     assert_same(results(model, x := images()), results(copy.deepcopy(model), x))
+
+
+def test_learned_inputs_need_no_forward_and_so_no_refusal() -> None:
+    model = plugged(ASR_DIA, training=False)
+    x = images()
+    expected = results(model, x)
+    model.around = partial(checkpoint, use_reentrant=True)
+    assert_same(results(model, x), expected)
 
 
 @every_spec
@@ -188,7 +194,7 @@ def test_an_exception_in_the_middle_leaves_nothing(spec: Any) -> None:
     handle = model.layer2[2].conv1.register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         model(images(5))
-    assert not any(unit.slots.by_thread for unit in model.shared_attention.values())
+    assert not any(unit.slot.left for unit in model.shared_attention.values())
     handle.remove()
     assert_same(results(model, x), expected)
 
@@ -200,7 +206,7 @@ def test_nothing_is_left_after_a_forward_and_a_part_may_run_alone(spec: Any) -> 
     expected = model(x)
     model.layer1[0](torch.randn(4, 8, 6, 6, dtype=torch.float64))  # leaves a state of another batch size
     torch.testing.assert_close(model(x), expected)
-    assert not any(unit.slots.by_thread for unit in model.shared_attention.values())
+    assert not any(unit.slot.left for unit in model.shared_attention.values())
 
 
 @every_spec
@@ -303,34 +309,14 @@ def test_autocast_keeps_the_state_in_full_precision(spec: Any, dtype: torch.dtyp
     model = plugged(spec, training=False).float()
     x = images().float()
     expected = model(x)
-    with seen_states(model) as states, torch.autocast('cpu', dtype=dtype):
+    with record(model) as seen, torch.autocast('cpu', dtype=dtype):
         y = model(x)
     y.float().square().mean().backward()
-    assert {t.dtype for state in states for t in state} <= {torch.float32}
-    assert bool(states) == bool('DIALSTM' in str(spec))
+    assert bool(seen.states) == bool('DIALSTM' in str(spec))
+    assert {t.dtype for left in seen.states.values() for t in left[0]} <= {torch.float32}
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert float((y.detach().float() - expected.detach()).norm() / expected.detach().norm()) < 0.1
     half = copy.deepcopy(model).to(dtype)
-    with seen_states(half) as states:
+    with record(half) as seen:
         assert half(x.to(dtype)).dtype == dtype
-    assert {t.dtype for state in states for t in state} <= {torch.float32}
-
-
-@contextmanager
-def seen_states(model: Any) -> Iterator[list[Any]]:
-    """All states that are left during the forwards inside."""
-    states: list[Any] = []
-    units = list(model.shared_attention.values())
-    for unit in units:
-        leave = type(unit).leave
-
-        def keep(member: Any, gates: Tensor, state: Any, unit: Any = unit, leave: Any = leave) -> Tensor:
-            states.append(state)
-            return leave(unit, member, gates, state)
-
-        unit.leave = keep
-    try:
-        yield states
-    finally:
-        for unit in units:
-            del unit.leave
+    assert {t.dtype for left in seen.states.values() for t in left[0]} <= {torch.float32}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 
-__all__ = ['ChannelAttention', 'hidden_width', 'is_norm', 'pool']
+__all__ = ['ChannelAttention', 'gates_of_mean', 'hidden_width', 'is_norm', 'pool']
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -57,3 +57,13 @@ def hidden_width(channels: int, reduction: int) -> int:
 def is_norm(module: nn.Module) -> bool:
     """Whether a module of an attention normalises; such a module is never shared: each site has its statistics."""
     return isinstance(module, NORMS) or getattr(module, 'normalises', False)
+
+
+def gates_of_mean(attention: nn.Module) -> bool:
+    """Whether ``of_mean`` holds: said by the class that defines ``forward``, or by one derived from it."""
+    for cls in type(attention).__mro__:
+        if 'of_mean' in vars(cls):
+            return bool(vars(cls)['of_mean'])
+        if 'forward' in vars(cls):
+            return False
+    return False
