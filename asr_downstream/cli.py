@@ -24,9 +24,18 @@ def parser(doc: str | None) -> argparse.ArgumentParser:
     )
 
 
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} should be a whole number of at least 1')
+    return int(text)
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the options of calibrated folding."""
-    parser.add_argument('--calibrate', type=int, metavar='N', help='training images to average gates over (such as 64)')
+    parser.add_argument(
+        '--calibrate', type=count, metavar='N', help='training images to average gates over, such as 64'
+    )
     parser.add_argument(
         '--refine-norms', action='store_true', help='estimate batch norm statistics again over those images'
     )

@@ -60,12 +60,21 @@ class Left(NamedTuple):
     order: int
 
 
-class Slot(threading.local):
+class Slot:
     """The last state of each thread, and who watches; copies and pickles are empty: a state belongs to a forward."""
 
-    def __init__(self) -> None:  # called once in every thread that comes here
-        self.left: Left | None = None
+    def __init__(self) -> None:
+        self.local = threading.local()  # held, not inherited: torch.compile loses what it writes into a subclass
         self.watchers: tuple[Callable[[Place, Any], None], ...] = ()
+
+    @property
+    def left(self) -> Left | None:
+        """What this thread has left."""
+        return getattr(self.local, 'left', None)
+
+    @left.setter
+    def left(self, left: Left | None) -> None:
+        self.local.left = left
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
         return Slot()

@@ -197,6 +197,64 @@ def test_diverged_gates_and_unreached_sites_are_refused() -> None:
         fold(model, calibrate=DATA)
 
 
+def test_a_shuffling_loader_compares_the_same_images() -> None:
+    model = plugged(SE, training=False)
+    for layer in flat(model):
+        layer.dynamic[0].attention.start_constant()
+    loader = torch.utils.data.DataLoader(torch.cat(DATA), batch_size=4, shuffle=True)
+    assert fold(model, calibrate=loader)[1].calibration.change < 1e-12
+
+
+def test_refining_leaves_alone_what_it_does_not_reach() -> None:
+    model = plugged(dict(type='Attention', attention=dict(type='SRM')), training=False)
+    nn.init.constant_(model.bn1.running_mean, 3.0)
+    step = lambda m, x: m.layer1(x)  # noqa: E731
+    data = [torch.randn(1, 8, 6, 6, dtype=torch.float64) for _ in range(2)]
+    with pytest.raises(FoldError, match=r'layer2.0.bn3: was not reached'):
+        fold(model, calibrate=data, step=step)
+    model = Net().double().eval()
+    plug(model, dict(type='Attention', attention=dict(type='SRM'), sites=['layer1.*.bn3']))
+    randomise(model).eval()
+    nn.init.constant_(model.bn1.running_mean, 3.0)
+    folded, report = fold(model, calibrate=data, step=step, refine_norms=True, max_drop=10.0)
+    assert report.calibration.refined
+    assert torch.equal(folded.bn1.running_mean, model.bn1.running_mean)
+    assert not torch.equal(folded.layer1[0].bn1.running_mean, model.layer1[0].bn1.running_mean)
+
+
+def test_refining_leaves_the_gates_that_are_kept_alone() -> None:
+    model = plugged(dict(type='Attention', attention=dict(type='SRM')), training=False)
+    ones = [images(1) for _ in range(3)]  # the batch norms of SRM could not train on one sample
+    everything = fold(model, calibrate=ones, refine_norms=True)[1].calibration.change
+    folded, report = fold(model, calibrate=ones, refine_norms=True, max_drop=everything * 0.5)
+    kept = report.calibration.kept
+    assert kept
+    norms = [folded.get_submodule(path).dynamic[0].attention.norm for path in kept]
+    olds = [model.get_submodule(path).dynamic[0].attention.norm for path in kept]
+    assert all(torch.equal(a.running_mean, b.running_mean) for a, b in zip(norms, olds, strict=True))
+
+
+def test_a_budget_that_nothing_meets_changes_nothing() -> None:
+    model = plugged(SE, training=False)
+    folded, report = fold(model, calibrate=DATA, refine_norms=True, max_drop=0.0)
+    assert len(report.calibration.kept) == 9
+    assert not report.calibration.refined
+    assert verify(folded, model, DATA[0]).absolute == 0
+
+
+def test_numbers_that_are_none_are_refused() -> None:
+    model = plugged(SE, training=False)
+    with pytest.raises(FoldError, match='the metric is nan'):
+        fold(model, calibrate=DATA, metric=lambda m: math.nan, max_drop=0.0)
+    with pytest.raises(FoldError, match='outputs are not finite'):
+        fold(model, calibrate=DATA, step=lambda m, x: m(x).log(), max_drop=0.0)
+
+
+def test_options_of_calibration_are_not_dropped_silently() -> None:
+    with pytest.warns(UserWarning, match='are not used'):
+        fold(plugged(ASR_DIA, training=False), calibrate=DATA, refine_norms=True)
+
+
 def test_record_shows_gates_and_states() -> None:
     model = plugged(DIA, training=False)
     with record(model) as seen, torch.no_grad():

@@ -177,6 +177,57 @@ def test_what_a_budget_keeps_fits_a_config_with_those_sites_only(tool: Tool, dig
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    'plugs',
+    [
+        [dict(ASR_DIA, sites=['layer3.*.bn2']), dict(DIA, sites=['layer[23].*.bn2'])],
+        [
+            dict(DIA, sites=['layer3.*.bn2']),
+            dict(type='Attention', attention=dict(type='SE'), sites=['layer[12].*.bn2']),
+        ],
+        [
+            dict(type='Attention', attention=dict(type='LayerScale')),
+            dict(type='Attention', attention=dict(type='SE'), skip=['layer1.1.*']),
+        ],
+    ],
+    ids=['ASR+DIA', 'DIA+SE', 'LayerScale+SE'],
+)
+@pytest.mark.parametrize('share', [0.3, 0.8])
+def test_composed_plugs_keep_a_config_that_fits(plugs: list[dict], share: float) -> None:
+    config = load_config(ROOT / CONFIG, needs_data=False)
+    config.model.backbone.plug = plugs
+    model = build_detector(config)
+    randomise(model.backbone)
+    options = dict(calibrate=[torch.randn(2, 3, 64, 64)], step=lambda m, x: m.extract_feat(x))
+    change = fold(model, **options)[1].calibration.change
+    folded, report = fold(model, **options, max_drop=share * change)
+    shipped = build_detector(partly_stock_config(config, [row.path for row in describe(folded).sites]))
+    assert report.calibration.kept
+    shipped.load_state_dict(folded.state_dict(), strict=True)
+    assert compare_features(shipped, folded).relative == 0
+
+
+def test_listed_groups_have_no_partial_config() -> None:
+    config = load_config(ROOT / CONFIG, needs_data=False)
+    config.model.backbone.plug = dict(DIA, share=[['layer1.*'], ['layer2.*'], ['layer3.*']])
+    with pytest.raises(FoldError, match='listed groups'):
+        partly_stock_config(config, ['backbone.layer2.0.bn2'])
+
+
+def test_calibration_images_come_from_inside_of_wrappers(digits: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits)
+    leaf = config.train_dataloader.dataset.to_dict()
+    for wrapped in (
+        dict(type='ConcatDataset', datasets=[leaf, leaf]),
+        dict(type='RepeatDataset', times=3, dataset=leaf),
+        dict(type='MultiImageMixDataset', dataset=leaf, pipeline=[dict(type='Mosaic', img_scale=(64, 64))]),
+    ):
+        config.train_dataloader.dataset = wrapped
+        assert sum(len(batch['inputs']) for batch in calibration_batches(config, 5)) == 5
+    with pytest.raises(DataError, match='at least 1 image'):
+        CalibrationPlan(images=0)
+
+
 def test_test_det_shows_what_calibration_costs(tool: Tool, digits: Path, checkpoint: Path, tmp_path: Path) -> None:
     options = ('--data-root', digits, '--work-dir', tmp_path)
     done = tool('test_det', CONFIG, checkpoint, '--fold', 'calibrated', '--calibrate', 8, '--refine-norms', *options)

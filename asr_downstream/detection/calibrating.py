@@ -39,6 +39,10 @@ class CalibrationPlan:
     evaluate: bool = True
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise DataError(f'calibration needs at least 1 image, not {self.images}')
+
 
 def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]:
     """Load training images as the test pipeline prepares them: no augmentation, since the gates are to be typical.
@@ -48,14 +52,8 @@ def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]
     """
     if not config.get('train_dataloader') or not config.get('test_dataloader'):
         raise DataError(f'{config.filename}: calibration needs a train_dataloader and a test_dataloader')
-    dataset = copy.deepcopy(config.train_dataloader.dataset)
-    while 'pipeline' not in dataset and 'dataset' in dataset:
-        dataset = dataset.dataset
     test = config.test_dataloader
-    plain = test.dataset
-    while 'pipeline' not in plain and 'dataset' in plain:
-        plain = plain.dataset
-    dataset.update(pipeline=plain.pipeline, test_mode=True)
+    dataset = unaugmented(config.train_dataloader.dataset, pipeline_of(test.dataset))
     loader = {**test, 'dataset': dataset, 'num_workers': 0, 'persistent_workers': False}
     with redirect_stdout(io.StringIO()):  # pycocotools prints
         built = Runner.build_dataloader(loader)
@@ -67,6 +65,27 @@ def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]
         built.collate_fn([built.dataset[i] for i in order[start : start + size]])
         for start in range(0, len(order), size)
     ]  # fmt: skip
+
+
+def pipeline_of(dataset: Any) -> Any:
+    """Pipeline of a data set's config, inside of its wrappers."""
+    while 'pipeline' not in dataset:
+        inner = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
+        if inner is None:
+            raise DataError(f'a data set of type {dataset.get("type")} has no pipeline')
+        dataset = inner
+    return dataset['pipeline']
+
+
+def unaugmented(dataset: Any, pipeline: Any) -> dict[str, Any]:
+    """Config of the data sets inside, with another pipeline; wrappers that mix or repeat images are taken off."""
+    if 'dataset' in dataset:
+        return unaugmented(dataset['dataset'], pipeline)
+    found = copy.deepcopy(dict(dataset))
+    if 'datasets' in found:
+        found['datasets'] = [unaugmented(inner, pipeline) for inner in found['datasets']]
+        return found
+    return {**found, 'pipeline': pipeline, 'test_mode': True}
 
 
 def preprocessed_features(model: Any, batch: Any) -> Any:

@@ -12,8 +12,8 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from asr_downstream.errors import AsrError, DataError
-from asr_downstream.registry import ATTENTIONS, PLUGS
+from asr_downstream.errors import AsrError, DataError, FoldError
+from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
@@ -113,7 +113,11 @@ def stock_config(config: Config) -> Config:
 
 
 def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
-    """Return a copy whose plugs are only at the sites ``kept``, given by their paths in the detector."""
+    """Return a copy whose plugs are only at the sites ``kept``, given by their paths in the detector.
+
+    Raises:
+        FoldError: a plug shares by a list of groups, whose names depend on all of them.
+    """
     partly = copy.deepcopy(config)
 
     def narrow(node: Any, path: str) -> None:
@@ -122,7 +126,7 @@ def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
         if str(node.get('type')).startswith(SCOPE) and 'plug' in node:
             own = [site.removeprefix(f'{path}.') for site in kept if site.startswith(f'{path}.')]
             specs = [node['plug']] if isinstance(node['plug'], dict) else list(node['plug'])
-            specs = [spec for spec in (narrowed(dict(s), own) for s in specs if s['type'] != 'ASR') if spec]
+            specs = [spec for spec in (narrowed(dict(s), own) for s in specs) if spec]
             if specs:
                 node['plug'] = specs
             else:
@@ -136,14 +140,23 @@ def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
 
 
 def narrowed(spec: dict[str, Any], sites: list[str]) -> dict[str, Any] | None:
-    """Return a plug spec for ``sites`` only, or None without any."""
-    if not sites:
-        return None
-    spec = {key: value for key, value in spec.items() if key != 'skip'}
+    """Return a plug spec for those of ``sites`` that are its own, or None without any or for constant gates."""
     if isinstance(spec.get('share'), list | tuple):
-        groups = [[p for p in group if any(fnmatchcase(s, p) for s in sites)] for group in spec['share']]
-        spec['share'] = [group for group in groups if group]
-    return {**spec, 'sites': sites}
+        raise FoldError(
+            f'share={spec["share"]!r}: what a budget keeps of listed groups has no config of its own; use '
+            f"share='stage' or 'width', or fold without a budget"
+        )
+    constant = spec['type'] == 'ASR' or not getattr(find(ATTENTIONS, spec['attention']['type']), 'uses_input', True)
+    patterns = spec.get('sites', 'residual')
+    own = [
+        site
+        for site in sites
+        if (isinstance(patterns, str) or any(fnmatchcase(site, p) for p in patterns))
+        and not any(fnmatchcase(site, p) for p in spec.get('skip', ()))
+    ]
+    if constant or not own:
+        return None
+    return {**{key: value for key, value in spec.items() if key != 'skip'}, 'sites': own}
 
 
 def plugin_modules() -> set[str]:

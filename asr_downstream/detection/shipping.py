@@ -61,6 +61,8 @@ def fold_checkpoint(
         if source.resolve() in (out.resolve(), out.with_suffix('.py').resolve()):
             raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
     plugged, meta = load_detector(config, checkpoint, trust)
+    if calibrate is not None and calibrate.max_drop is not None:
+        partly_stock_config(config, [row.path for row in describe(plugged).sites])  # refuses now, not after an hour
     start = time.perf_counter()
     folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
     seconds = time.perf_counter() - start
