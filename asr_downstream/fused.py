@@ -1,49 +1,81 @@
 """Batch norm, descriptor, gate and scale as one affine of each sample: input-dependent gates without a map to keep.
 
 Plain form: y = BN(x), h = gate(mean(y)), z = y h. It reads the map twice more than BN does and keeps y for the backward
-pass. But pooling commutes with an affine, so with m the mean of each sample and channel, mu and a the mean and slope
-of the batch norm,
+pass. But pooling commutes with an affine: with m the mean of each sample and channel, mu and r the mean and reciprocal
+standard deviation of the batch norm,
 
-    d = (m - mu) a + beta             the descriptor, mean(BN(x)) without BN(x)
-    z = (a h) (x - mu) + beta h       one affine a sample and channel
+    d = (m - mu) r gamma + beta                    the descriptor, mean(BN(x)) without BN(x)
+    z = (x - mu) r (gamma h) + beta h              one affine a sample and channel
 
 Forward: one pass for the moments of each sample, from which the batch statistics follow, and one for the affine.
-Backward: one pass for the two sums, one for the gradient; x is all that is kept, as in BN. What lies between the two
-passes are vectors, and ordinary autograd: the attention is differentiated, shared, compiled and checkpointed as always.
+Backward: with S0 and S1 the sums of dz and of dz (x - mu) r over the positions, one pass for these, and
+
+    c0 = gamma / N  sum_b(h S0 + dd),   c1 = gamma / N  sum_b(h S1 + dd (m - mu) r)      both 0 with running statistics
+    dx = r (gamma h dz + gamma dd / n - c0 - (x - mu) r c1)          n positions, N = B n
+
+one more; x is all that is kept, as in BN. The gate itself is ordinary autograd between two functions: it is
+differentiated, shared, compiled and checkpointed as always.
 
 This form is used where it was measured to pay, and gives what the plain form gives: batch norm (training, eval, frozen)
-on contiguous maps on the CPU, in one precision, before attentions whose gates depend on the mean alone. Elsewhere the
-plain form runs: other layers and devices, channels_last, autocast, SyncBN while it synchronises, torch.compile (which
-fuses by itself), torch.func transforms.
+on contiguous maps on the CPU, in one precision, before attentions whose gates depend on the mean alone; without
+gradients only on large maps. Elsewhere the plain form runs: other layers and devices, channels_last, autocast, SyncBN
+while it synchronises, torch.compile (which fuses by itself), torch.func transforms, forward-mode derivatives.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = ['can_fuse', 'gated_batch_norm']
 
 DEVICES = ('cpu',)
+# Without gradients there is nothing to save but passes, and on smaller maps the vectors cost more than those.
+SMALLEST = 2**19
 NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward
 
 
+class Norm(NamedTuple):
+    """Statistics that a map was normalised with, and how to get them again.
+
+    Attributes:
+        mu: mean, ``(C,)``.
+        var: biased variance, ``(C,)``.
+        eps: added to it.
+        of_batch: they are those of the batch.
+    """
+
+    mu: Tensor
+    var: Tensor
+    eps: float
+    of_batch: bool
+
+    def plain(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """The batch norm by torch."""
+        mu, var = (None, None) if self.of_batch else (self.mu, self.var)
+        return F.batch_norm(x, mu, var, weight, bias, self.of_batch, 0.0, self.eps)
+
+
 class Link:
-    """From `Affine` to `Moments` in a backward pass: the gradient of z and the slope, of which dx is made at once."""
+    """Of one forward: its statistics, and what `Affine` leaves in a backward pass for `Descriptor`."""
 
-    def __init__(self) -> None:
-        self.sent: tuple[int, Tensor, Tensor] | None = None
+    def __init__(self, norm: Norm, mean: Tensor) -> None:
+        self.norm = norm
+        self.mean = mean  # of each sample and channel, (B, C)
+        self.sent: tuple[int, tuple[Tensor, ...]] | None = None
 
-    def send(self, dy: Tensor, slope: Tensor) -> None:
-        """Leave them for the same pass."""
-        self.sent = torch._C._current_graph_task_id(), dy, slope
+    def send(self, *tensors: Tensor) -> None:
+        """Leave tensors for the same pass."""
+        self.sent = torch._C._current_graph_task_id(), tensors
 
-    def take(self) -> tuple[Tensor, Tensor] | None:
+    def take(self) -> tuple[Tensor, ...] | None:
         """Return what was sent in this pass, once."""
         sent, self.sent = self.sent, None
-        return None if sent is None or sent[0] != torch._C._current_graph_task_id() else sent[1:]
+        return None if sent is None or sent[0] != torch._C._current_graph_task_id() else sent[1]
 
 
 def can_fuse(layer: Any, x: Tensor) -> bool:
@@ -58,6 +90,7 @@ def can_fuse(layer: Any, x: Tensor) -> bool:
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
         and x.numel() > x.shape[0] * x.shape[1]  # more than one position, and an image at all
+        and (torch.is_grad_enabled() or x.numel() >= SMALLEST)
         and all(gate.of_mean for gate in layer.dynamic)
         and not torch._C._are_functorch_transforms_active()
         and not torch.jit.is_tracing()
@@ -74,57 +107,36 @@ def gated_batch_norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Ten
         weight: ``(C,)``, scaled by constant gates if there are any.
         bias: ``(C,)``, likewise.
     """
-    of_batch = layer.training or layer.running_mean is None
-    differentiable = torch.is_grad_enabled() and (x.requires_grad or layer.weight.requires_grad or gates_train(layer))
-    link = Link()
-    mean, var = Moments.apply(x, of_batch, link) if differentiable else moments(x, of_batch)
-    if of_batch:
-        mu, variance = statistics(layer, mean, var, x)
-    else:  # copies: a later training step changes the buffers in place, perhaps before this backward pass
-        mu, variance = layer.running_mean.clone(), layer.running_var.clone()
-    slope = weight * (variance + layer.eps).rsqrt()  # (C,)
-    descriptor = torch.addcmul(bias, mean - mu, slope)  # (B, C)
-    scale, level = weight, bias
+    with torch.no_grad():
+        mean, norm = statistics(layer, x.detach())
+    link = Link(norm, mean)
+    descriptor: Tensor = Descriptor.apply(x, weight, bias, link)
+    level, gates = descriptor, None
     for gate in layer.dynamic:
-        h = gate.gates(descriptor).to(x.dtype)
-        descriptor = descriptor * h  # the mean of what the next gate sees
-        scale, level = scale * h, level * h  # (B, C)
-    if not differentiable:
-        return affine(x, mu, variance, scale, level, layer.eps)
-    return Affine.apply(x, mean, mu, variance, scale, level, layer.eps, link)
+        h = gate.gates(level).to(x.dtype)
+        level = level * h  # the mean of what the next gate sees
+        gates = h if gates is None else gates * h
+    return Affine.apply(x, descriptor, gates, weight, bias, link)
 
 
-def gates_train(layer: Any) -> bool:
-    """Whether anything that the gates depend on requires gradients."""
-    for gate in layer.dynamic:
-        unit = getattr(gate.attention, 'unit', gate.attention)
-        if any(p.requires_grad for p in unit.parameters()) or any(p.requires_grad for p in gate.parameters()):
-            return True
-    return False
-
-
-def statistics(layer: Any, mean: Tensor, var: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Batch mean and biased variance ``(C,)`` from those of the samples ``(B, C)``; updates the running ones."""
-    mu = mean.mean(0)
-    variance = var.mean(0) + (mean - mu).square().mean(0)
-    if layer.training and layer.track_running_stats and layer.running_mean is not None:
-        with torch.no_grad():
-            layer.num_batches_tracked.add_(1)
-            factor = layer.momentum
-            if factor is None:  # cumulative average
-                factor = 1.0 / float(layer.num_batches_tracked)
-            count = x.numel() // x.shape[1]
-            layer.running_mean.lerp_(mu.detach().to(layer.running_mean.dtype), factor)
-            layer.running_var.lerp_(variance.detach().to(layer.running_var.dtype) * (count / (count - 1)), factor)
-    return mu, variance
-
-
-def moments(x: Tensor, spread: bool) -> tuple[Tensor, Tensor | None]:
-    """Mean and, on request, biased variance over the positions of each sample and channel: ``(B, C)`` each."""
-    if not spread:
-        return x.flatten(2).mean(-1), None
+def statistics(layer: Any, x: Tensor) -> tuple[Tensor, Norm]:
+    """Mean of each sample and channel ``(B, C)``, and the statistics to normalise with; updates the running ones."""
+    if not layer.training and layer.running_mean is not None:
+        # Copies: a later training step changes the buffers in place, perhaps before this backward pass.
+        return x.flatten(2).mean(-1), Norm(layer.running_mean.clone(), layer.running_var.clone(), layer.eps, False)
     mean, var = torch.batch_norm_update_stats(rows(x), None, None, 0.0)  # accumulates in float64, as batch norm does
-    return mean.view(x.shape[:2]), var.view(x.shape[:2])
+    mean = mean.view(x.shape[:2])
+    mu = mean.mean(0)
+    variance = var.view(x.shape[:2]).mean(0).add_((mean - mu).square_().mean(0))
+    if layer.training and layer.track_running_stats and layer.running_mean is not None:
+        layer.num_batches_tracked.add_(1)
+        factor = layer.momentum
+        if factor is None:  # cumulative average
+            factor = 1.0 / float(layer.num_batches_tracked)
+        count = x.numel() // x.shape[1]
+        layer.running_mean.lerp_(mu.to(layer.running_mean.dtype), factor)
+        layer.running_var.lerp_(variance.to(layer.running_var.dtype) * (count / (count - 1)), factor)
+    return mean, Norm(mu, variance, layer.eps, True)
 
 
 def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float = 0.0) -> Tensor:
@@ -138,18 +150,19 @@ def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps
         level: added at the end.
         eps: of the batch norm.
     """
-    mu, var = mu.expand_as(scale).flatten(), var.expand_as(scale).flatten()
+    batch = x.shape[0]
+    mu, var = mu.repeat(batch), var.repeat(batch)
     flat = torch.native_batch_norm(rows(x), scale.flatten(), level.flatten(), mu, var, False, 0.0, eps)[0]
     return torch.ops.aten._unsafe_view(flat, x.shape)  # not a view for autograd: what follows may write into it
 
 
-def sums(dy: Tensor, x: Tensor, mu: Tensor, var: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Sums over the positions of ``dy`` and of ``dy (x - mu) / sqrt(var + eps)``: ``(B, C)`` each, in one pass."""
+def sums(dz: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    """Sums S0 and S1 over the positions of ``dz`` and of ``dz (x - mu) r``: ``(B, C)`` each, in one pass."""
     shape = x.shape[:2]
-    mu, var = mu.expand(shape).flatten(), var.expand(shape).flatten()
+    mu, var = norm.mu.repeat(shape[0]), norm.var.repeat(shape[0])
     mask = [False, True, True]
-    _, centred, total = NORM_BACKWARD(rows(dy), rows(x), None, mu, var, mu, var, False, eps, mask)
-    return total.view(shape), centred.view(shape)
+    _, s1, s0 = NORM_BACKWARD(rows(dz), rows(x), None, mu, var, mu, var, False, norm.eps, mask)
+    return s0.view(shape), s1.view(shape)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -157,70 +170,94 @@ def rows(x: Tensor) -> Tensor:
     return x.reshape(1, -1, *x.shape[2:])
 
 
-def positions(x: Tensor) -> int:
-    """Number of positions."""
-    return x[0, 0].numel()
-
-
-def spread_out(v: Tensor, x: Tensor) -> Tensor:
-    """View ``(B, C)`` so that it broadcasts with ``x``."""
-    return v.view(*v.shape, *(1,) * (x.dim() - 2))
-
-
-class Moments(torch.autograd.Function):
-    """`moments`; its backward pass makes the whole gradient of x."""
+class Descriptor(torch.autograd.Function):
+    """The descriptor d; its backward pass makes the whole gradient of x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, spread: bool, link: Link) -> tuple[Tensor, Tensor | None]:
-        mean, var = moments(x, spread)
-        ctx.save_for_backward(x, mean)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, link: Link) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
         ctx.link = link
-        return mean, var
+        mu, var, eps, _ = link.norm
+        return torch.addcmul(bias, link.mean - mu, (var + eps).rsqrt_().mul_(weight))
 
     @staticmethod
-    def backward(ctx: Any, d_mean: Tensor, d_var: Tensor | None) -> tuple[Tensor, None, None]:
-        x, mean = ctx.saved_tensors
-        n = positions(x)
-        curve = None if d_var is None else d_var * (2 / n)
-        shift = d_mean / n if curve is None else d_mean / n - curve * mean
+    def backward(ctx: Any, dd: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        norm: Norm = ctx.link.norm
+        if torch.is_grad_enabled():  # create_graph=True
+
+            def descriptor(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return norm.plain(x, weight, bias).flatten(2).mean(-1)
+
+            return *derivatives(descriptor, (x, weight, bias), dd), None
+        r = (norm.var + norm.eps).rsqrt_()
+        centred = (ctx.link.mean - norm.mu).mul_(r)
+        d_weight, d_bias = (dd * centred).sum(0), dd.sum(0)
         sent = ctx.link.take()
-        if torch.is_grad_enabled() or sent is None:  # create_graph=True, or z has no part in this backward pass
-            dx = spread_out(shift, x) if curve is None else spread_out(shift, x) + spread_out(curve, x) * x
-            return dx.expand_as(x) if sent is None else dx + spread_out(sent[1], x) * sent[0], None, None
-        dy, slope = sent
-        dx = affine(dy, mean.new_zeros(()), mean.new_ones(()), slope, shift)
+        if not ctx.needs_input_grad[0]:
+            return None, d_weight, d_bias, None
+        dz, h, s0, s1 = sent or (None, None, None, None)
+        positions = x[0, 0].numel()
+        shift = dd * (weight * r / positions)
+        curve = None
+        if norm.of_batch:
+            share = weight * r / (x.shape[0] * positions)
+            c0 = (d_bias if h is None else (h * s0).sum(0).add_(d_bias)).mul(share)
+            c1 = (d_weight if h is None else (h * s1).sum(0).add_(d_weight)).mul(share)
+            curve = c1.mul_(r).neg_()
+            shift.sub_(c0).addcmul_(curve, norm.mu, value=-1)
+        if dz is None or h is None:  # z has no part in this backward pass
+            dx = spread(shift, x).expand_as(x)
+            return dx if curve is None else dx + spread(curve[None], x) * x, d_weight, d_bias, None
+        zeros, ones = torch.zeros_like(norm.mu), torch.ones_like(norm.mu)
+        dx = affine(dz, zeros, ones, h * (weight * r), shift)
         if curve is not None:
-            dx.addcmul_(x, spread_out(curve, x))
-        return dx, None, None
+            dx.addcmul_(x, spread(curve[None], x))
+        return dx, d_weight, d_bias, None
 
 
 class Affine(torch.autograd.Function):
-    """`affine`. Its gradient of x is left to `Moments`, which always comes later: ``mean`` leads there."""
+    """The gated map z. The gradient of x is left to `Descriptor`, which comes later: ``descriptor`` leads there."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, mean: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float, link: Link
-    ) -> Tensor:
-        ctx.save_for_backward(x, mu, var, scale)
-        ctx.eps, ctx.link = eps, link
-        return affine(x, mu, var, scale, level, eps)
+        ctx: Any, x: Tensor, descriptor: Tensor, h: Tensor, weight: Tensor, bias: Tensor, link: Link
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, h, weight, bias)
+        ctx.link = link
+        mu, var, eps, _ = link.norm
+        return affine(x, mu, var, weight * h, bias * h, eps)
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, mu, var, scale = ctx.saved_tensors
-        rstd = (var + ctx.eps).rsqrt()
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        x, h, weight, bias = ctx.saved_tensors
+        norm: Norm = ctx.link.norm
         if torch.is_grad_enabled():  # create_graph=True
-            d_level = dy.flatten(2).sum(-1)
-            d_scale = (dy * (x - spread_out(mu.expand_as(scale), x))).flatten(2).sum(-1) * rstd
-        else:
-            dy = dy.contiguous()
-            d_level, d_scale = sums(dy, x, mu, var, ctx.eps)
-        d_mean = d_mu = d_var = None
-        moments_node = ctx.next_functions[1][0]
-        if moments_node is not None and torch._C._will_engine_execute_node(moments_node):
-            ctx.link.send(dy, scale * rstd)
-            d_mean = torch.zeros_like(scale)
-        if ctx.needs_input_grad[2]:
-            d_mu = -(scale * d_level).sum(0) * rstd
-            d_var = (scale * d_scale).sum(0) * rstd.square() * -0.5
-        return None, d_mean, d_mu, d_var, d_scale, d_level, None, None
+
+            def gated(x: Tensor, h: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+                return norm.plain(x, weight, bias) * spread(h, x)
+
+            dx, *others = derivatives(gated, (x, h, weight, bias), dz)
+            return dx, None, *others, None
+        dz = dz.contiguous()
+        s0, s1 = sums(dz, x, norm)
+        d_descriptor = None
+        node = ctx.next_functions[1][0]
+        if node is not None and torch._C._will_engine_execute_node(node):
+            ctx.link.send(dz, h, s0, s1)
+            d_descriptor = torch.zeros_like(h)  # so that it comes later even if no gate depends on it
+        dh = (s1 * weight).addcmul_(s0, bias)
+        return None, d_descriptor, dh, (h * s1).sum(0), (h * s0).sum(0), None
+
+
+def derivatives(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs`` under ``f``, with graphs of their own, by torch's functions; None where none is wanted."""
+    aliases = [t.view_as(t) for t in inputs]  # of each only what goes through f: gates depend on the map as well
+    wanted = [t for t in aliases if t.requires_grad]
+    found = iter(torch.autograd.grad(f(*aliases), wanted, dy, create_graph=True))
+    return tuple(next(found) if t.requires_grad else None for t in aliases)
+
+
+def spread(v: Tensor, x: Tensor) -> Tensor:
+    """View ``(B, C)`` so that it broadcasts with ``x``."""
+    return v.view(*v.shape, *(1,) * (x.dim() - 2))
