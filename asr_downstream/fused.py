@@ -61,11 +61,19 @@ class Norm(NamedTuple):
 
 
 class Link:
-    """Of one forward: its statistics, and what `Affine` leaves in a backward pass for `Descriptor`."""
+    """Of one forward: its statistics, and what `Affine` leaves in a backward pass for `Descriptor`.
+
+    Attributes:
+        norm: what the map is normalised with.
+        mean: of each sample and channel, ``(B, C)``.
+        mu: ``norm.mu`` for every sample, ``(B C,)``.
+        var: ``norm.var`` likewise.
+    """
 
     def __init__(self, norm: Norm, mean: Tensor) -> None:
         self.norm = norm
-        self.mean = mean  # of each sample and channel, (B, C)
+        self.mean = mean
+        self.mu, self.var = norm.mu.repeat(len(mean)), norm.var.repeat(len(mean))
         self.sent: tuple[int, tuple[Tensor, ...]] | None = None
 
     def send(self, *tensors: Tensor) -> None:
@@ -76,6 +84,22 @@ class Link:
         """Return what was sent in this pass, once."""
         sent, self.sent = self.sent, None
         return None if sent is None or sent[0] != torch._C._current_graph_task_id() else sent[1]
+
+    def affine(self, x: Tensor, scale: Tensor, level: Tensor) -> Tensor:
+        """Return ``(x - mu) r scale + level`` in one pass, by the kernel of the stock layer in eval.
+
+        Args:
+            x: ``(B, C, *)``.
+            scale: ``(B, C)``, like ``level``.
+            level: added at the end.
+        """
+        return scaled(x, self.mu, self.var, scale, level, self.norm.eps)
+
+    def sums(self, dz: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Sums S0 and S1 over the positions of ``dz`` and of ``dz (x - mu) r``: ``(B, C)`` each, in one pass."""
+        mu, var, mask = self.mu, self.var, [False, True, True]
+        _, s1, s0 = NORM_BACKWARD(rows(dz), rows(x), None, mu, var, mu, var, False, self.norm.eps, mask)
+        return s0.view(x.shape[:2]), s1.view(x.shape[:2])
 
 
 def can_fuse(layer: Any, x: Tensor) -> bool:
@@ -139,30 +163,10 @@ def statistics(layer: Any, x: Tensor) -> tuple[Tensor, Norm]:
     return mean, Norm(mu, variance, layer.eps, True)
 
 
-def affine(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float = 0.0) -> Tensor:
-    """Return ``(x - mu) / sqrt(var + eps) * scale + level`` in one pass, by the kernel of the stock layer in eval.
-
-    Args:
-        x: ``(B, C, *)``.
-        mu: ``(C,)``, like ``var``.
-        var: biased.
-        scale: ``(B, C)``, like ``level``.
-        level: added at the end.
-        eps: of the batch norm.
-    """
-    batch = x.shape[0]
-    mu, var = mu.repeat(batch), var.repeat(batch)
+def scaled(x: Tensor, mu: Tensor, var: Tensor, scale: Tensor, level: Tensor, eps: float = 0.0) -> Tensor:
+    """See `Link.affine`."""
     flat = torch.native_batch_norm(rows(x), scale.flatten(), level.flatten(), mu, var, False, 0.0, eps)[0]
     return torch.ops.aten._unsafe_view(flat, x.shape)  # not a view for autograd: what follows may write into it
-
-
-def sums(dz: Tensor, x: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
-    """Sums S0 and S1 over the positions of ``dz`` and of ``dz (x - mu) r``: ``(B, C)`` each, in one pass."""
-    shape = x.shape[:2]
-    mu, var = norm.mu.repeat(shape[0]), norm.var.repeat(shape[0])
-    mask = [False, True, True]
-    _, s1, s0 = NORM_BACKWARD(rows(dz), rows(x), None, mu, var, mu, var, False, norm.eps, mask)
-    return s0.view(shape), s1.view(shape)
 
 
 def rows(x: Tensor) -> Tensor:
@@ -191,26 +195,26 @@ class Descriptor(torch.autograd.Function):
 
             return *derivatives(descriptor, (x, weight, bias), dd), None
         r = (norm.var + norm.eps).rsqrt_()
-        centred = (ctx.link.mean - norm.mu).mul_(r)
-        d_weight, d_bias = (dd * centred).sum(0), dd.sum(0)
+        d_weight, d_bias = (ctx.link.mean - norm.mu).mul_(r).mul_(dd).sum(0), dd.sum(0)
         sent = ctx.link.take()
+        if sent is not None:  # what z gives to weight and bias comes along
+            d_weight += sent[2]
+            d_bias += sent[3]
         if not ctx.needs_input_grad[0]:
             return None, d_weight, d_bias, None
-        dz, h, s0, s1 = sent or (None, None, None, None)
+        slope = weight * r
         positions = x[0, 0].numel()
-        shift = dd * (weight * r / positions)
+        shift = dd * (slope / positions)
         curve = None
         if norm.of_batch:
-            share = weight * r / (x.shape[0] * positions)
-            c0 = (d_bias if h is None else (h * s0).sum(0).add_(d_bias)).mul(share)
-            c1 = (d_weight if h is None else (h * s1).sum(0).add_(d_weight)).mul(share)
-            curve = c1.mul_(r).neg_()
-            shift.sub_(c0).addcmul_(curve, norm.mu, value=-1)
-        if dz is None or h is None:  # z has no part in this backward pass
+            share = slope / (x.shape[0] * positions)
+            curve = (d_weight * share).mul_(r).neg_()
+            shift -= torch.addcmul(d_bias * share, curve, norm.mu)
+        if sent is None:  # z has no part in this backward pass
             dx = spread(shift, x).expand_as(x)
             return dx if curve is None else dx + spread(curve[None], x) * x, d_weight, d_bias, None
-        zeros, ones = torch.zeros_like(norm.mu), torch.ones_like(norm.mu)
-        dx = affine(dz, zeros, ones, h * (weight * r), shift)
+        dz, h = sent[:2]
+        dx = scaled(dz, torch.zeros_like(ctx.link.mu), torch.ones_like(ctx.link.var), h * slope, shift)
         if curve is not None:
             dx.addcmul_(x, spread(curve[None], x))
         return dx, d_weight, d_bias, None
@@ -225,8 +229,7 @@ class Affine(torch.autograd.Function):
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, h, weight, bias)
         ctx.link = link
-        mu, var, eps, _ = link.norm
-        return affine(x, mu, var, weight * h, bias * h, eps)
+        return link.affine(x, weight * h, bias * h)
 
     @staticmethod
     def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
@@ -240,18 +243,19 @@ class Affine(torch.autograd.Function):
             dx, *others = derivatives(gated, (x, h, weight, bias), dz)
             return dx, None, *others, None
         dz = dz.contiguous()
-        s0, s1 = sums(dz, x, norm)
-        d_descriptor = None
-        node = ctx.next_functions[1][0]
-        if node is not None and torch._C._will_engine_execute_node(node):
-            ctx.link.send(dz, h, s0, s1)
-            d_descriptor = torch.zeros_like(h)  # so that it comes later even if no gate depends on it
+        s0, s1 = ctx.link.sums(dz, x)
         dh = (s1 * weight).addcmul_(s0, bias)
-        return None, d_descriptor, dh, (h * s1).sum(0), (h * s0).sum(0), None
+        d_weight, d_bias = s1.mul_(h).sum(0), s0.mul_(h).sum(0)
+        node = ctx.next_functions[1][0]
+        if node is None or not torch._C._will_engine_execute_node(node):
+            return None, None, dh, d_weight, d_bias, None
+        ctx.link.send(dz, h, d_weight, d_bias)
+        # Zeros, so that it comes later even if no gate leads there.
+        return None, torch.zeros_like(h), dh, None, None, None
 
 
 def derivatives(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``inputs`` under ``f``, with graphs of their own, by torch's functions; None where none is wanted."""
+    """Gradients of ``inputs`` under ``f``, by torch's functions and with graphs of their own; None where unwanted."""
     aliases = [t.view_as(t) for t in inputs]  # of each only what goes through f: gates depend on the map as well
     wanted = [t for t in aliases if t.requires_grad]
     found = iter(torch.autograd.grad(f(*aliases), wanted, dy, create_graph=True))
