@@ -152,34 +152,42 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
     """
     torch.manual_seed(seed)
     stock = case.build()
+    stock.eval()  # mmdet's ResNet.eval() returns None
     x = torch.randn(case.batch, 3, case.side, case.side)
-    arms = {STOCK: stock, SCALED: plugged_copy(stock, SPEC)}
-    arms[MAPS] = feature_map_form(arms[SCALED])
-    agreement = {SCALED: difference(arms[SCALED], arms[MAPS], x)}
-    for name, spec in case.dynamic.items():
-        arms[name] = plugged_copy(stock, spec)
-        arms[name + PLAIN] = plain_form(arms[name])
-        agreement[name] = difference(arms[name], arms[name + PLAIN], x)
-    arms[FOLDED], _ = fold(arms[SCALED])
-    for model in arms.values():
-        model.eval()
-
-    still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
-    inference_times = paired_times(still, rounds, f'{case.name}: inference')
-    trained = {name: model for name, model in arms.items() if name != FOLDED}
-    for model in trained.values():
-        model.train()
-    saved = {name: saved_bytes(model, x) for name, model in trained.items()}
-    steps = {name: training_step(model, x) for name, model in trained.items()}
-    training_times = paired_times(steps, rounds, f'{case.name}: training steps')
-    return {
+    result: dict[str, Any] = {
         'case': case.name,
         'input': [case.batch, 3, case.side, case.side],
-        'agreement': agreement,
+        'rounds': rounds,
+        'agreement': {},
+        **{kind: {} for kind in ('training', 'inference', 'saved')},
+    }
+    for name, spec in {SCALED: SPEC, **case.dynamic}.items():  # apart: all arms at once would not fit caches and memory
+        plugged = plugged_copy(stock, spec)
+        if name == SCALED:
+            arms = {STOCK: stock, name: plugged, MAPS: feature_map_form(plugged), FOLDED: fold(plugged)[0]}
+        else:
+            arms = {STOCK: stock, name: plugged, name + PLAIN: plain_form(plugged)}
+        _, ours, theirs, *_ = arms.values()
+        result['agreement'][name] = verify(ours, theirs, x).relative
+        for kind, found in compare(arms, x, rounds, f'{case.name}, {name}').items():
+            result[kind].update({**found, **result[kind]})
+    return result
+
+
+def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> dict[str, dict[str, Any]]:
+    """Ratios to stock of paired rounds, and of saved bytes."""
+    still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
+    inference_times = paired_times(still, rounds, f'{text}: inference')
+    trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
+    for model in trained.values():
+        model.train()  # mmdet's ResNet.train() returns None
+    saved = {name: saved_bytes(model, x) for name, model in trained.items()}
+    steps = {name: training_step(model, x) for name, model in trained.items()}
+    training_times = paired_times(steps, rounds, f'{text}: training steps')
+    return {
         'training': ratios(training_times),
         'inference': ratios(inference_times),
         'saved': {name: count / saved[STOCK] for name, count in saved.items()},
-        'rounds': rounds,
     }
 
 
@@ -191,13 +199,6 @@ def plugged_copy(stock: nn.Module, spec: dict[str, Any]) -> nn.Module:
         plug(model, spec)
     model.eval()
     return model
-
-
-def difference(a: nn.Module, b: nn.Module, x: Tensor) -> float:
-    """Largest relative difference of the outputs, in eval mode."""
-    a.eval()
-    b.eval()
-    return verify(a, b, x).relative
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Ratio]:
