@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 from functools import partial
 from typing import Any
 
@@ -47,8 +49,12 @@ def wide(spec: dict, **change: Any) -> Wide:
     return randomise(model)
 
 
+LAST: list[Tensor] = []
+
+
 def maps() -> Tensor:
-    return torch.randn(2, 4, 5, 5, dtype=torch.float64).requires_grad_()
+    LAST[:] = [torch.randn(2, 4, 5, 5, dtype=torch.float64).requires_grad_()]
+    return LAST[0]
 
 
 def plain(model: nn.Module) -> nn.Module:
@@ -95,6 +101,66 @@ def test_one_rule_in_forward_and_recompute(spec: dict, order: list[int], share: 
     expected = results(model, x)
     model.around = {-1: BY_BLOCK}
     assert_same(results(model, x), expected)
+
+
+def test_a_site_that_runs_again_starts_from_zero() -> None:
+    model = wide(DIA)
+    model.order = [0, 1, 1, 3, 4, 5]
+    with record(model) as seen:
+        model(maps())
+    first, second = seen.states['down.1.0']
+    unit = model.shared_attention['down'].attention
+    member = model.down[1][0].dynamic[0].attention
+    assert member.position == 1
+    i, _, g, _ = (unit.ih(seen_input(model, 2)) + unit.hh(torch.zeros(1, 4, dtype=torch.float64))).chunk(4, 1)
+    torch.testing.assert_close(second[1], i.sigmoid() * g.tanh())
+    assert not torch.allclose(first[1], second[1])
+
+
+def seen_input(model: Wide, call: int) -> Tensor:
+    """Descriptor of the ``call``-th block that runs, on the same maps."""
+    found: list[Tensor] = []
+    handles = [
+        layer.dynamic[0].attention.register_forward_pre_hook(lambda m, args: found.append(args[0].mean((2, 3))))
+        for layer in model.modules()
+        if isinstance(layer, Plugged)
+    ]
+    model(LAST[0])
+    for handle in handles:
+        handle.remove()
+    return found[call]
+
+
+def test_a_forward_is_freed_without_the_garbage_collector() -> None:
+    for spec in (DIA, ASR_DIA):
+        model = wide(spec)
+        gc.collect()
+        gc.disable()
+        try:
+            x = maps() * 1
+            x.grad_fn.metadata['probe'] = probe = Probe()
+            alive = weakref.ref(probe)
+            y = model(x)
+            del probe, x
+            assert alive() is not None
+            del y
+            assert alive() is None
+        finally:
+            gc.enable()
+
+
+class Probe:
+    """Lives as long as the graph that it is put into."""
+
+
+def test_autocast_does_not_touch_the_gates_of_learned_inputs() -> None:
+    model = wide(ASR_DIA).float()
+    found = []
+    for enabled in (False, True):
+        with record(model) as seen, torch.autocast('cpu', dtype=torch.bfloat16, enabled=enabled):
+            model(maps().float())
+        found.append([gates[0] for gates in seen.gates.values()])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize('some', [[0], [1], [0, 1]])
@@ -246,6 +312,7 @@ def test_a_pass_that_leaves_the_map_out_leaves_nothing_behind() -> None:
         y = model(torch.randn(2, 3, 5, 5, dtype=torch.float64))
         of_gates = list(model[1].dynamic.parameters())
         torch.autograd.grad(y.square().sum(), of_gates, retain_graph=True)
+        assert getattr(y.grad_fn, 'link', None) is None or y.grad_fn.link.sent is None  # holds no map
         kept[0].sum().backward()
         grads.append([p.grad for p in model.parameters() if p.grad is not None])
     assert_same(*grads)
