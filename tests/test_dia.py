@@ -323,7 +323,12 @@ def train_on_a_part(rank: int, world: int, file: str, out: str, spec: dict, chec
 
 
 @pytest.mark.parametrize(
-    ('spec', 'checkpointed'), [(DIA, False), (DIA, True), (ASR_DIA, True)], ids=['DIA', 'DIA-cp', 'ASR-DIA-cp']
+    ('spec', 'checkpointed'),
+    [
+        pytest.param(DIA, False, id='DIA', marks=pytest.mark.slow),
+        pytest.param(DIA, True, id='DIA-cp'),
+        pytest.param(ASR_DIA, True, id='ASR-DIA-cp', marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_give_the_weights_of_one(spec: dict, checkpointed: bool, tmp_path: Path) -> None:
     weights = []

@@ -293,7 +293,9 @@ def test_functional_call_and_func_grad(spec: Any) -> None:
     assert_same(list(grads.values()), expected[: len(grads)])
 
 
-@every_spec
+@pytest.mark.parametrize(
+    'spec', [pytest.param(s, id=n, marks=() if n == 'DIA' else pytest.mark.slow) for n, s in SPECS.items()]
+)
 def test_torch_compile(spec: Any) -> None:
     model = plugged(spec)
     other = copy.deepcopy(model)
