@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo test test-slow quality style clean
 help:
-	@echo "make demo       train, fold and compare two detectors on embedded data (about 4 minutes after set-up)"
+	@echo "make demo       train, fold and compare three detectors on embedded data (about 5 minutes after set-up)"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the rest of the tests"
 	@echo "make quality    ruff and mypy; make style: let ruff rewrite"
