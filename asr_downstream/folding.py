@@ -139,7 +139,7 @@ def fold(
         return fold_exactly(model, dynamic)
     finish = partial(fold_exactly, dynamic='keep')
     folded, report, found = calibration.calibrate(model, calibrate, finish, step, refine_norms, metric, max_drop)
-    return folded, replace(report, calibration=found, message=f'{report.message}; outputs change by {found.change:.2%}')
+    return folded, replace(report, calibration=found)
 
 
 @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -38,10 +38,12 @@ class Plug:
         skip: patterns of sites to leave out; a recurrent state passes them by.
         preserve: divide the gates by what they were at the start, so that a plugged model computes what the model
             computed before.
+
+    Attributes:
         share: which sites share an attention, see `asr_downstream.grouping.group_sites`; None: none do.
     """
 
-    default_share: ClassVar[Share] = None
+    share: Share = None
 
     def __init__(
         self,
@@ -49,7 +51,6 @@ class Plug:
         sites: str | Sequence[str] = 'residual',
         skip: Sequence[str] = (),
         preserve: bool = False,
-        share: Share = None,
     ) -> None:
         if not isinstance(attention, dict) or 'type' not in attention:
             raise PlugError(
@@ -62,7 +63,6 @@ class Plug:
         self.sites = sites
         self.skip = list(skip)
         self.preserve = preserve
-        self.share = share
 
     def select(self, sites: list[Site]) -> list[Site]:
         """Leave out the sites that ``skip`` names.
@@ -141,8 +141,8 @@ class Plug:
     def start_from_one(self, gates: dict[str, list[Gate]], units: list[SharedUnit]) -> None:
         """Make the gates of this moment the new 1; those that depend on the input are first made constant."""
         dynamic = [(p, g) for p, of_site in gates.items() for g in of_site if isinstance(g, DynamicGate)]
-        for attention in {id(a): a for a in (u.attention for u in units if dynamic)}.values():
-            self.start_constant(attention)
+        for unit in units if dynamic else ():
+            self.start_constant(unit.attention)
         for _, gate in dynamic:
             if not isinstance(gate.attention, Member):
                 self.start_constant(gate.attention)
@@ -202,13 +202,12 @@ class ASR(Plug):
         preserve: bool = False,
         share: Share = None,
     ) -> None:
-        super().__init__(attention, sites, skip, preserve, share)
+        super().__init__(attention, sites, skip, preserve)
         if not isinstance(repeat, int) or repeat < 1:
             raise PlugError(f'ASR: repeat={repeat!r} must be a whole number of at least 1')
         self.repeat = repeat
         self.init = init
-        if share is None and getattr(self.factory, 'recurrent', False):
-            self.share = 'stage'
+        self.share = 'stage' if share is None and getattr(self.factory, 'recurrent', False) else share
 
     @property
     def copies(self) -> int:
@@ -232,15 +231,6 @@ class Attention(Plug):
         attention: spec of the attention.
         sites, skip, preserve: see `Plug`.
     """
-
-    def __init__(
-        self,
-        attention: dict[str, Any],
-        sites: str | Sequence[str] = 'residual',
-        skip: Sequence[str] = (),
-        preserve: bool = False,
-    ) -> None:
-        super().__init__(attention, sites, skip, preserve)
 
     def gate(self, site: Site, attention: nn.Module) -> Gate:
         if getattr(attention, 'uses_input', True):
