@@ -27,6 +27,8 @@ SITES: dict[str, str] = {
     'mmdet.models.backbones.resnet.BasicBlock': 'norm2',
     'mmdet.models.backbones.resnet.Bottleneck': 'norm3',
     'diffusers.models.resnet.ResnetBlock2D': 'conv2',
+    'diffusers.models.attention_processor.Attention': 'to_out.0',
+    'diffusers.models.attention.FeedForward': 'net.2',
     'asr_downstream.models.resnet_cifar.BasicBlock': 'bn2',
     'asr_downstream.models.resnet_cifar.Bottleneck': 'bn3',
 }

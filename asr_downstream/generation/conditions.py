@@ -1,0 +1,189 @@
+"""What a model is conditioned on: nothing, a class, or a text. Each gives the model's arguments for a batch.
+
+``drop`` is the share of samples that are trained without their condition, so that sampling can be guided away from the
+unconditional prediction (classifier-free guidance, Ho and Salimans, arXiv 2207.12598).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.registry import Registry
+from torch import Tensor, nn
+
+from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.generation.models import plain
+from asr_downstream.generation.sources import Source
+
+__all__ = ['CONDITIONS', 'ClassLabels', 'Condition', 'Text', 'build_condition']
+
+CONDITIONS = Registry('condition', scope='asr_downstream')
+
+
+class Condition:
+    """No condition; base class of the others."""
+
+    drop = 0.0
+    encoder: nn.Module | None = None  # frozen, moved to the device of the training
+
+    def describe(self, index: int) -> Tensor:
+        """Condition of image ``index`` as a tensor; runs in the workers."""
+        return torch.tensor(-1)
+
+    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of the model for stacked results of `describe`; without condition where ``dropped`` is true."""
+        return {}
+
+    def of_samples(self, numbers: Sequence[int]) -> Tensor:
+        """Conditions of generated images: they take turns."""
+        return torch.full((len(numbers),), -1)
+
+    def caption(self, number: int) -> str:
+        """Condition of generated image ``number``, for people."""
+        return ''
+
+
+@CONDITIONS.register_module()
+class ClassLabels(Condition):
+    """Class labels: the folders of the images, or the labels of the data set.
+
+    Args:
+        source: where the labels come from.
+        model: UNet with ``num_class_embeds``, or DiT with ``num_embeds_ada_norm``.
+        drop: see the module; the number after the last class then means 'no class'.
+
+    Raises:
+        AsrError: there are no labels, or the model has another number of classes.
+    """
+
+    def __init__(self, source: Source, model: nn.Module, drop: float = 0.0) -> None:
+        if source.labels is None:
+            raise AsrError(
+                f'condition: the images of {type(source).__name__} have no classes; put each class into a folder of '
+                f'its name, or train without condition'
+            )
+        self.labels = source.labels
+        self.classes = source.classes
+        self.drop = drop
+        transformer = 'num_embeds_ada_norm' in model.config
+        key = 'num_embeds_ada_norm' if transformer else 'num_class_embeds'
+        needed = len(self.classes) + (1 if drop and not transformer else 0)  # DiT adds its own
+        if model.config.get(key) != needed:
+            why = f'{len(self.classes)} classes' + (' and one for no class, as drop > 0' if drop else '')
+            raise AsrError(f'condition: model.{key}={model.config.get(key)} should be {needed} ({why})')
+
+    def describe(self, index: int) -> Tensor:
+        """Label ``()``."""
+        return torch.tensor(self.labels[index])
+
+    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+        """``class_labels`` ``(B,)``."""
+        if dropped is not None:
+            described = torch.where(dropped, len(self.classes), described)
+        return {'class_labels': described}
+
+    def of_samples(self, numbers: Sequence[int]) -> Tensor:
+        """Labels ``(B,)``."""
+        return torch.tensor([number % len(self.classes) for number in numbers])
+
+    def caption(self, number: int) -> str:
+        """Name of the class."""
+        return self.classes[number % len(self.classes)]
+
+
+@CONDITIONS.register_module()
+class Text(Condition):
+    """Captions, through a frozen CLIP text encoder, as ``encoder_hidden_states``.
+
+    Args:
+        source: where the captions come from.
+        model: UNet2DConditionModel whose ``cross_attention_dim`` is the width of the encoder.
+        pretrained_model_name_or_path: folder or id of a pipeline with ``tokenizer`` and ``text_encoder``.
+        prompts: texts of the sample grids; by default the first captions of the data.
+        drop: see the module.
+
+    Raises:
+        AsrError: the encoder cannot be loaded or has another width.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        model: nn.Module,
+        pretrained_model_name_or_path: str,
+        prompts: Sequence[str] = (),
+        drop: float = 0.0,
+    ) -> None:
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer
+        except ImportError as error:
+            raise AsrError(f'Text needs transformers ({error}); install it with: pip install transformers') from error
+        path = pretrained_model_name_or_path
+        try:
+            self.tokenizer = CLIPTokenizer.from_pretrained(path, subfolder='tokenizer')
+            self.encoder = CLIPTextModel.from_pretrained(path, subfolder='text_encoder').requires_grad_(False).eval()
+        except (OSError, ValueError) as error:
+            raise AsrError(
+                f'condition: {path} has no tokenizer and text_encoder that can be loaded '
+                f'({str(error).strip().splitlines()[0]})'
+            ) from error
+        width, expected = self.encoder.config.hidden_size, model.config.get('cross_attention_dim')
+        if expected != width:
+            raise AsrError(f'condition: model.cross_attention_dim={expected} should be {width}, the width of {path}')
+        self.source = source
+        self.drop = drop
+        self.prompts = list(prompts) or [source.caption(index) for index in range(min(4, len(source)))]
+
+    def tokens(self, texts: list[str]) -> Tensor:
+        """Token ids ``(B, L)``."""
+        length = min(self.tokenizer.model_max_length, self.encoder.config.max_position_embeddings)
+        found = self.tokenizer(texts, padding='max_length', max_length=length, truncation=True, return_tensors='pt')
+        return found.input_ids
+
+    def describe(self, index: int) -> Tensor:
+        """Token ids ``(L,)``."""
+        return self.tokens([self.source.caption(index)])[0]
+
+    @torch.no_grad()
+    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+        """``encoder_hidden_states`` ``(B, L, width)``."""
+        if dropped is not None:
+            described = torch.where(dropped[:, None], self.tokens(['']).to(described), described)
+        assert self.encoder is not None
+        return {'encoder_hidden_states': self.encoder(described).last_hidden_state}
+
+    def of_samples(self, numbers: Sequence[int]) -> Tensor:
+        """Token ids ``(B, L)``."""
+        return self.tokens([self.caption(number) for number in numbers])
+
+    def caption(self, number: int) -> str:
+        """The prompt."""
+        return self.prompts[number % len(self.prompts)]
+
+
+def build_condition(spec: dict[str, Any] | None, source: Source, model: nn.Module) -> Condition:
+    """Build ``condition`` of a config.
+
+    Raises:
+        AsrError: a name or argument is not known, or it does not fit data or model.
+    """
+    if spec is None:
+        if model.config.get('num_class_embeds') or 'num_embeds_ada_norm' in model.config:
+            raise AsrError(
+                "condition: the model has class embeddings but the config has no condition; add condition=dict("
+                "type='ClassLabels'), or take the classes out of the model"
+            )
+        if model.config.get('cross_attention_dim') and type(model).__name__ == 'UNet2DConditionModel':
+            raise AsrError("condition: UNet2DConditionModel needs condition=dict(type='Text', ...)")
+        return Condition()
+    arguments = plain(spec)
+    name = arguments.pop('type', '')
+    cls = CONDITIONS.get(name) if name else None
+    if cls is None:
+        raise AsrError(f'condition: type={name!r} is not known; {did_you_mean(name, CONDITIONS.module_dict)}')
+    try:
+        return cls(source, model, **arguments)
+    except TypeError as error:
+        raise AsrError(f'condition: {name} cannot be made from {arguments} ({error})') from error

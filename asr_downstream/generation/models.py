@@ -1,0 +1,89 @@
+"""Models and schedulers of diffusers, built from configs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.plugging import plug
+
+__all__ = ['build_model', 'build_scheduler', 'plain', 'sample_shape']
+
+MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
+
+
+def build_model(config: Config, plugged: bool = True) -> nn.Module:
+    """Build the model of a config; of two configs of one seed, the plugged model has the weights of the stock one.
+
+    Args:
+        config: a diffusion config.
+        plugged: whether to plug it as the config says.
+
+    Raises:
+        AsrError: the class or an argument is not known, or a pretrained model is not there.
+        PlugError: the plug does not fit.
+    """
+    torch.manual_seed(config.seed)
+    model = build(config.model, MODELS, 'model')
+    if model.config.out_channels != model.config.in_channels:
+        raise AsrError(
+            f'model: out_channels={model.config.out_channels} should equal in_channels={model.config.in_channels}; '
+            f'a learned variance is not trained here'
+        )
+    if plugged and config.plug is not None:
+        plug(model, plain(config.plug))
+    return model
+
+
+def build_scheduler(spec: dict[str, Any]) -> Any:
+    """Build a noise scheduler of diffusers from ``dict(type='DDPMScheduler', ...)``.
+
+    Raises:
+        AsrError: the class or an argument is not known.
+    """
+    return build(spec, ('DDPMScheduler', 'DDIMScheduler'), 'noise_scheduler')
+
+
+def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:
+    """Make an object of diffusers from its class name and arguments, or load it from a pretrained folder."""
+    arguments = plain(spec)
+    name = arguments.pop('type', None)
+    if name not in known:
+        raise AsrError(f'{what}: type={name!r} is not one that is trained here; {did_you_mean(str(name), known)}')
+    cls = getattr(diffusers, name)
+    pretrained = arguments.pop('pretrained_model_name_or_path', None)
+    try:
+        if pretrained is not None:
+            return cls.from_pretrained(pretrained, **arguments)
+        takes = inspect.signature(cls.__init__).parameters
+        for key in arguments:
+            if key not in takes:
+                raise AsrError(f'{what}: {name} takes no {key!r}; {did_you_mean(key, set(takes) - {"self"})}')
+        return cls(**arguments)
+    except AsrError:
+        raise
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise AsrError(f'{what}: {name} cannot be made from {pretrained or arguments} ({first})') from error
+
+
+def plain(value: Any) -> Any:
+    """Copy a config into plain dicts and lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def sample_shape(model: nn.Module) -> tuple[int, int, int]:
+    """Shape ``(C, H, W)`` of what the model denoises."""
+    size = model.config.sample_size
+    if size is None:
+        raise AsrError('model: sample_size should be given, it is the height and width of what is denoised')
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config.in_channels, height, width

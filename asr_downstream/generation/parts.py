@@ -1,0 +1,96 @@
+"""The parts of a run: model, noise schedule, images, condition, and the VAE of latent models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from asr_downstream.errors import AsrError
+from asr_downstream.generation.conditions import Condition, build_condition
+from asr_downstream.generation.data import Images, Samples, build_images
+from asr_downstream.generation.models import build_model, build_scheduler, plain, sample_shape
+
+__all__ = ['Parts', 'build_parts']
+
+
+@dataclass
+class Parts:
+    """What a training, a sampling or an evaluation works with."""
+
+    model: nn.Module
+    scheduler: Any
+    images: Images
+    condition: Condition
+    vae: nn.Module | None
+    seed: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape ``(C, H, W)`` of what the model denoises."""
+        return sample_shape(self.model)
+
+    def samples(self) -> Samples:
+        """Training samples."""
+        timesteps = self.scheduler.config.num_train_timesteps
+        return Samples(self.images, self.shape, timesteps, self.seed, self.condition.describe)
+
+    def to(self, device: torch.device) -> None:
+        """Move what is frozen: the VAE and the encoder of the condition."""
+        for module in (self.vae, self.condition.encoder):
+            if module is not None:
+                module.to(device)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Map images ``(B, C, H, W)`` in [-1, 1] to what the model denoises: the mean latents of the VAE, scaled."""
+        if self.vae is None:
+            return images
+        found = self.vae.encode(images).latent_dist.mean
+        return (found - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, x: Tensor) -> Tensor:
+        """Map what the model denoises to images in [0, 1]."""
+        if self.vae is not None:
+            x = self.vae.decode(x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)).sample
+        return (x / 2 + 0.5).clamp(0, 1)
+
+    def conditioned(self, batch: dict[str, Tensor]) -> dict[str, Any]:
+        """Arguments of the model for a batch of training samples."""
+        dropped = batch['chance'] < self.condition.drop if self.condition.drop else None
+        return self.condition.arguments(batch['label'], dropped)
+
+
+def build_parts(config: Config, plugged: bool = True) -> Parts:
+    """Build everything that a config names.
+
+    Raises:
+        AsrError: something is not known or does not fit; the message says which key.
+        DataError: the images are not there.
+    """
+    model = build_model(config, plugged)
+    vae = None
+    if config.vae is not None:
+        arguments = plain(config.vae)
+        try:
+            vae = diffusers.AutoencoderKL.from_pretrained(arguments.pop('pretrained_model_name_or_path'), **arguments)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise AsrError(f'vae: {config.vae} cannot be loaded ({str(error).strip().splitlines()[0]})') from error
+        vae.requires_grad_(False).eval()
+    channels, height, width = sample_shape(model)
+    images = build_images(config.data, channels if vae is None else vae.config.in_channels)
+    factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+    if (height * factor, width * factor) != (images.resolution, images.resolution):
+        raise AsrError(
+            f'data: resolution={images.resolution} does not fit model.sample_size={model.config.sample_size}'
+            + (f' with a VAE that divides it by {factor}' if factor > 1 else '; make them equal')
+        )
+    if vae is not None and vae.config.latent_channels != channels:
+        raise AsrError(f'model: in_channels={channels} should be {vae.config.latent_channels}, as the VAE has latents')
+    condition = build_condition(config.condition, images.source, model)
+    return Parts(model, build_scheduler(config.noise_scheduler), images, condition, vae, config.seed)

@@ -1,0 +1,125 @@
+"""What a training tells: log.jsonl, TensorBoard, Weights & Biases, and a progress bar or lines."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from tqdm import tqdm
+
+from asr_downstream.errors import AsrError
+
+__all__ = ['Reporter', 'read_log']
+
+LINE_SECONDS = 10.0  # between lines where there is no terminal
+
+
+def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
+    """Read ``log.jsonl``: one dict a line, up to ``last_step``; a line cut short by a crash ends it."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if last_step is None or row['step'] <= last_step:
+            rows.append(row)
+    return rows
+
+
+class Reporter:
+    """Writes what the main process logs. Steps after ``start``, of a run that crashed, are taken out of the log.
+
+    Args:
+        run: folder.
+        start: optimiser steps done before.
+        total: optimiser steps in all.
+        backends: ``'tensorboard'``, ``'wandb'``.
+        config: of the run, for W&B.
+
+    Raises:
+        AsrError: a back end is not installed.
+    """
+
+    def __init__(self, run: Path, start: int, total: int, backends: list[str], config: dict[str, Any]) -> None:
+        self.path = run / 'log.jsonl'
+        rows = read_log(self.path, start) if start else []
+        kept = self.path.with_name('.log.jsonl.tmp')
+        kept.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+        os.replace(kept, self.path)
+        self.file = self.path.open('a')
+        self.total = total
+        self.board: Any = None
+        self.wandb: Any = None
+        if 'tensorboard' in backends:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise AsrError(
+                    f'report_to: tensorboard is not installed ({error}); pip install tensorboard, or report_to=[]'
+                ) from error
+            self.board = SummaryWriter(str(run / 'tensorboard'), purge_step=start + 1 if start else None)
+        if 'wandb' in backends:
+            try:
+                import wandb
+            except ImportError as error:
+                raise AsrError(
+                    f'report_to: wandb is not installed ({error}); pip install wandb, or leave it out'
+                ) from error
+            self.wandb = wandb.init(
+                project='asr_downstream', name=run.name, dir=str(run), config=config, id=run.name, resume='allow'
+            )
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(total=total, initial=start, disable=not self.terminal, dynamic_ncols=True, unit='step')
+        self.start, self.clock = start, time.monotonic()
+        self.next_line = self.clock
+
+    def log(self, row: dict[str, Any]) -> None:
+        """Write the numbers of a step; ``row`` has ``step``."""
+        self.file.write(json.dumps(row) + '\n')
+        self.file.flush()
+        step = row['step']
+        numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, int | float)}
+        for name, value in numbers.items() if self.board is not None else ():
+            self.board.add_scalar(name, value, step)
+        if self.wandb is not None:
+            self.wandb.log(numbers, step=step)
+        text = f'loss {row["loss"]:.4f}  lr {row["lr"]:.2e}  {row["images_per_second"]:.1f} images/s'
+        self.bar.set_postfix_str(text)
+        now = time.monotonic()
+        if not self.terminal and (now >= self.next_line or step == self.total):
+            left = (now - self.clock) / max(1, step - self.start) * (self.total - step)
+            print(f'step {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left', flush=True)
+            self.next_line = now + LINE_SECONDS
+
+    def picture(self, step: int, image: Image.Image) -> None:
+        """Show a grid of samples in the back ends."""
+        if self.board is not None:
+            import numpy as np
+
+            self.board.add_image('samples', np.asarray(image), step, dataformats='HWC')
+        if self.wandb is not None:
+            import wandb
+
+            self.wandb.log({'samples': wandb.Image(image)}, step=step)
+
+    def say(self, line: str) -> None:
+        """Print a line past the bar."""
+        if self.terminal:
+            self.bar.write(line)
+        else:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """Flush and close everything."""
+        self.bar.close()
+        self.file.close()
+        for backend in (self.board, self.wandb):
+            if backend is not None:
+                (backend.close if hasattr(backend, 'close') else backend.finish)()

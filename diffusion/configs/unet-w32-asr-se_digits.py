@@ -1,0 +1,5 @@
+# accelerate launch diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
+# python tools/fold.py work_dirs/unet-w32-asr-se_digits shipped/digits
+_base_ = './unet-w32_digits.py'
+
+plug = dict(type='ASR', attention=dict(type='SE', reduction=4))

@@ -1,0 +1,59 @@
+"""Train a diffusion model of diffusers, stock or plugged, under accelerate.
+
+    accelerate launch diffusion/train.py diffusion/configs/unet_digits-asr-se.py
+    accelerate launch diffusion/train.py CONFIG --data /data/images --output-dir runs/a
+    accelerate launch diffusion/train.py CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
+    accelerate launch diffusion/train.py CONFIG --dry-run        # config, sites, cost and memory; trains nothing
+    accelerate launch diffusion/train.py CONFIG --resume         # from the newest complete checkpoint of the run
+    accelerate launch --multi_gpu --num_processes 8 diffusion/train.py CONFIG
+
+Keys of a config and their defaults: asr_downstream/generation/defaults.py. Data: --data, or ASR_DATA_ROOT=/data for a
+config whose data.path is data/NAME.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from mmengine.config import DictAction
+
+from asr_downstream import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line and train."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('config', type=Path, help='config, as in diffusion/configs/')
+    parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
+    parser.add_argument('--output-dir', type=Path, help='logs and checkpoints (default: work_dirs/<config>)')
+    parser.add_argument(
+        '--resume', nargs='?', const='latest', metavar='CHECKPOINT', help="'latest' (the default) or a checkpoint"
+    )
+    parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
+    args = parser.parse_args(argv)
+
+    from asr_downstream.generation.config import load_config
+
+    config = load_config(args.config, args.cfg_options, args.data)
+    if args.output_dir is not None:
+        config.output_dir = str(args.output_dir)
+    if args.seed is not None:
+        config.seed = args.seed
+    if args.dry_run:
+        from asr_downstream.generation.planning import plan
+
+        print(plan(config))
+        return
+    from asr_downstream.generation.training import train
+
+    checkpoint = train(config, args.resume)
+    if not sys.stdout.closed:
+        print(f'last checkpoint: {checkpoint}')
+
+
+if __name__ == '__main__':
+    cli.run(main)
