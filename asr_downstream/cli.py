@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['add_calibration', 'parser', 'run']
+__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'run']
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
@@ -45,6 +45,27 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar='AP',
         help='most AP in [0, 1] to lose; the least constant sites stay plugged until it holds',
     )
+
+
+def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
+    """Add the options of generating images."""
+    parser.add_argument('--num-samples', type=count, default=num_samples, help=f'images (default: {num_samples})')
+    parser.add_argument(
+        '--sampler',
+        default='DDIM',
+        choices=['DDPM', 'DDIM', 'DPM-Solver++'],
+        help='default: DDIM; DDPM needs many steps, DPM-Solver++ few',
+    )
+    parser.add_argument('--steps', type=count, default=50, help='inference steps (default: 50)')
+    parser.add_argument('--guidance-scale', type=float, default=1.0, help='of conditioned models (default: 1, none)')
+    parser.add_argument('--seed', type=int, default=0, help='of the images (default: 0)')
+    parser.add_argument('--batch-size', type=count, default=64, help='images a forward (default: 64)')
+    parser.add_argument('--weights', choices=['ema', 'raw'], help='default: the average, if the run has one')
+
+
+def ema(args: argparse.Namespace) -> bool | None:
+    """Which weights `add_sampling` asks for: averaged, as trained, or (None) whatever the run has."""
+    return None if args.weights is None else args.weights == 'ema'
 
 
 def run(main: Callable[[Sequence[str] | None], None]) -> None:

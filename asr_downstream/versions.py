@@ -10,7 +10,10 @@ import torch
 
 __all__ = ['versions']
 
-PACKAGES = ('asr-downstream', 'torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'mmengine', 'mmcv', 'mmdet')
+PACKAGES = (
+    'asr-downstream', 'torch', 'onedl-mmengine', 'onedl-mmcv', 'onedl-mmdetection', 'mmengine', 'mmcv', 'mmdet',
+    'diffusers', 'accelerate', 'torchmetrics',
+)  # fmt: skip
 
 
 def versions() -> dict[str, str]:

@@ -1,50 +1,93 @@
-"""Fold a trained detector into the stock model.
+"""Fold a trained detector or diffusion model into the stock model.
 
-    python tools/fold.py CONFIG work_dirs/NAME/epoch_10.pth shipped/detector.pth
-    python tools/fold.py CONFIG work_dirs/NAME/epoch_10.pth shipped/detector.pth --calibrate 64 [--max-drop 0.01]
+    python tools/fold.py CONFIG work_dirs/NAME/epoch_10.pth shipped/detector.pth       # a detector
+    python tools/fold.py work_dirs/unet-w32-asr-se_digits shipped/digits               # a run of diffusion/train.py
+    python tools/fold.py ... --calibrate 64                                            # SE, DIA, ...: see below
 
-Writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock config as
-shipped/detector.py, and shipped/fold_report.json: sites, measured errors, hashes, versions. What is shipped needs
-MMDetection and nothing of this package.
+Detector: writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock
+config as shipped/detector.py, and shipped/fold_report.json. What is shipped needs MMDetection and nothing of this
+package.
+
+Diffusion: writes a folder that DDPMPipeline.from_pretrained('shipped/digits') loads, with a model card, samples.png
+and fold_report.json. What is shipped needs diffusers and nothing of this package.
 
 The gates of ASR fold exactly. With --calibrate N, gates that depend on the input (SE, DIA, ...) are replaced by their
-mean over N training images; how constant they were, and AP before and after, are printed and in the report.
+mean over N training images; how constant they were and what that changes is printed and in the report.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from mmengine.config import DictAction
 
 from asr_downstream import cli
+from asr_downstream.errors import AsrError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and fold."""
     parser = cli.parser(__doc__)
-    parser.add_argument('config', type=Path, help='config that the checkpoint was trained with')
-    parser.add_argument('checkpoint', type=Path, help='checkpoint that training wrote')
-    parser.add_argument('out', type=Path, help='file to write, .pth or .safetensors')
+    parser.add_argument(
+        'paths', type=Path, nargs='+', metavar='PATH', help='CONFIG CHECKPOINT OUT of a detector, or RUN OUT'
+    )
     cli.add_calibration(parser)
-    parser.add_argument('--no-evaluate', action='store_true', help='do not measure AP before and after calibration')
-    parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')
-    parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
+    parser.add_argument('--no-evaluate', action='store_true', help='detector: no AP before and after calibration')
+    parser.add_argument('--data-root', type=Path, help="detector: folder of the data set, instead of the config's")
+    parser.add_argument('--data', type=Path, help="diffusion: images to calibrate with, instead of the config's")
+    parser.add_argument('--weights', choices=['ema', 'raw'], help='diffusion: default: the average, if there is one')
+    parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
+    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='detector: override')
     args = parser.parse_args(argv)
 
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')
+    if len(args.paths) == 2:
+        if args.refine_norms or args.max_drop is not None:
+            parser.error('--refine-norms and --max-drop are for detectors')
+        fold_run(args)
+    elif len(args.paths) == 3:
+        fold_detector(args)
+    else:
+        parser.error('expected RUN OUT, or CONFIG CHECKPOINT OUT')
+
+
+def fold_run(args: argparse.Namespace) -> None:
+    """Fold a run of diffusion/train.py."""
+    path, out = args.paths
+    if path.is_file():
+        raise AsrError(f'{path}: is a file; expected RUN OUT, or for a detector CONFIG CHECKPOINT OUT')
+    from asr_downstream.generation.runs import load_run
+    from asr_downstream.generation.shipping import fold_and_ship
+
+    run = load_run(path, (args.data or True) if args.calibrate else False, cli.ema(args))
+    result = fold_and_ship(run, out, args.calibrate)
+    if result['difference'] is None:
+        print(result['report'])
+    else:
+        found = result['difference']
+        print(
+            f'folded {len(result["sites"])} sites in {result["fold_seconds"]:.2f} s; relative difference of the '
+            f'predictions {found["float32"]["model"]:.1e} in float32, {found["float64"]["model"]:.1e} in float64'
+        )
+    kind = 'a pipeline of diffusers' if result['pipeline'] else f'a {result["model"]} and its scheduler, for diffusers'
+    print(f'{out}: {kind}, model card, fold_report.json')
+
+
+def fold_detector(args: argparse.Namespace) -> None:
+    """Fold a checkpoint of tools/train_det.py."""
+    config_file, checkpoint, out = args.paths
     from asr_downstream.detection.calibrating import CalibrationPlan
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.shipping import fold_checkpoint
 
-    config = load_config(args.config, args.data_root, args.cfg_options, needs_data=bool(args.calibrate))
+    config = load_config(config_file, args.data_root, args.cfg_options, needs_data=bool(args.calibrate))
     plan = None
     if args.calibrate:
         plan = CalibrationPlan(args.calibrate, args.refine_norms, args.max_drop, not args.no_evaluate)
-    result = fold_checkpoint(config, args.checkpoint, args.out, args.trust, plan)
+    result = fold_checkpoint(config, checkpoint, out, args.trust, plan)
     found = result['feature_map_difference']
     if plan is None:
         print(
@@ -54,12 +97,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     else:
         print(result['report'])
     if result['still_plugged']:
-        print(
-            f'{args.out}: fits {args.out.with_suffix(".py")}, which needs asr_downstream for the sites that were kept'
-        )
+        print(f'{out}: fits {out.with_suffix(".py")}, which needs asr_downstream for the sites that were kept')
     else:
-        print(f'{args.out}: loads strictly into the stock config {args.out.with_suffix(".py")}')
-    print(f'{args.out.parent / "fold_report.json"}: sites, errors, hashes, versions')
+        print(f'{out}: loads strictly into the stock config {out.with_suffix(".py")}')
+    print(f'{out.parent / "fold_report.json"}: sites, errors, hashes, versions')
 
 
 if __name__ == '__main__':

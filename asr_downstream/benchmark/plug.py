@@ -19,6 +19,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.cost import saved_bytes
 from asr_downstream.description import render
 from asr_downstream.folding import fold
 from asr_downstream.layers import Plugged, detach
@@ -27,7 +28,7 @@ from asr_downstream.plugging import plug
 from asr_downstream.timing import Ratio, paired_times, ratio
 from asr_downstream.verification import verify
 
-__all__ = ['CASES', 'Case', 'depth_table', 'feature_map_form', 'fold_seconds', 'measure', 'saved_bytes', 'table']
+__all__ = ['CASES', 'Case', 'depth_table', 'feature_map_form', 'fold_seconds', 'measure', 'table']
 
 SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
 STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
@@ -97,24 +98,6 @@ def feature_map_form(plugged: nn.Module) -> nn.Module:
     return model
 
 
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that autograd keeps for the backward pass, each storage once, parameters and buffers left out."""
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        loss = total(model(x))  # keeps the graph alive until it is counted, so that no address is used twice
-    count = sum(kept.values())
-    del loss
-    return count
-
-
 def total(outputs: Any) -> Tensor:
     """A scalar that depends on every output."""
     return sum((o.square().mean() for o in outputs), torch.zeros(())) if isinstance(outputs, tuple) else outputs.mean()
@@ -181,7 +164,7 @@ def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> di
     trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
     for model in trained.values():
         model.train()  # mmdet's ResNet.train() returns None
-    saved = {name: saved_bytes(model, x) for name, model in trained.items()}
+    saved = {name: saved_bytes(model, lambda model=model: total(model(x))) for name, model in trained.items()}
     steps = {name: training_step(model, x) for name, model in trained.items()}
     training_times = paired_times(steps, rounds, f'{text}: training steps')
     return {

@@ -21,8 +21,8 @@ from mmengine.runner import Runner
 from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from asr_downstream import cost
 from asr_downstream.description import render
 from asr_downstream.errors import DataError
 from asr_downstream.progress import bar
@@ -187,18 +187,16 @@ def metrics_of(scores: dict[str, float]) -> dict[str, float]:
 
 @torch.no_grad()
 def gmacs(model: nn.Module, image: dict[str, Any]) -> float:
-    """Multiply-adds of inference on a batch of one image, in units of 1e9, by ``torch.utils.flop_counter``.
+    """Multiply-adds of inference on a batch of one image, see `asr_downstream.cost.gmacs`.
 
-    Convolutions and matrix products are counted; NaN, with a warning, where the counter cannot follow a model.
+    NaN, with a warning, where the counter cannot follow a model.
     """
     counted = copy.deepcopy(model).requires_grad_(False)
     try:
-        with FlopCounterMode(display=False) as counter:
-            counted.test_step(image)  # type: ignore[operator]
+        return cost.gmacs(lambda: counted.test_step(image))  # type: ignore[operator]
     except Exception as error:
         warnings.warn(f'the multiply-adds of {type(model).__name__} cannot be counted: {error}', stacklevel=2)
         return float('nan')
-    return counter.get_total_flops() / 2 / 1e9
 
 
 def first_image(config: Config) -> dict[str, Any]:

@@ -26,6 +26,7 @@ class Condition:
     """No condition; base class of the others."""
 
     drop = 0.0
+    classes: tuple[str, ...] = ()
     encoder: nn.Module | None = None  # frozen, moved to the device of the training
 
     def describe(self, index: int) -> Tensor:
@@ -50,22 +51,27 @@ class ClassLabels(Condition):
     """Class labels: the folders of the images, or the labels of the data set.
 
     Args:
-        source: where the labels come from.
+        source: where the labels come from; None where no data is needed.
         model: UNet with ``num_class_embeds``, or DiT with ``num_embeds_ada_norm``.
         drop: see the module; the number after the last class then means 'no class'.
+        classes: names of the classes; by default those of the data.
 
     Raises:
-        AsrError: there are no labels, or the model has another number of classes.
+        AsrError: there are no labels, or model or data have other classes.
     """
 
-    def __init__(self, source: Source, model: nn.Module, drop: float = 0.0) -> None:
-        if source.labels is None:
+    def __init__(
+        self, source: Source | None, model: nn.Module, drop: float = 0.0, classes: Sequence[str] | None = None
+    ) -> None:
+        if source is not None and source.labels is None:
             raise AsrError(
                 f'condition: the images of {type(source).__name__} have no classes; put each class into a folder of '
                 f'its name, or train without condition'
             )
-        self.labels = source.labels
-        self.classes = source.classes
+        if source is not None and classes is not None and tuple(classes) != source.classes:
+            raise AsrError(f'condition: the data has the classes {list(source.classes)}, not {list(classes)}')
+        self.labels = [] if source is None else source.labels or []
+        self.classes = tuple(classes or ()) if source is None else source.classes
         self.drop = drop
         transformer = 'num_embeds_ada_norm' in model.config
         key = 'num_embeds_ada_norm' if transformer else 'num_class_embeds'
@@ -110,7 +116,7 @@ class Text(Condition):
 
     def __init__(
         self,
-        source: Source,
+        source: Source | None,
         model: nn.Module,
         pretrained_model_name_or_path: str,
         prompts: Sequence[str] = (),
@@ -134,7 +140,9 @@ class Text(Condition):
             raise AsrError(f'condition: model.cross_attention_dim={expected} should be {width}, the width of {path}')
         self.source = source
         self.drop = drop
-        self.prompts = list(prompts) or [source.caption(index) for index in range(min(4, len(source)))]
+        self.prompts = list(prompts)
+        if not self.prompts:
+            self.prompts = [''] if source is None else [source.caption(index) for index in range(min(4, len(source)))]
 
     def tokens(self, texts: list[str]) -> Tensor:
         """Token ids ``(B, L)``."""
@@ -144,6 +152,7 @@ class Text(Condition):
 
     def describe(self, index: int) -> Tensor:
         """Token ids ``(L,)``."""
+        assert self.source is not None
         return self.tokens([self.source.caption(index)])[0]
 
     @torch.no_grad()
@@ -163,7 +172,7 @@ class Text(Condition):
         return self.prompts[number % len(self.prompts)]
 
 
-def build_condition(spec: dict[str, Any] | None, source: Source, model: nn.Module) -> Condition:
+def build_condition(spec: dict[str, Any] | None, source: Source | None, model: nn.Module) -> Condition:
     """Build ``condition`` of a config.
 
     Raises:
@@ -172,7 +181,7 @@ def build_condition(spec: dict[str, Any] | None, source: Source, model: nn.Modul
     if spec is None:
         if model.config.get('num_class_embeds') or 'num_embeds_ada_norm' in model.config:
             raise AsrError(
-                "condition: the model has class embeddings but the config has no condition; add condition=dict("
+                'condition: the model has class embeddings but the config has no condition; add condition=dict('
                 "type='ClassLabels'), or take the classes out of the model"
             )
         if model.config.get('cross_attention_dim') and type(model).__name__ == 'UNet2DConditionModel':

@@ -28,7 +28,9 @@ class EMA:
         power: see above.
     """
 
-    def __init__(self, model: nn.Module, max_decay: float = 0.9999, inv_gamma: float = 1.0, power: float = 0.75) -> None:
+    def __init__(
+        self, model: nn.Module, max_decay: float = 0.9999, inv_gamma: float = 1.0, power: float = 0.75
+    ) -> None:
         self.max_decay = max_decay
         self.inv_gamma = inv_gamma
         self.power = power

@@ -24,7 +24,7 @@ class Parts:
 
     model: nn.Module
     scheduler: Any
-    images: Images
+    images: Images | None
     condition: Condition
     vae: nn.Module | None
     seed: int
@@ -36,6 +36,8 @@ class Parts:
 
     def samples(self) -> Samples:
         """Training samples."""
+        if self.images is None:
+            raise AsrError('the parts were built without data')
         timesteps = self.scheduler.config.num_train_timesteps
         return Samples(self.images, self.shape, timesteps, self.seed, self.condition.describe)
 
@@ -66,8 +68,13 @@ class Parts:
         return self.condition.arguments(batch['label'], dropped)
 
 
-def build_parts(config: Config, plugged: bool = True) -> Parts:
+def build_parts(config: Config, plugged: bool = True, data: bool = True) -> Parts:
     """Build everything that a config names.
+
+    Args:
+        config: a diffusion config.
+        plugged: whether to plug the model as it says.
+        data: whether to open the images; sampling and folding do not need them.
 
     Raises:
         AsrError: something is not known or does not fit; the message says which key.
@@ -83,14 +90,15 @@ def build_parts(config: Config, plugged: bool = True) -> Parts:
             raise AsrError(f'vae: {config.vae} cannot be loaded ({str(error).strip().splitlines()[0]})') from error
         vae.requires_grad_(False).eval()
     channels, height, width = sample_shape(model)
-    images = build_images(config.data, channels if vae is None else vae.config.in_channels)
+    images = build_images(config.data, channels if vae is None else vae.config.in_channels) if data else None
     factor = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
-    if (height * factor, width * factor) != (images.resolution, images.resolution):
+    resolution = config.data.get('resolution')
+    if (height * factor, width * factor) != (resolution, resolution):
         raise AsrError(
-            f'data: resolution={images.resolution} does not fit model.sample_size={model.config.sample_size}'
+            f'data: resolution={resolution} does not fit model.sample_size={model.config.sample_size}'
             + (f' with a VAE that divides it by {factor}' if factor > 1 else '; make them equal')
         )
     if vae is not None and vae.config.latent_channels != channels:
         raise AsrError(f'model: in_channels={channels} should be {vae.config.latent_channels}, as the VAE has latents')
-    condition = build_condition(config.condition, images.source, model)
+    condition = build_condition(config.condition, None if images is None else images.source, model)
     return Parts(model, build_scheduler(config.noise_scheduler), images, condition, vae, config.seed)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import signal
 import time
-from contextlib import ExitStack, contextmanager, nullcontext
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from asr_downstream.errors import AsrError
 from asr_downstream.files import check_writable, write_atomically
 from asr_downstream.generation import checkpoints
+from asr_downstream.generation.conditions import Condition
 from asr_downstream.generation.config import work_dir_of
 from asr_downstream.generation.data import BadFiles
 from asr_downstream.generation.draws import Draws, mix
@@ -61,6 +62,7 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     parts = build_parts(config)
     model, total = parts.model, config.max_train_steps
+    assert parts.images is not None
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.channels_last:
@@ -100,7 +102,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     sampler = build_sampler(config.sampler, parts.scheduler)
     reporter = None
     if accelerator.is_main_process:
-        write_atomically(run / CONFIG_FILE, lambda p: p.write_text(portable(config)))
+        write_atomically(run / CONFIG_FILE, lambda p: p.write_text(portable(config, parts.condition)))
         reporter = Reporter(run, progress.step, total, list(config.report_to), plain(config.to_dict()))
     bad = BadFiles(parts.images, reporter.say if reporter else lambda line: None)
     bad.found.update(progress.bad)
@@ -181,10 +183,12 @@ def build_loader(config: Config, samples: Any, done: int, accelerator: Accelerat
     )
 
 
-def portable(config: Config) -> str:
-    """Text of the resolved config; where its run lies is not part of it, so that the folder can be moved."""
-    text = Config({**config.to_dict(), 'output_dir': None})
-    return f'# Resolved config of a run.\n{text.pretty_text}'
+def portable(config: Config, condition: Condition) -> str:
+    """Text of the resolved config, with the names of the classes and without the folder, which may be moved."""
+    content = {**config.to_dict(), 'output_dir': None}
+    if condition.classes:
+        content['condition']['classes'] = list(condition.classes)
+    return f'# Resolved config of a run.\n{Config(content).pretty_text}'
 
 
 def show_samples(

@@ -88,9 +88,13 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images ``(B, 3, H, W)`` to logits ``(B, num_classes)``."""
+        return self.fc(self.features(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """Map images ``(B, 3, H, W)`` to pooled features, ``(B, 4 * width)`` with basic blocks."""
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
-        return self.fc(x.mean((2, 3)))
+        return x.mean((2, 3))
 
 
 def resnet56(num_classes: int = 10) -> ResNet:

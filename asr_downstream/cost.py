@@ -1,0 +1,51 @@
+"""What a model costs: multiply-adds, saved activations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+__all__ = ['gmacs', 'parameters', 'saved_bytes']
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def gmacs(call: Callable[[], Any]) -> float:
+    """Multiply-adds of convolutions, matrix products and attention in ``call()``, in units of 1e9.
+
+    Half of the operations that torch.utils.flop_counter counts.
+    """
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), counter:
+        call()
+    return counter.get_total_flops() / 2e9
+
+
+def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass, each storage once, parameters and buffers left out.
+
+    Args:
+        model: whose parameters and buffers do not count.
+        forward: computes a scalar loss.
+    """
+    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        loss = forward()  # keeps the graph alive until it is counted, so that no address is used twice
+    count = sum(kept.values())
+    del loss
+    return count

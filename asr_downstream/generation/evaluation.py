@@ -1,0 +1,188 @@
+"""Evaluating runs: generate, compare with the real images, unfolded beside folded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from asr_downstream import cost
+from asr_downstream.errors import DataError
+from asr_downstream.generation.data import Images
+from asr_downstream.generation.encoder import FILE as ENCODER_FILE
+from asr_downstream.generation.encoder import train_encoder
+from asr_downstream.generation.folding import fold_run, names_of
+from asr_downstream.generation.metrics import KID_SUBSETS, Distances, build_extractor, features_of, subset_size
+from asr_downstream.generation.pictures import save_grid
+from asr_downstream.generation.results import Result, save_results
+from asr_downstream.generation.runs import Run, load_run
+from asr_downstream.generation.sampling import build_sampler, generate
+from asr_downstream.timing import paired_times, ratio
+from asr_downstream.versions import versions
+
+__all__ = ['Plan', 'evaluate_runs']
+
+PICTURES = 64
+TIMED_IMAGES, TIMED_STEPS, ROUNDS = 8, 5, 9
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How to evaluate; all of it is written beside the numbers.
+
+    Attributes:
+        metrics: of `asr_downstream.generation.metrics.METRICS`.
+        num_samples: number of generated images.
+        sampler, steps, guidance_scale, seed: of the sampling.
+        extractor: ``'encoder'`` (trained on the data, kept with the first run), a file of one, or ``'inception[:PATH]'``.
+        ema: whether to use averaged weights; None: if a run has them.
+        fold: None, ``'exact'`` or ``'calibrated'``.
+        calibrate: images to average gates over.
+        batch_size: of the sampling.
+        workers: of the loader of the real images.
+    """
+
+    metrics: tuple[str, ...] = ('fid', 'kid')
+    num_samples: int = 1000
+    sampler: str = 'DDIM'
+    steps: int = 50
+    guidance_scale: float = 1.0
+    seed: int = 0
+    extractor: str = 'encoder'
+    ema: bool | None = None
+    fold: str | None = None
+    calibrate: int = 64
+    batch_size: int = 64
+    workers: int = 1
+
+
+def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -> list[Result]:
+    """Evaluate runs, or single checkpoints of runs, against the same real images with the same extractor.
+
+    Results are kept in ``evaluation.json`` of each run, and a grid of each arm in ``evaluation/``.
+
+    Args:
+        paths: folders of runs or checkpoints.
+        plan: how.
+        data: the images, instead of those in the config.
+
+    Raises:
+        AsrError: a run, its data or the extractor cannot be read.
+        DataError: a real image cannot be decoded: a set that is silently shorter gives a wrong FID.
+    """
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    extractor: Any = None
+    distances: dict[str, Distances] = {}
+    results = []
+    for path in paths:
+        run = load_run(path, data or True, plan.ema)
+        images = run.parts.images
+        assert images is not None
+        if extractor is None:
+            extractor = extractor_for(run, plan).to(device)
+        name = f'{type(images.source).__name__} {Path(str(getattr(images.source, "root", ""))).name}'.strip()
+        source = f'{name}, {len(images)} images of {images.resolution} px'
+        if source not in distances:
+            real = features_of(extractor, real_batches(images, plan.workers), f'real images: {source}')
+            distances[source] = Distances(real, plan.metrics, plan.seed)
+        found = evaluate_run(run, plan, extractor, distances[source], source, device)
+        save_results(run.folder, found)
+        results += found
+    return results
+
+
+def extractor_for(run: Run, plan: Plan) -> Any:
+    """Extractor of a plan; the encoder of a run is trained if it is not there."""
+    if plan.extractor != 'encoder':
+        given = Path(plan.extractor)
+        return build_extractor(str(given / ENCODER_FILE) if given.is_dir() else plan.extractor)
+    path = run.folder / ENCODER_FILE
+    if not path.is_file():
+        assert run.parts.images is not None
+        train_encoder(run.parts.images, path, workers=plan.workers)
+    return build_extractor('encoder', path)
+
+
+def real_batches(images: Images, workers: int) -> Iterator[Tensor]:
+    """All real images in [0, 1]."""
+    for batch in DataLoader(images, batch_size=256, num_workers=workers):
+        yield batch / 2 + 0.5
+
+
+def evaluate_run(
+    run: Run, plan: Plan, extractor: Any, distances: Distances, source: str, device: torch.device
+) -> list[Result]:
+    """Evaluate one run, and its folded self if the plan says so."""
+    models: dict[str, nn.Module] = {'unfolded': run.parts.model}
+    if plan.fold is not None:
+        arm = 'folded' if plan.fold == 'exact' else 'calibrated'
+        models[arm] = fold_run(run, plan.calibrate if plan.fold == 'calibrated' else None)[0]
+    run.parts.to(device)
+    sampler = build_sampler(plan.sampler, run.parts.scheduler)
+    provenance = {
+        'images': plan.num_samples,
+        'real': source,
+        'sampler': plan.sampler,
+        'steps': plan.steps,
+        'guidance': plan.guidance_scale,
+        'seed': plan.seed,
+        'ema': run.ema,
+        'extractor': extractor.identity + describe_extractor(extractor),
+        'kid_subsets': f'{KID_SUBSETS} of {subset_size(plan.num_samples, len(distances.real))}',
+        'versions': versions(),
+    }
+    generated: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, float]] = {}
+    for arm, model in models.items():
+        model.to(device)
+        generated[arm] = generate(
+            model, run.parts, sampler, range(plan.num_samples), plan.steps, plan.seed, plan.batch_size,
+            plan.guidance_scale, f'{run.folder.name}, {arm}: {plan.num_samples} images',
+        )  # fmt: skip
+        if not generated[arm].isfinite().all():
+            raise DataError(f'{run.folder.name}: the generated images are not finite; the training diverged')
+        # through 8 bits, as the real images have come
+        features = features_of(extractor, ((b * 255).round() / 255 for b in generated[arm].split(256)))
+        numbers[arm] = distances.to(features)
+        numbers[arm] |= {'parameters': cost.parameters(model), 'gmacs': forward_gmacs(run, model)}
+        save_grid(run.folder / 'evaluation' / f'{arm}-{run.step}.png', generated[arm][:PICTURES])
+    times = measure_speed(run, models, sampler)
+    for arm in models:
+        numbers[arm]['images_per_second'] = TIMED_IMAGES * TIMED_STEPS / plan.steps / (median(times[arm]) / 1e3)
+        if arm != 'unfolded':
+            numbers[arm]['speed'] = ratio(times[arm], times['unfolded']).median
+            numbers[arm]['pixels'] = float((generated[arm] - generated['unfolded']).abs().max()) * 255
+    return [Result(run.folder.name, arm, run.step, run.sha256, provenance, numbers[arm]) for arm in models]
+
+
+def describe_extractor(extractor: Any) -> str:
+    """How an encoder was trained."""
+    about = getattr(extractor, 'about', None)
+    if not about:
+        return ''
+    return f' (ResNet-20, {about["task"]}, {about["steps"]} steps, accuracy {about["accuracy_held_out"]:.3f})'
+
+
+def forward_gmacs(run: Run, model: nn.Module) -> float:
+    """GMACs of one forward for one image."""
+    device = next(model.parameters()).device
+    x = torch.zeros(1, *run.parts.shape, device=device)
+    described = run.parts.condition.of_samples([0]).to(device)
+    condition = run.parts.condition.arguments(described)
+    inputs = dict(zip(names_of(model), (x, torch.zeros(1, dtype=torch.long, device=device)), strict=True))
+    return cost.gmacs(lambda: model(**inputs, **condition))
+
+
+def measure_speed(run: Run, models: dict[str, nn.Module], sampler: Any) -> dict[str, list[float]]:
+    """Milliseconds of short samplings, paired."""
+    calls = {
+        arm: lambda model=model: generate(model, run.parts, sampler, range(TIMED_IMAGES), TIMED_STEPS)
+        for arm, model in models.items()
+    }
+    return paired_times(calls, ROUNDS, 'timing', warmup=1)

@@ -1,0 +1,85 @@
+"""What a training would do, without doing it: config, sites, cost, steps, memory."""
+
+from __future__ import annotations
+
+import torch
+from mmengine.config import Config
+from rich.table import Table
+
+from asr_downstream import cost
+from asr_downstream.description import describe, render
+from asr_downstream.generation.config import work_dir_of
+from asr_downstream.generation.draws import generator
+from asr_downstream.generation.folding import names_of
+from asr_downstream.generation.objective import denoising_loss
+from asr_downstream.generation.parts import Parts, build_parts
+
+__all__ = ['plan']
+
+GIB = 2**30
+
+
+def plan(config: Config) -> str:
+    """Text for ``--dry-run``.
+
+    Raises:
+        AsrError: something in the config does not fit.
+        DataError: the images are not there.
+    """
+    parts = build_parts(config)
+    assert parts.images is not None
+    sites = describe(parts.model)
+    total = cost.parameters(parts.model)
+    rows = {
+        'output': str(work_dir_of(config)),
+        'data': f'{len(parts.images):,} images, {len(parts.images.source.classes)} classes',
+        'parameters': f'{total:,}, of which {sites.parameters:,} fold away or go with the plug',
+        'GMACs a forward and image': f'{forward_gmacs(parts):.4f} (torch.utils.flop_counter / 2)',
+        'steps': steps_of(config, len(parts.images)),
+        'memory a process': memory(config, parts),
+    }
+    table = Table(show_header=False, title='plan')
+    for key, value in rows.items():
+        table.add_row(key, value)
+    return f'{config.pretty_text}\n{sites}\n{render(table)}'
+
+
+def steps_of(config: Config, images: int) -> str:
+    """Steps and epochs of one process."""
+    batch = config.train_batch_size * config.gradient_accumulation_steps
+    epochs = config.max_train_steps * batch / images
+    return f'{config.max_train_steps:,} of {batch} images a process, {epochs:.2f} epochs with one process'
+
+
+def forward_gmacs(parts: Parts) -> float:
+    """GMACs of one forward for one image."""
+    condition = parts.condition.arguments(parts.condition.of_samples([0]))
+    inputs = dict(zip(names_of(parts.model), (torch.zeros(1, *parts.shape), torch.zeros(1).long()), strict=True))
+    return cost.gmacs(lambda: parts.model(**inputs, **condition))
+
+
+def memory(config: Config, parts: Parts) -> str:
+    """Weights, gradients, Adam's moments and the average, and activations as measured on a batch of one."""
+    weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
+    states = weights * (4 + config.use_ema)
+    if config.gradient_checkpointing:
+        parts.model.enable_gradient_checkpointing()
+    parts.model.train()
+    stream = generator('memory')
+    batch = {
+        'image': torch.randn(1, *parts.shape, generator=stream),
+        'noise': torch.randn(1, *parts.shape, generator=stream),
+        'timestep': torch.zeros(1, dtype=torch.long),
+    }
+    condition = parts.condition.arguments(parts.condition.of_samples([0]))
+    one = cost.saved_bytes(
+        parts.model, lambda: denoising_loss(parts.model, parts.scheduler, batch, condition, config.snr_gamma)
+    )
+    half = config.mixed_precision != 'no'
+    activations = one * config.train_batch_size / (2 if half else 1)
+    note = ', about half of it in half precision' if half else ''
+    return (
+        f'{(states + activations) / GIB:.2f} GiB: {states / GIB:.2f} weights, gradients, moments'
+        f'{" and average" if config.use_ema else ""}, {activations / GIB:.2f} saved activations{note}; '
+        f'plus the workspace of the kernels'
+    )

@@ -1,0 +1,164 @@
+"""Shipping a run: a folder of diffusers' own, that loads where this package is not installed."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from torch import nn
+
+from asr_downstream.cost import parameters
+from asr_downstream.errors import AsrError
+from asr_downstream.files import sha256, writable_folder, write_json
+from asr_downstream.generation.card import model_card
+from asr_downstream.generation.conditions import ClassLabels, Text
+from asr_downstream.generation.folding import compare, fold_run
+from asr_downstream.generation.models import plain
+from asr_downstream.generation.pictures import save_grid
+from asr_downstream.generation.results import read_results
+from asr_downstream.generation.runs import Run
+from asr_downstream.generation.sampling import build_sampler, generate
+from asr_downstream.versions import versions
+
+__all__ = ['fold_and_ship', 'pipeline_of']
+
+REPORT = 'fold_report.json'
+PICTURES, PICTURE_STEPS = 16, 50
+
+
+def pipeline_of(run: Run, model: nn.Module) -> Any | None:
+    """Pipeline of diffusers that holds a stock model of a run; None: diffusers has none for this combination."""
+    scheduler = diffusers.DDPMScheduler.from_config(run.parts.scheduler.config)
+    vae, condition = run.parts.vae, run.parts.condition
+    kind = type(model).__name__
+    if kind == 'UNet2DModel' and vae is None:
+        return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
+    if kind == 'DiTTransformer2DModel' and vae is not None and isinstance(condition, ClassLabels):
+        names = dict(enumerate(condition.classes))
+        return diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler, id2label=names)
+    if kind == 'UNet2DConditionModel' and vae is not None and isinstance(condition, Text):
+        return diffusers.StableDiffusionPipeline(
+            vae=vae,
+            text_encoder=condition.encoder,
+            tokenizer=condition.tokenizer,
+            unet=model,
+            scheduler=scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        )
+    return None
+
+
+def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str, Any]:
+    """Fold the model of a run and write a folder that plain diffusers loads.
+
+    It holds the pipeline (safetensors only), a model card, ``samples.png`` and ``fold_report.json``. It is written
+    aside, read back, compared with the model of the run, and then renamed.
+
+    Args:
+        run: loaded; with its data if ``calibrate`` is given.
+        out: folder to write; one that this function has written before is replaced.
+        calibrate: see `asr_downstream.generation.folding.fold_run`.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError, FoldError: the model does not fold, or the result differs.
+        AsrError: ``out`` cannot be written or holds something else.
+    """
+    if out.exists() and not (out / REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise AsrError(f'{out}: exists and is no folder that this tool wrote; give another name')
+    start = time.perf_counter()
+    stock, folding = fold_run(run, calibrate)
+    seconds = time.perf_counter() - start
+    # what a calibrated fold ships is another function: only an exact one can be compared with the run
+    difference = compare(run, stock) if folding.calibration is None else None
+    aside = writable_folder(out.absolute().with_name(f'.{out.name}.tmp'))
+    try:
+        part = save_parts(run, stock, aside)
+        check_loads(stock, aside / part)
+        images = generate(
+            stock,
+            run.parts,
+            build_sampler('DDIM', run.parts.scheduler),
+            range(PICTURES),
+            PICTURE_STEPS,
+            run.config.seed,
+        )
+        save_grid(aside / 'samples.png', images)
+        weights = sorted((aside / part).glob('*.safetensors'))
+        report = {
+            'run': run.folder.name,
+            'step': run.step,
+            'ema': run.ema,
+            'checkpoint_sha256': run.sha256,
+            'weights': {path.name: sha256(path) for path in weights},
+            'model': type(stock).__name__,
+            'pipeline': (aside / 'model_index.json').is_file(),
+            'plug': plain(run.config.plug),
+            'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
+            'fold_seconds': round(seconds, 3),
+            'difference': difference,
+            'sites': [asdict(site) for site in folding.sites],
+            'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
+            'versions': versions(),
+        }
+        write_json(aside / REPORT, report)
+        results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
+        (aside / 'README.md').write_text(model_card(run, report, results, part))
+        replace_folder(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {**report, 'report': folding}
+
+
+def save_parts(run: Run, stock: nn.Module, folder: Path) -> str:
+    """Write the pipeline, or where diffusers has none, its parts in folders of their usual names.
+
+    Returns:
+        Name of the folder of the model.
+    """
+    name = 'transformer' if type(stock).__name__.startswith('DiT') else 'unet'
+    pipeline = pipeline_of(run, stock)
+    if pipeline is not None:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        return name
+    stock.save_pretrained(folder / name, safe_serialization=True)
+    diffusers.DDPMScheduler.from_config(run.parts.scheduler.config).save_pretrained(folder / 'scheduler')
+    if run.parts.vae is not None:
+        run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
+    if isinstance(run.parts.condition, Text):
+        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder', safe_serialization=True)  # type: ignore[union-attr,operator]
+        run.parts.condition.tokenizer.save_pretrained(folder / 'tokenizer')
+    return name
+
+
+def check_loads(stock: nn.Module, folder: Path) -> None:
+    """Read the model back, as diffusers does, and compare every weight."""
+    again = type(stock).from_pretrained(folder, local_files_only=True).state_dict()
+    own = stock.state_dict()
+    if own.keys() != again.keys() or not all(torch.equal(own[key], again[key]) for key in own):
+        raise AsrError(f'{folder}: what was written does not read back as it was; check the disk')
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Rename a finished folder to its place; one that was there goes only after that."""
+    try:
+        if out.exists():
+            old = out.absolute().with_name(f'.{out.name}.old')
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
+            os.replace(aside, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, out)
+    except OSError as error:
+        raise AsrError(f'{out}: cannot be written ({error}); choose another folder') from error
