@@ -12,22 +12,10 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 from collections.abc import Sequence
-from importlib.abc import MetaPathFinder
 from pathlib import Path
 
-
-class Refuse(MetaPathFinder):
-    """Import hook that makes ``import asr_downstream`` fail: the proof that shipped models do not need it."""
-
-    def find_spec(self, fullname: str, path: object = None, target: object = None) -> None:
-        """Raise for this package, leave everything else to the next finder."""
-        if fullname.partition('.')[0] == 'asr_downstream':
-            raise ImportError(f'{fullname} must not be imported here')
-
-
-sys.meta_path.insert(0, Refuse())
+import stock_only  # noqa: F401
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -103,6 +104,11 @@ def total(outputs: Any) -> Tensor:
     return sum((o.square().mean() for o in outputs), torch.zeros(())) if isinstance(outputs, tuple) else outputs.mean()
 
 
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss of a forward."""
+    return total(model(x))
+
+
 def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
     """Forward, backward and an SGD step."""
     model.train()
@@ -164,7 +170,7 @@ def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> di
     trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
     for model in trained.values():
         model.train()  # mmdet's ResNet.train() returns None
-    saved = {name: saved_bytes(model, lambda model=model: total(model(x))) for name, model in trained.items()}
+    saved = {name: saved_bytes(model, partial(loss_of, model, x)) for name, model in trained.items()}
     steps = {name: training_step(model, x) for name, model in trained.items()}
     training_times = paired_times(steps, rounds, f'{text}: training steps')
     return {

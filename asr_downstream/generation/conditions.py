@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from mmengine.registry import Registry
-from torch import Tensor, nn
+from torch import Tensor
 
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.generation.models import plain
@@ -27,7 +27,7 @@ class Condition:
 
     drop = 0.0
     classes: tuple[str, ...] = ()
-    encoder: nn.Module | None = None  # frozen, moved to the device of the training
+    encoder: Any = None  # frozen, moved to the device of the training
 
     def describe(self, index: int) -> Tensor:
         """Condition of image ``index`` as a tensor; runs in the workers."""
@@ -61,7 +61,7 @@ class ClassLabels(Condition):
     """
 
     def __init__(
-        self, source: Source | None, model: nn.Module, drop: float = 0.0, classes: Sequence[str] | None = None
+        self, source: Source | None, model: Any, drop: float = 0.0, classes: Sequence[str] | None = None
     ) -> None:
         if source is not None and source.labels is None:
             raise AsrError(
@@ -117,7 +117,7 @@ class Text(Condition):
     def __init__(
         self,
         source: Source | None,
-        model: nn.Module,
+        model: Any,
         pretrained_model_name_or_path: str,
         prompts: Sequence[str] = (),
         drop: float = 0.0,
@@ -160,7 +160,6 @@ class Text(Condition):
         """``encoder_hidden_states`` ``(B, L, width)``."""
         if dropped is not None:
             described = torch.where(dropped[:, None], self.tokens(['']).to(described), described)
-        assert self.encoder is not None
         return {'encoder_hidden_states': self.encoder(described).last_hidden_state}
 
     def of_samples(self, numbers: Sequence[int]) -> Tensor:
@@ -172,7 +171,7 @@ class Text(Condition):
         return self.prompts[number % len(self.prompts)]
 
 
-def build_condition(spec: dict[str, Any] | None, source: Source | None, model: nn.Module) -> Condition:
+def build_condition(spec: dict[str, Any] | None, source: Source | None, model: Any) -> Condition:
     """Build ``condition`` of a config.
 
     Raises:

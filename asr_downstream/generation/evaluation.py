@@ -40,7 +40,8 @@ class Plan:
         metrics: of `asr_downstream.generation.metrics.METRICS`.
         num_samples: number of generated images.
         sampler, steps, guidance_scale, seed: of the sampling.
-        extractor: ``'encoder'`` (trained on the data, kept with the first run), a file of one, or ``'inception[:PATH]'``.
+        extractor: ``'encoder'`` (trained on the data, kept with the first run), a file or run with one, or
+            ``'inception[:PATH]'``.
         ema: whether to use averaged weights; None: if a run has them.
         fold: None, ``'exact'`` or ``'calibrated'``.
         calibrate: images to average gates over.

@@ -125,7 +125,7 @@ def verify_forward(run: Run, ours: nn.Module, theirs: nn.Module, dtype: torch.dt
     last = run.parts.scheduler.config.num_train_timesteps - 1
     t = torch.tensor([0, last // 3, 2 * last // 3, last])
     condition = run.parts.condition.arguments(run.parts.condition.of_samples(range(4)))
-    return verify(ours, theirs, {key: value for key, value in zip(names_of(ours), (x, t), strict=True)} | condition)
+    return verify(ours, theirs, dict(zip(names_of(ours), (x, t), strict=True)) | condition)
 
 
 def names_of(model: nn.Module) -> tuple[str, str]:

@@ -48,7 +48,9 @@ class Inception(nn.Module):
         if weights is not None and not weights.is_file():
             raise AsrError(f'{weights}: no such file; give the Inception weights as --extractor inception:PATH')
         try:
-            metric = FrechetInceptionDistance(2048, feature_extractor_weights_path=weights and str(weights))
+            metric = FrechetInceptionDistance(
+                2048, feature_extractor_weights_path=None if weights is None else str(weights)
+            )
         except ModuleNotFoundError as error:
             raise AsrError(
                 'Inception needs torch-fidelity and torchvision; install both for your torch (pip install '

@@ -8,7 +8,6 @@ from typing import Any
 import diffusers
 import torch
 from mmengine.config import Config
-from torch import nn
 
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.plugging import plug
@@ -18,7 +17,7 @@ __all__ = ['build_model', 'build_scheduler', 'plain', 'sample_shape']
 MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
 
 
-def build_model(config: Config, plugged: bool = True) -> nn.Module:
+def build_model(config: Config, plugged: bool = True) -> Any:
     """Build the model of a config; of two configs of one seed, the plugged model has the weights of the stock one.
 
     Args:
@@ -80,7 +79,7 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def sample_shape(model: nn.Module) -> tuple[int, int, int]:
+def sample_shape(model: Any) -> tuple[int, int, int]:
     """Shape ``(C, H, W)`` of what the model denoises."""
     size = model.config.sample_size
     if size is None:

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import torch
 from mmengine.config import Config
-from torch import Tensor, nn
+from torch import Tensor
 
 from asr_downstream.errors import AsrError
 from asr_downstream.generation.conditions import Condition, build_condition
@@ -22,11 +22,11 @@ __all__ = ['Parts', 'build_parts']
 class Parts:
     """What a training, a sampling or an evaluation works with."""
 
-    model: nn.Module
+    model: Any  # of diffusers, whose classes carry no types
     scheduler: Any
     images: Images | None
     condition: Condition
-    vae: nn.Module | None
+    vae: Any
     seed: int
 
     @property

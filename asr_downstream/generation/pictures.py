@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
 
@@ -44,8 +45,7 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
 def save_images(folder: Path, images: Tensor, numbers: Sequence[int]) -> None:
     """Write ``<number>.png`` for each image."""
     for number, image in zip(numbers, images, strict=True):
-        picture = to_pil(image)
-        write_atomically(folder / f'{number:06d}.png', lambda p, picture=picture: picture.save(p, format='PNG'))
+        write_atomically(folder / f'{number:06d}.png', partial(to_pil(image).save, format='PNG'))
 
 
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:

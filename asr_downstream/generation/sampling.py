@@ -16,7 +16,7 @@ from asr_downstream.progress import bar
 
 __all__ = ['SAMPLERS', 'build_sampler', 'generate']
 
-SAMPLERS: dict[str, tuple[type, dict[str, Any]]] = {
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     'DDPM': (diffusers.DDPMScheduler, {}),
     'DDIM': (diffusers.DDIMScheduler, {}),
     'DPM-Solver++': (diffusers.DPMSolverMultistepScheduler, {'algorithm_type': 'dpmsolver++'}),

@@ -120,7 +120,7 @@ def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str
     return {**report, 'report': folding}
 
 
-def save_parts(run: Run, stock: nn.Module, folder: Path) -> str:
+def save_parts(run: Run, stock: Any, folder: Path) -> str:
     """Write the pipeline, or where diffusers has none, its parts in folders of their usual names.
 
     Returns:
@@ -136,12 +136,12 @@ def save_parts(run: Run, stock: nn.Module, folder: Path) -> str:
     if run.parts.vae is not None:
         run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
     if isinstance(run.parts.condition, Text):
-        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder', safe_serialization=True)  # type: ignore[union-attr,operator]
+        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder', safe_serialization=True)
         run.parts.condition.tokenizer.save_pretrained(folder / 'tokenizer')
     return name
 
 
-def check_loads(stock: nn.Module, folder: Path) -> None:
+def check_loads(stock: Any, folder: Path) -> None:
     """Read the model back, as diffusers does, and compare every weight."""
     again = type(stock).from_pretrained(folder, local_files_only=True).state_dict()
     own = stock.state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -52,9 +53,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     """
     run = work_dir_of(config)
     check_writable(run)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision, gradient_accumulation_steps=config.gradient_accumulation_steps
-    )
+    accelerator = start_processes(config)
     say = accelerator.print
     start_from = None if resume is None else checkpoints.find(run, resume, say)
     if start_from is None and checkpoints.checkpoints_in(run):
@@ -107,6 +106,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     bad = BadFiles(parts.images, reporter.say if reporter else lambda line: None)
     bad.found.update(progress.bad)
     window = Window(accelerator, config)
+    norm: Any = 0.0
     checkpoint = start_from
     with ExitStack() as stack:
         if reporter is not None:
@@ -162,6 +162,26 @@ def train(config: Config, resume: str | None = None) -> Path:
     accelerator.end_training()
     assert checkpoint is not None
     return checkpoint
+
+
+def start_processes(config: Config) -> Accelerator:
+    """Join the processes of this launch: accelerate's and torchrun's environment variables say which.
+
+    Raises:
+        AsrError: several were launched, but accelerate sees one.
+    """
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    accelerator = Accelerator(
+        cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+    )
+    if accelerator.num_processes != launched:
+        raise AsrError(
+            f'{launched} processes were launched, but accelerate sees {accelerator.num_processes}: on CPU use torchrun '
+            f'--nproc_per_node N, on GPUs accelerate launch --multi_gpu --num_processes N'
+        )
+    return accelerator
 
 
 def build_loader(config: Config, samples: Any, done: int, accelerator: Accelerator) -> DataLoader:
@@ -222,7 +242,7 @@ class Window:
         """Note the loss of a forward, without waiting for it."""
         self.losses.append(loss.detach())
 
-    def row(self, step: int, lr: float, norm: Any, images: int) -> dict[str, Any]:
+    def row(self, step: int, lr: Any, norm: Any, images: int) -> dict[str, Any]:
         """Line of the log; starts the next window."""
         mean = self.accelerator.reduce(torch.stack(self.losses).float().mean(), 'mean').item()
         seconds = time.perf_counter() - self.clock
@@ -231,7 +251,7 @@ class Window:
             'step': step,
             'epoch': round(step * self.accumulation * self.images_a_forward / images, 4),
             'loss': mean,
-            'lr': lr,
+            'lr': float(lr),
             'grad_norm': float(norm),
             'images_per_second': round(seen / seconds, 2),
         }
