@@ -13,7 +13,7 @@ from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, Gate
 from asr_downstream.layers import Plugged, orphans
 from asr_downstream.sharing import Member, SharedUnit
-from asr_downstream.sites import some
+from asr_downstream.sites import find_sites, some
 
 __all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe', 'render']
 
@@ -64,11 +64,13 @@ class Description:
         model: class name of the model.
         sites: one row a site, in the order of ``named_modules()``.
         shared: one row a shared attention.
+        candidates: where nothing is plugged: paths of the layers that ``sites='residual'`` means.
     """
 
     model: str
     sites: tuple[SiteRow, ...]
     shared: tuple[SharedRow, ...] = ()
+    candidates: tuple[str, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -77,7 +79,8 @@ class Description:
 
     def __str__(self) -> str:
         if not self.sites:
-            return f'{self.model}: no plugged sites'
+            found = f"sites='residual' means {some(list(self.candidates))}"
+            return f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}'
         table = Table(title=f'{self.model}: {len(self.sites)} sites, {self.parameters:,} parameters added')
         for name, justify in (('site', 'left'), ('layer', 'left'), ('channels', 'right'), ('plug', 'left')):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -95,7 +98,10 @@ class Description:
 
 
 def describe(model: nn.Module) -> Description:
-    """List the plugged sites of ``model``: path, stock class, channels, plug, parameters added, whether it folds."""
+    """List the plugged sites of ``model``: path, stock class, channels, plug, parameters added, whether it folds.
+
+    Of a stock model, say which sites there are to plug.
+    """
     rows = []
     units: dict[SharedUnit, list[str]] = {}
     for path, layer in model.named_modules():
@@ -120,7 +126,15 @@ def describe(model: nn.Module) -> Description:
         SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), sum(p.numel() for p in unit.parameters()))
         for unit, paths in units.items()
     )
-    return Description(type(model).__name__, tuple(rows), shared)
+    return Description(type(model).__name__, tuple(rows), shared, () if rows else candidates(model))
+
+
+def candidates(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers that ``sites='residual'`` means; none where no block is known."""
+    try:
+        return tuple(site.path for site in find_sites(model))
+    except PlugError:
+        return ()
 
 
 def label(gates: list[Gate]) -> list[str]:

@@ -283,7 +283,9 @@ def test_conversion_to_sync_bn_loses_no_gate_unseen() -> None:
 
 def test_describe_prints_a_table_and_says_when_there_is_none() -> None:
     model = tiny()
-    assert str(describe(model)) == 'ResNet: no plugged sites'
+    assert str(describe(model)).startswith("ResNet: no plugged sites; sites='residual' means layer1.0.bn3, ")
+    assert len(describe(model).candidates) == 6
+    assert str(describe(nn.ReLU())) == 'ReLU: no plugged sites; no residual block is known'
     text = str(plug(model, ASR))
     assert 'layer1.0.bn3' in text
     assert 'exactly' in text

@@ -1,7 +1,7 @@
 """Sample from a folded pipeline with plain diffusers, in a process that refuses to import asr_downstream.
 
     python tools/sample_stock.py shipped/digits --out shipped/digits.safetensors --seeds 0 1 2 3
-    python tools/sample_stock.py shipped/digits --out shipped/digits.safetensors --seeds 0 1 2 3 --sampler DDIM --steps 20
+    python tools/sample_stock.py shipped/digits --out digits.safetensors --seeds 0 1 2 3 --sampler DDIM --steps 20
 
 Each seed gives an image; OUT holds ``images`` (N, C, H, W) in [0, 1], float32.
 """

@@ -28,8 +28,9 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(pixels[0] if len(pixels) == 1 else pixels.transpose(1, 2, 0))
 
 
-def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Image:
-    """Put images ``(N, C, H, W)`` into one; small ones are enlarged by a whole factor, with hard edges."""
+def grid(images: Tensor, columns: int | None = None, gap: int = 2, smooth: bool = False) -> Image.Image:
+    """Put images ``(N, C, H, W)`` into one; small ones are enlarged by a whole factor, pixel by pixel or smoothly."""
+    method = Image.Resampling.BICUBIC if smooth else Image.Resampling.NEAREST
     count, _, height, width = images.shape
     columns = columns or ceil(sqrt(count))
     factor = max(1, SHOWN // max(height, width))
@@ -37,7 +38,7 @@ def grid(images: Tensor, columns: int | None = None, gap: int = 2) -> Image.Imag
     sheet = Image.new('RGB', (columns * width - gap, ceil(count / columns) * height - gap), 'white')
     for number, image in enumerate(images):
         tile = to_pil(image).convert('RGB')
-        tile = tile.resize((tile.width * factor, tile.height * factor), Image.Resampling.NEAREST)
+        tile = tile.resize((tile.width * factor, tile.height * factor), method)
         sheet.paste(tile, (number % columns * width, number // columns * height))
     return sheet
 
@@ -62,10 +63,15 @@ def draw_arms(out: Path, arms: dict[str, Tensor], captions: dict[str, str] | Non
         captions: second line of a head.
         columns: of each grid.
     """
-    figure, axes = plt.subplots(1, len(arms), figsize=(4 * len(arms), 4.6), squeeze=False, layout='constrained')
-    for axis, (name, images) in zip(axes[0], arms.items(), strict=True):
-        axis.imshow(np.asarray(grid(images, columns)))
+    across = min(2, len(arms))
+    down = ceil(len(arms) / across)
+    rows = ceil(max(len(images) for images in arms.values()) / columns)
+    size = (4.8 * across, (4.8 * rows / columns + 0.55) * down)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
+    for axis in axes.flat:
         axis.set_axis_off()
+    for axis, (name, images) in zip(axes.flat, arms.items(), strict=False):
+        axis.imshow(np.asarray(grid(images, columns, smooth=True)))
         axis.set_title('\n'.join(filter(None, [name, (captions or {}).get(name, '')])), fontsize=11)
     write_atomically(out, lambda p: figure.savefig(p, dpi=90, format='png'))
     plt.close(figure)

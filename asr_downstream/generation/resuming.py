@@ -25,7 +25,7 @@ from asr_downstream.generation.ema import EMA
 from asr_downstream.generation.models import plain
 from asr_downstream.versions import versions
 
-__all__ = ['AVERAGE', 'WEIGHTS', 'Progress', 'check_same_run', 'load_training', 'save_training']
+__all__ = ['AVERAGE', 'WEIGHTS', 'Progress', 'check_same_run', 'load_training', 'read_progress', 'save_training']
 
 WEIGHTS, AVERAGE, PROGRESS = 'model.safetensors', 'ema.safetensors', 'progress.json'
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
@@ -103,22 +103,24 @@ def save_training(
     return target
 
 
-def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> Progress:
+def read_progress(checkpoint: Path) -> Progress:
+    """Read where a training stood."""
+    content = json.loads((checkpoint / PROGRESS).read_text())
+    return Progress(**{k: content[k] for k in Progress.__dataclass_fields__})
+
+
+def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> None:
     """Load a checkpoint into a prepared training; every process calls this.
 
     Raises:
         CheckpointError: it was made for another model, or without the average that the config asks for.
     """
-    content = json.loads((checkpoint / PROGRESS).read_text())
-    progress = Progress(**{k: content[k] for k in Progress.__dataclass_fields__})
 
     def load_weights(models: list[nn.Module], folder: str) -> None:
         models.clear()
         load_state(model, load_file(Path(folder) / WEIGHTS), checkpoint)
 
     sharded = accelerator.distributed_type in SHARDED
-    if not sharded and not (checkpoint / f'random_states_{accelerator.process_index}.pkl').is_file():
-        accelerator.print(f'{checkpoint}: was written by {progress.processes} processes, not bit for bit from here')
     hook = None if sharded else accelerator.register_load_state_pre_hook(load_weights)
     accelerator.load_state(str(checkpoint))
     if hook is not None:
@@ -130,7 +132,6 @@ def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, 
                 f'--cfg-options use_ema=False'
             )
         ema.load(load_file(checkpoint / AVERAGE))
-    return progress
 
 
 def check_same_run(found: Progress, expected: Progress, checkpoint: Path, say: Callable[[str], None]) -> None:

@@ -30,7 +30,7 @@ from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.pictures import grid, save_grid
 from asr_downstream.generation.reporting import Reporter
-from asr_downstream.generation.resuming import Progress, check_same_run, load_training, save_training
+from asr_downstream.generation.resuming import Progress, check_same_run, load_training, read_progress, save_training
 from asr_downstream.generation.sampling import build_sampler, generate
 
 __all__ = ['CONFIG_FILE', 'train']
@@ -89,8 +89,9 @@ def train(config: Config, resume: str | None = None) -> Path:
 
     progress = Progress.of(config, accelerator.num_processes)
     if start_from is not None:
-        found = load_training(start_from, accelerator, model, ema)
+        found = read_progress(start_from)
         check_same_run(found, progress, start_from, say)
+        load_training(start_from, accelerator, model, ema)
         progress = found
         schedule.load_state_dict(progress.schedule)
         say(f'resumed from {start_from}, step {progress.step}')

@@ -1,0 +1,134 @@
+"""Tiny diffusion models, configs and data for the tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+from asr_downstream.generation.config import load_config
+
+UNET = dict(
+    sample_size=8,
+    in_channels=1,
+    out_channels=1,
+    block_out_channels=(16, 32),
+    layers_per_block=1,
+    down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+    up_block_types=('AttnUpBlock2D', 'UpBlock2D'),
+    norm_num_groups=8,
+)
+ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
+DIA = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4))
+
+
+def write_config(folder: Path, **settings: Any) -> Path:
+    """Write a config that trains a tiny UNet on digits; ``settings`` are merged in, key by key."""
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {
+        'model': dict(type='UNet2DModel', **UNET),
+        'plug': ASR,
+        'data': dict(type='Digits', resolution=8),
+        'noise_scheduler': dict(type='DDPMScheduler', num_train_timesteps=100, beta_schedule='squaredcos_cap_v2'),
+        'train_batch_size': 8,
+        'max_train_steps': 6,
+        'learning_rate': 2e-3,
+        'lr_warmup_steps': 2,
+        'dataloader_num_workers': 0,
+        'checkpointing_steps': 3,
+        'validation_steps': 0,
+        'logging_steps': 1,
+        'report_to': [],
+        **settings,
+    }
+    path = folder / 'config.py'
+    path.write_text('\n'.join(f'{key} = {value!r}' for key, value in content.items()) + '\n')
+    return path
+
+
+def config_for(folder: Path, **settings: Any) -> Config:
+    """Config of a run in ``folder / 'run'``."""
+    config = load_config(write_config(folder, **settings))
+    config.output_dir = str(folder / 'run')
+    return config
+
+
+def conditional_unet(width: int = 24) -> Any:
+    """UNet with cross-attention."""
+    return diffusers.UNet2DConditionModel(**conditional_arguments(width))
+
+
+def conditional_arguments(width: int = 24, channels: int = 4) -> dict[str, Any]:
+    """Arguments of a UNet with cross-attention: 4 transformer blocks."""
+    return dict(
+        sample_size=8,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        down_block_types=('CrossAttnDownBlock2D', 'DownBlock2D'),
+        up_block_types=('UpBlock2D', 'CrossAttnUpBlock2D'),
+        cross_attention_dim=width,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+
+
+DIT = dict(
+    num_attention_heads=2,
+    attention_head_dim=8,
+    in_channels=4,
+    out_channels=4,
+    num_layers=2,
+    sample_size=8,
+    patch_size=2,
+    num_embeds_ada_norm=3,
+    norm_num_groups=8,
+)
+
+
+def vae(channels: int = 3) -> Any:
+    """VAE that halves the resolution."""
+    return diffusers.AutoencoderKL(
+        in_channels=channels,
+        out_channels=channels,
+        down_block_types=('DownEncoderBlock2D', 'DownEncoderBlock2D'),
+        up_block_types=('UpDecoderBlock2D', 'UpDecoderBlock2D'),
+        block_out_channels=(8, 16),
+        norm_num_groups=8,
+        latent_channels=4,
+    )
+
+
+def write_images(folder: Path, classes: tuple[str, ...] = ('cat', 'dog', 'owl'), each: int = 4, size: int = 16) -> Path:
+    """Write PNG images of random pixels, a folder a class."""
+    random = np.random.default_rng(0)
+    for name in classes:
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number in range(each):
+            pixels = random.integers(0, 256, (size, size + 2, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f'{number}.png')
+    return folder
+
+
+def write_text_encoder(folder: Path, width: int = 24) -> Path:
+    """Write a pipeline folder with a tiny CLIP tokenizer and text encoder."""
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    letters = [chr(c) for c in range(ord('a'), ord('z') + 1)]
+    tokens = ['<|startoftext|>', '<|endoftext|>', *letters, *(f'{c}</w>' for c in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = CLIPTokenizer(vocab=vocabulary, merges=[], model_max_length=8)
+    tokenizer.save_pretrained(folder / 'tokenizer')
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=8, bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
+    CLIPTextModel(config).save_pretrained(folder / 'text_encoder')
+    return folder
