@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import PlugError
 from asr_downstream.fused import can_fuse, gated_batch_norm
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.regained import can_regain, can_rescale, regained_scale, rescaled_layer
 
 __all__ = ['LAYERS', 'Plugged', 'attach', 'detach', 'orphans', 'rebind']
 
@@ -31,11 +32,13 @@ class Plugged:
         stock: the class that the layer had and gets back.
         channel_dim: axis of the channels in the output.
         positions: axes of the output besides batch and channels, at a size to try an attention on.
+        regain: whether the backward pass computes again what gates would keep, see `asr_downstream.regained`.
     """
 
     stock: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int] = 1
     positions: ClassVar[tuple[int, ...]] = (2, 2)
+    regain: ClassVar[bool] = False
 
     @classmethod
     def channels_of(cls, layer: Any) -> int:
@@ -61,9 +64,13 @@ class Plugged:
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         v = self.constant(input)
+        if v is not None and self.dynamic is None and can_rescale(self, input):  # type: ignore[attr-defined]
+            return rescaled_layer(self, input, v)
         weight, bias = (self.weight, self.bias) if v is None else self.scale(self, v)  # type: ignore[attr-defined]
         y = self.stock_forward(input, weight, bias, *args, **kwargs)
-        return y if self.dynamic is None else self.scale_output(y)  # type: ignore[attr-defined]
+        if self.dynamic is None:  # type: ignore[attr-defined]
+            return y
+        return regained_scale(self, input, weight, bias, y) if can_regain(self, y) else self.scale_output(y)
 
     def scale_output(self, y: Tensor) -> Tensor:
         """Apply the input-dependent gates to the output ``y``."""
@@ -193,6 +200,21 @@ class PluggedInstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
 
 
 class _Conv(Plugged):
+    regain = True
+
+    def has_backward(self: Any, x: Tensor) -> bool:
+        """Whether `stock_backward` is the gradient: other paddings are made by other functions."""
+        return self.padding_mode == 'zeros' and not isinstance(self.padding, str) and x.dim() == self.weight.dim()
+
+    def stock_backward(
+        self: Any, dy: Tensor, x: Tensor, weight: Tensor, bias: bool, input: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Gradients of input, weight and bias; of the last and the first if they are wanted."""
+        return torch.ops.aten.convolution_backward(
+            dy, x, weight, [weight.shape[0]], self.stride, self.padding, self.dilation, False,
+            (0,) * len(self.stride), self.groups, [input, True, bias],
+        )  # fmt: skip
+
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return self._conv_forward(x, weight, bias)
 
@@ -251,6 +273,19 @@ class PluggedLinear(Plugged, nn.Linear):
     stock = nn.Linear
     channel_dim = -1
     positions = (2,)
+    regain = True
+
+    def has_backward(self, x: Tensor) -> bool:
+        """See `_Conv`."""
+        return True
+
+    def stock_backward(
+        self, dy: Tensor, x: Tensor, weight: Tensor, bias: bool, input: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """See `_Conv`."""
+        rows = dy.reshape(-1, dy.shape[-1])
+        dw = rows.t() @ x.reshape(-1, x.shape[-1])
+        return dy @ weight if input else None, dw, rows.sum(0) if bias else None
 
     def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, weight, bias)

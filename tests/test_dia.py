@@ -257,15 +257,19 @@ def unet_results(model: nn.Module) -> list[Tensor]:
 def test_unet_stages_are_its_blocks() -> None:
     model = unet()
     found = plug(model, DIA)
-    assert len(found.sites) == 12
+    assert len(found.sites) == 18
     assert {u.name: len(u.sites) for u in found.shared} == {
         'down_blocks.0.resnets': 2,
+        'down_blocks.1.attentions': 2,
         'down_blocks.1.resnets': 2,
+        'mid_block.attentions': 1,
         'mid_block.resnets': 2,
+        'up_blocks.0.attentions': 3,
         'up_blocks.0.resnets': 3,
         'up_blocks.1.resnets': 3,
     }
-    assert {u.name: len(u.sites) for u in plug(unet(), dict(DIA, share='width')).shared} == {'width32': 5, 'width64': 7}
+    wide = plug(unet(), dict(DIA, share='width'))
+    assert {u.name: len(u.sites) for u in wide.shared} == {'width32': 5, 'width64': 13}
 
 
 @pytest.mark.parametrize('spec', [DIA, ASR_DIA], ids=['DIA', 'ASR-DIA'])

@@ -1,6 +1,7 @@
 """Benchmarks, paired in one run: every round times each candidate once; ratios with their quartiles.
 
     python tools/benchmark.py plug                 # what ASR(SE), SE and DIA cost in training, and folded
+    python tools/benchmark.py unet                 # the same on UNets of diffusers
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -18,7 +19,7 @@ from asr_downstream import cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, write JSON."""
     parser = cli.parser(__doc__)
-    parser.add_argument('benchmark', choices=['plug'], help='which one')
+    parser.add_argument('benchmark', choices=['plug', 'unet'], help='which one')
     parser.add_argument('--rounds', type=int, default=40, help='paired rounds (default: 40)')
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
@@ -28,20 +29,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.files import write_json
     from asr_downstream.versions import versions
 
-    cases = [c for c in plug.CASES if not args.case or any(n.lower() in c.name.lower() for n in args.case)]
+    known = plug.CASES
+    if args.benchmark == 'unet':
+        from asr_downstream.benchmark.unet import CASES as known
+    cases = [c for c in known if not args.case or any(n.lower() in c.name.lower() for n in args.case)]
     if not cases:
-        parser.error(f'--case matches none of: {", ".join(c.name for c in plug.CASES)}')
+        parser.error(f'--case matches none of: {", ".join(c.name for c in known)}')
     results = [plug.measure(case, args.rounds) for case in cases]
     print(plug.table(results))
     for result in results:
         print(f'{result["case"]}: the two forms of each agree to {max(result["agreement"].values()):.1e}')
     report: dict[str, Any] = {'cases': results, 'versions': versions()}
-    if not args.case:
+    if args.benchmark == 'plug' and not args.case:
         report['fold_faster_rcnn_r50_seconds'] = plug.fold_seconds()
         text, report['parameters'] = plug.depth_table()
         print(text)
         print(f'folding Faster R-CNN R50: {report["fold_faster_rcnn_r50_seconds"]:.2f} s')
-    write_json(args.out / 'plug.json', report)
+    write_json(args.out / f'{args.benchmark}.json', report)
 
 
 if __name__ == '__main__':

@@ -73,11 +73,11 @@ CASES = (
 
 
 def plain_form(plugged: nn.Module) -> nn.Module:
-    """Copy a plugged model; the copy multiplies maps by their input-dependent gates after the batch norm."""
+    """Copy a plugged model; the copy multiplies the output of a layer by its input-dependent gates, and keeps it."""
     model = copy.deepcopy(plugged)
     layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
     for layer in layers:
-        layer.fuse = False
+        layer.fuse = layer.regain = False
     return model
 
 
@@ -86,13 +86,13 @@ def feature_map_form(plugged: nn.Module) -> nn.Module:
     model = copy.deepcopy(plugged)
     layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
     for layer in layers:
-        gates = layer.gate
+        gates, dim = layer.gate, layer.channel_dim
         detach(layer)
         layer.register_module('late_gates', gates)
 
-        def scale(module: Any, _: Any, y: Tensor) -> Tensor:
+        def scale(module: Any, _: Any, y: Tensor, dim: int = dim) -> Tensor:
             for gate in module.late_gates:
-                y = y * gate().view(1, -1, 1, 1)
+                y = y * (gate() if dim == -1 else gate().view(1, -1, 1, 1))
             return y
 
         layer.register_forward_hook(scale)

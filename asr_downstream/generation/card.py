@@ -21,7 +21,9 @@ pipeline = {name}.from_pretrained('THIS FOLDER')
 {call}"""
 CALLS = {
     'DDPMPipeline': 'images = pipeline(batch_size=16, num_inference_steps=1000).images',
-    'DiTPipeline': "images = pipeline(class_labels=pipeline.get_label_ids(['{label}']), num_inference_steps=50).images",
+    # guidance needs ImageNet's number of classes, which is written into that pipeline
+    'DiTPipeline': "labels = pipeline.get_label_ids(['{label}'])\n"
+    'images = pipeline(labels, guidance_scale=1, num_inference_steps=50).images',
     'StableDiffusionPipeline': "images = pipeline('{prompt}', num_inference_steps=50).images",
 }
 LOOP = """import torch

@@ -111,11 +111,11 @@ def in_precision(run: Run, dtype: torch.dtype) -> Iterator[Run]:
     frozen = [m for m in (run.parts.vae, run.parts.condition.encoder) if m is not None]
     try:
         for module in frozen:
-            module.to(dtype)
+            nn.Module.to(module, dtype)
         yield run
     finally:
         for module in frozen:
-            module.float()
+            nn.Module.to(module, torch.float32)
 
 
 def verify_forward(run: Run, ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> Verification:

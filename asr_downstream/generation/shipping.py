@@ -41,7 +41,9 @@ def pipeline_of(run: Run, model: nn.Module) -> Any | None:
         return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
     if kind == 'DiTTransformer2DModel' and vae is not None and isinstance(condition, ClassLabels):
         names = dict(enumerate(condition.classes))
-        return diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler, id2label=names)
+        pipeline = diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler, id2label=names)
+        pipeline.register_to_config(id2label={str(number): name for number, name in names.items()})  # else not saved
+        return pipeline
     if kind == 'UNet2DConditionModel' and vae is not None and isinstance(condition, Text):
         return diffusers.StableDiffusionPipeline(
             vae=vae,

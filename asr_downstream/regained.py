@@ -1,0 +1,133 @@
+"""Gates of convolutions and linear layers that cost the backward pass no memory: what it needs is computed again.
+
+Constant gates v: conv(x; W v, b v) would keep the product W v beside W. The backward pass multiplies again.
+
+Input-dependent gates: y = conv(x), h = gate(mean(y)), z = y h. The product keeps y, which the stock model does not: in
+a UNet that is a tenth of all saved activations. But y follows from x and the weights, which the convolution keeps
+anyway, so the backward pass computes it again for dh = sum(dz y); dy = dz h needs no y. The price is one more
+convolution a site.
+
+Used where there is something to save, with gradients: constant gates outside of autocast; input-dependent gates that
+depend on the mean alone, one attention a site. Elsewhere the plain form runs, as under torch.compile (which decides by
+itself what to keep), in torch.func transforms and with forward-mode derivatives.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ['can_regain', 'can_rescale', 'regained_scale', 'rescaled_layer']
+
+
+def ordinary() -> bool:
+    """Whether autograd records as usual: no compiler, no transform, no tracing, no forward-mode derivatives."""
+    return (
+        torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not torch.jit.is_tracing()
+        and torch.autograd.forward_ad._current_level < 0
+    )
+
+
+def can_regain(layer: Any, y: Tensor) -> bool:
+    """Whether a plugged layer with input-dependent gates may take `regained_scale` for its output ``y``."""
+    return (
+        layer.regain
+        and ordinary()
+        and y.requires_grad
+        and y.dim() > 2
+        and len(layer.dynamic) == 1
+        and layer.dynamic[0].of_mean
+    )
+
+
+def regained_scale(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Scale the output of a layer by its input-dependent gates.
+
+    Args:
+        layer: plugged; ``layer.stock_forward(x, weight, bias)`` gave ``y``.
+        x: input of the layer.
+        weight: that the layer used, scaled by constant gates if there are any.
+        bias: likewise.
+        y: output, ``(B, C, *)``, or ``(B, *, C)`` where the layer says ``channel_dim = -1``.
+    """
+    last = layer.channel_dim == -1
+    positions = tuple(range(1, y.dim() - 1)) if last else tuple(range(2, y.dim()))
+    h = layer.dynamic[0].gates(y.mean(positions)).to(y.dtype)
+    for axis in positions:
+        h = h.unsqueeze(axis)
+    return Scale.apply(y, h, layer, x, weight, bias)
+
+
+class Scale(torch.autograd.Function):
+    """``y h``; keeps what gives y instead of y."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, h: Tensor, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(h, x, weight, bias)
+        ctx.layer = layer
+        kind = y.device.type
+        ctx.autocast = kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
+        return y * h
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor | None, ...]:
+        h, x, weight, bias = ctx.saved_tensors
+        dy = dz * h if ctx.needs_input_grad[0] else None
+        dh = None
+        if ctx.needs_input_grad[1]:
+            kind, dtype, enabled = ctx.autocast
+            with torch.autocast(kind, dtype, enabled, cache_enabled=False):
+                y = ctx.layer.stock_forward(x, weight, bias)
+            dh = (dz * y).sum_to_size(h.shape)
+        return dy, dh, None, None, None, None
+
+
+def can_rescale(layer: Any, x: Tensor) -> bool:
+    """Whether a plugged layer with constant gates may take `rescaled_layer` for its input ``x``."""
+    return (
+        layer.regain
+        and ordinary()
+        and layer.weight.requires_grad
+        and x.dtype == layer.weight.dtype
+        and not torch.is_autocast_enabled(x.device.type)
+        and layer.has_backward(x)
+    )
+
+
+def rescaled_layer(layer: Any, x: Tensor, v: Tensor) -> Tensor:
+    """Output of a layer with constant gates.
+
+    Args:
+        layer: plugged; its ``stock_backward`` gives the gradients of ``stock_forward``.
+        x: input of the layer.
+        v: gates ``(C,)``.
+    """
+    return Rescaled.apply(x, layer.weight, layer.bias, v, layer)
+
+
+class Rescaled(torch.autograd.Function):
+    """``stock_forward(x, W v, b v)``; keeps W, b and v."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor, layer: Any) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, v)
+        ctx.layer = layer
+        rows = v.view(-1, *(1,) * (weight.dim() - 1))
+        return layer.stock_forward(x, weight * rows, None if bias is None else bias * v)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, v = ctx.saved_tensors
+        rows = v.view(-1, *(1,) * (weight.dim() - 1))
+        dx, dw, db = ctx.layer.stock_backward(dy, x, weight * rows, bias is not None, ctx.needs_input_grad[0])
+        dv = (dw * weight).flatten(1).sum(1)
+        if bias is None:
+            return dx, dw * rows, None, dv, None
+        return dx, dw * rows, db * v, dv + db * bias, None
