@@ -19,7 +19,7 @@ from asr_downstream.errors import PlugError
 from asr_downstream.layers import LAYERS, Plugged
 from asr_downstream.sharing import SharedAttentions
 
-__all__ = ['SITES', 'Site', 'find_sites', 'register_site']
+__all__ = ['NOT_SITES', 'SITES', 'Site', 'find_sites', 'register_site', 'sites_table']
 
 # Qualified name of a block class -> attribute path of the layer that ends its residual branch. Names, so that nothing
 # is imported for it; subclasses of a block inherit its entry. mmdet's `norm2` is a property that finds bn2, gn2, ...
@@ -31,6 +31,16 @@ SITES: dict[str, str] = {
     'diffusers.models.attention.FeedForward': 'net.2',
     'asr_downstream.models.resnet_cifar.BasicBlock': 'bn2',
     'asr_downstream.models.resnet_cifar.Bottleneck': 'bn3',
+}
+
+
+# What no site can be, and why; kept beside `SITES` so that the documentation shows both.
+NOT_SITES: dict[str, str] = {
+    'the output of a block, with its shortcut added': 'no weight of the branch scales the shortcut',
+    'the result of SiLU, GELU or softmax': 'they are not homogeneous: f(v z) is not v f(z)',
+    'a norm with affine=False': 'it has no weight (the modulated norms of DiT); take the layer at the end of the branch',
+    'an embedding': 'it is a table, not an affine map; its rows belong to tokens, timesteps or classes',
+    'a layer whose weight is shared or computed': 'gates would scale the other layer too, or have nothing to fold into',
 }
 
 
@@ -64,6 +74,23 @@ class Site:
     def channels(self) -> int:
         """Number of channels that a gate scales."""
         return LAYERS[self.stock].channels_of(self.layer)
+
+
+def sites_table() -> str:
+    """Markdown of `SITES` and `NOT_SITES`, for the documentation."""
+    rows = [f'| `{block}` | `{path}` |' for block, path in SITES.items()]
+    never = [f'| {what} | {why} |' for what, why in NOT_SITES.items()]
+    return '\n'.join(
+        [
+            '| block | layer that ends its branch |',
+            '|---|---|',
+            *rows,
+            '',
+            '| never a site | because |',
+            '|---|---|',
+            *never,
+        ]
+    )
 
 
 def register_site(block: type[nn.Module] | str, path: str) -> None:
