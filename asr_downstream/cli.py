@@ -10,6 +10,9 @@ from collections.abc import Callable, Sequence
 
 from asr_downstream.errors import AsrError
 
+# What a loader puts before the error of its worker.
+IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
+
 __all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'run']
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
@@ -85,7 +88,7 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         if unreadable:
             message = f'{unreadable[1]}: cannot be read as an image; replace it or take it out of the annotation file'
         elif isinstance(error, AsrError):
-            message = ' '.join(str(error).split())
+            message = ' '.join(IN_WORKER.sub('', str(error)).split())
         elif isinstance(error, PermissionError):
             message = f'{error.filename}: no permission to write or read; choose another folder'
         else:

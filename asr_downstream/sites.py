@@ -38,7 +38,7 @@ SITES: dict[str, str] = {
 NOT_SITES: dict[str, str] = {
     'the output of a block, with its shortcut added': 'no weight of the branch scales the shortcut',
     'the result of SiLU, GELU or softmax': 'they are not homogeneous: f(v z) is not v f(z)',
-    'a norm with affine=False': 'it has no weight (the modulated norms of DiT); take the layer at the end of the branch',
+    'a norm with affine=False': 'it has no weight; take the end of the branch',
     'an embedding': 'it is a table, not an affine map; its rows belong to tokens, timesteps or classes',
     'a layer whose weight is shared or computed': 'gates would scale the other layer too, or have nothing to fold into',
 }

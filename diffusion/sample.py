@@ -2,6 +2,7 @@
 
     python diffusion/sample.py work_dirs/unet-w32-asr-se_digits
     python diffusion/sample.py RUN --num-samples 1000 --single --sampler DPM-Solver++ --steps 20
+    python diffusion/sample.py RUN --show cat dog --guidance-scale 3     # of a conditioned run: its classes, or prompts
     python diffusion/sample.py RUN/checkpoint-500 --fold          # an earlier checkpoint; its folded, stock model
 
 Writes RUN/images/grid.png and with --single one PNG an image. Image n of a seed is the same with every batch size.
@@ -21,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('run', type=Path, help='folder of a run, for its newest checkpoint, or of a checkpoint')
     parser.add_argument('--out', type=Path, help='folder (default: RUN/images)')
     cli.add_sampling(parser, num_samples=64)
+    parser.add_argument('--show', nargs='+', metavar='NAME', help='classes, or prompts, to generate in turn')
     parser.add_argument('--single', action='store_true', help='write each image as a file, too')
     parser.add_argument('--columns', type=cli.count, help='of the grid')
     parser.add_argument('--fold', action='store_true', help='fold first, and sample from the stock model')
@@ -34,6 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.generation.sampling import build_sampler, generate
 
     run = load_run(args.run, ema=cli.ema(args))
+    if args.show:
+        run.parts.condition.choose(args.show)
     model = fold_run(run)[0] if args.fold else run.parts.model
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     run.parts.to(device)

@@ -1,6 +1,6 @@
 """Train a diffusion model of diffusers, stock or plugged, under accelerate.
 
-    accelerate launch diffusion/train.py diffusion/configs/unet_digits-asr-se.py
+    accelerate launch diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
     accelerate launch diffusion/train.py CONFIG --data /data/images --output-dir runs/a
     accelerate launch diffusion/train.py CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
     accelerate launch diffusion/train.py CONFIG --dry-run        # config, sites, cost and memory; trains nothing

@@ -45,13 +45,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')
     if len(args.paths) == 2:
-        if args.refine_norms or args.max_drop is not None:
-            parser.error('--refine-norms and --max-drop are for detectors')
+        refuse(
+            parser, args, 'a detector', ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
+        )
+        if args.data and not args.calibrate:
+            parser.error('--data goes with --calibrate N')
         fold_run(args)
     elif len(args.paths) == 3:
+        refuse(parser, args, 'a run of diffusion/train.py', ('data', 'weights'))
         fold_detector(args)
     else:
         parser.error('expected RUN OUT, or CONFIG CHECKPOINT OUT')
+
+
+def refuse(parser: argparse.ArgumentParser, args: argparse.Namespace, of: str, names: tuple[str, ...]) -> None:
+    """Refuse options that would do nothing."""
+    for name in names:
+        if getattr(args, name) not in (None, False):
+            parser.error(f'--{name.replace("_", "-")} is for {of}')
 
 
 def fold_run(args: argparse.Namespace) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from asr_downstream.generation.conditions import ClassLabels, Text
+from asr_downstream.generation.pipelines import folder_of, usage
 from asr_downstream.generation.results import Result, tables
 from asr_downstream.generation.runs import Run
 
@@ -15,46 +16,22 @@ TRAINING = (
     'lr_warmup_steps', 'snr_gamma', 'use_ema', 'mixed_precision', 'seed',
 )  # fmt: skip
 
-PIPELINE = """from diffusers import {name}
 
-pipeline = {name}.from_pretrained('THIS FOLDER')
-{call}"""
-CALLS = {
-    'DDPMPipeline': 'images = pipeline(batch_size=16, num_inference_steps=1000).images',
-    # guidance needs ImageNet's number of classes, which is written into that pipeline
-    'DiTPipeline': "labels = pipeline.get_label_ids(['{label}'])\n"
-    'images = pipeline(labels, guidance_scale=1, num_inference_steps=50).images',
-    'StableDiffusionPipeline': "images = pipeline('{prompt}', num_inference_steps=50).images",
-}
-LOOP = """import torch
-from diffusers import {model}, DDIMScheduler
-
-model = {model}.from_pretrained('THIS FOLDER', subfolder='{part}').eval()
-scheduler = DDIMScheduler.from_pretrained('THIS FOLDER', subfolder='scheduler')
-scheduler.set_timesteps(50)
-x = torch.randn(4, {shape})
-with torch.no_grad():
-    for t in scheduler.timesteps:
-        x = scheduler.step(model(x, t.expand(4){arguments}).sample, t, x).prev_sample
-{images}"""
-
-
-def model_card(run: Run, report: dict[str, Any], results: list[Result], part: str) -> str:
+def model_card(run: Run, report: dict[str, Any], results: list[Result]) -> str:
     """Text of ``README.md``.
 
     Args:
         run: that was shipped.
         report: of the fold.
         results: of evaluations of this checkpoint.
-        part: name of the folder of the model.
     """
     config = run.config
     training = '\n'.join(f'| {key} | {config[key]} |' for key in TRAINING)
     measured = f'```\n{tables(results)}\n```' if results else 'Not evaluated.'
-    data = {k: v for k, v in config.data.items() if k != 'path'}
+    data = {k: Path(v).name if k == 'path' else v for k, v in config.data.items()}
     return f"""---
 library_name: diffusers
-tags: [diffusion, {part}]
+tags: [diffusion, {folder_of(run.parts.model)}]
 ---
 # {run.folder.name}
 
@@ -64,7 +41,7 @@ attention below, whose gates were folded into the weights afterwards: nothing bu
 ![samples](samples.png)
 
 ```python
-{usage(run, report, part)}
+{usage(run)}
 ```
 
 ## Training
@@ -99,29 +76,4 @@ def folding(report: dict[str, Any]) -> str:
     return text + (
         'The folded model against the trained one, largest difference (of a forward: relative to the largest output; '
         f'of a DDIM sample of ten steps: in [0, 1]):\n\n| precision | forward | sample |\n|---|---|---|\n{rows}'
-    )
-
-
-def usage(run: Run, report: dict[str, Any], part: str) -> str:
-    """Code that loads and samples."""
-    from asr_downstream.generation.shipping import pipeline_of
-
-    condition = run.parts.condition
-    pipeline = pipeline_of(run, run.parts.model)
-    if pipeline is not None and not (isinstance(condition, ClassLabels) and part == 'unet'):
-        name = type(pipeline).__name__
-        label = condition.classes[0] if condition.classes else ''
-        return PIPELINE.format(name=name, call=CALLS[name].format(label=label, prompt=condition.caption(0)))
-    arguments = ''
-    if isinstance(condition, ClassLabels):
-        arguments = ', class_labels=torch.tensor([0, 1, 2, 3])'
-    elif isinstance(condition, Text):
-        arguments = ', encoder_hidden_states=embeddings'
-    images = 'images = (x / 2 + 0.5).clamp(0, 1)' if run.parts.vae is None else '# decode x with the VAE in vae/'
-    return LOOP.format(
-        model=report['model'],
-        part=part,
-        shape=', '.join(map(str, run.parts.shape)),
-        arguments=arguments,
-        images=images,
     )

@@ -16,18 +16,39 @@ from pathlib import Path
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files import sha256, writable_folder, write_json
 
-__all__ = ['begin', 'checkpoints_in', 'complete', 'find', 'problem', 'prune', 'run_of']
+__all__ = [
+    'aside',
+    'begin',
+    'checkpoints_in',
+    'complete',
+    'final',
+    'find',
+    'problem',
+    'prune',
+    'run_of',
+    'set_aside_later',
+]
 
 NAME = re.compile(r'checkpoint-(\d+)')
 MANIFEST = 'manifest.json'
 
 
+def aside(run: Path, step: int) -> Path:
+    """Hidden folder that the checkpoint of ``step`` is written to."""
+    return run / f'.checkpoint-{step}.tmp'
+
+
+def final(run: Path, step: int) -> Path:
+    """Folder of the complete checkpoint of ``step``."""
+    return run / f'checkpoint-{step}'
+
+
 def begin(run: Path, step: int) -> Path:
-    """Make the hidden folder that the checkpoint of ``step`` is written to."""
-    return writable_folder(run / f'.checkpoint-{step}.tmp')
+    """Make the hidden folder, empty."""
+    return writable_folder(aside(run, step))
 
 
-def complete(folder: Path) -> Path:
+def complete(run: Path, step: int) -> Path:
     """Complete a hidden folder: manifest, flush, rename.
 
     Returns:
@@ -36,7 +57,7 @@ def complete(folder: Path) -> Path:
     Raises:
         AsrError: it cannot be written.
     """
-    target = folder.with_name(folder.name.removeprefix('.').removesuffix('.tmp'))
+    folder, target = aside(run, step), final(run, step)
     files = sorted(p for p in folder.rglob('*') if p.is_file())
     entries = {p.relative_to(folder).as_posix(): {'bytes': p.stat().st_size, 'sha256': sha256(p)} for p in files}
     try:
@@ -69,6 +90,27 @@ def prune(run: Path, limit: int | None, keep: Path) -> None:
     others = [p for p in checkpoints_in(run) if p != keep]
     for path in others[: max(0, len(others) + 1 - limit)]:
         shutil.rmtree(path)
+
+
+def set_aside_later(run: Path, start: Path) -> None:
+    """Rename incomplete checkpoints after ``start``: the run that goes on from there writes its own.
+
+    Raises:
+        CheckpointError: a later one is complete: it belongs to another course of the run.
+    """
+    found = checkpoints_in(run)
+    if start.resolve() not in [p.resolve() for p in found]:
+        return  # of another run
+    later = found[[p.resolve() for p in found].index(start.resolve()) + 1 :]
+    if whole := [path.name for path in later if problem(path) is None]:
+        raise CheckpointError(
+            f'{start}: the run went on to {", ".join(whole)}; delete or move those to go on from here, or choose '
+            f'another folder for the new course with --output-dir'
+        )
+    for path in later:
+        target = path.with_name(f'incomplete-{path.name}')
+        shutil.rmtree(target, ignore_errors=True)
+        os.replace(path, target)
 
 
 def checkpoints_in(run: Path) -> list[Path]:

@@ -41,9 +41,25 @@ class Condition:
         """Conditions of generated images: they take turns."""
         return torch.full((len(numbers),), -1)
 
+    def like_data(self, numbers: Sequence[int], order: Sequence[int]) -> Tensor:
+        """Conditions of generated images as they are in the data: image ``n`` gets that of ``order[n]``."""
+        return torch.stack([self.describe(order[number % len(order)]) for number in numbers])
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Let generated images take turns through these classes or prompts.
+
+        Raises:
+            AsrError: there are none to choose from, or one is not known.
+        """
+        raise AsrError('the run has no condition: there is nothing to choose with --show')
+
     def caption(self, number: int) -> str:
         """Condition of generated image ``number``, for people."""
         return ''
+
+    def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Spec with what the data has given, so that it can be built without the data."""
+        return spec
 
 
 @CONDITIONS.register_module()
@@ -70,8 +86,10 @@ class ClassLabels(Condition):
             )
         if source is not None and classes is not None and tuple(classes) != source.classes:
             raise AsrError(f'condition: the data has the classes {list(source.classes)}, not {list(classes)}')
+        check_drop(drop)
         self.labels = [] if source is None else source.labels or []
         self.classes = tuple(classes or ()) if source is None else source.classes
+        self.shown = list(range(len(self.classes)))
         self.drop = drop
         transformer = 'num_embeds_ada_norm' in model.config
         key = 'num_embeds_ada_norm' if transformer else 'num_class_embeds'
@@ -92,11 +110,26 @@ class ClassLabels(Condition):
 
     def of_samples(self, numbers: Sequence[int]) -> Tensor:
         """Labels ``(B,)``."""
-        return torch.tensor([number % len(self.classes) for number in numbers])
+        return torch.tensor([self.shown[number % len(self.shown)] for number in numbers])
+
+    def choose(self, names: Sequence[str]) -> None:
+        """Let generated images take turns through these classes.
+
+        Raises:
+            AsrError: a class is not known.
+        """
+        for name in names:
+            if name not in self.classes:
+                raise AsrError(f'{name!r} is not a class; {did_you_mean(name, self.classes)}')
+        self.shown = [self.classes.index(name) for name in names]
 
     def caption(self, number: int) -> str:
         """Name of the class."""
-        return self.classes[number % len(self.classes)]
+        return self.classes[self.shown[number % len(self.shown)]]
+
+    def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
+        """With the names of the classes."""
+        return {**(spec or {}), 'classes': list(self.classes)}
 
 
 @CONDITIONS.register_module()
@@ -138,6 +171,7 @@ class Text(Condition):
         width, expected = self.encoder.config.hidden_size, model.config.get('cross_attention_dim')
         if expected != width:
             raise AsrError(f'condition: model.cross_attention_dim={expected} should be {width}, the width of {path}')
+        check_drop(drop)
         self.source = source
         self.drop = drop
         self.prompts = list(prompts)
@@ -166,9 +200,23 @@ class Text(Condition):
         """Token ids ``(B, L)``."""
         return self.tokens([self.caption(number) for number in numbers])
 
+    def choose(self, names: Sequence[str]) -> None:
+        """Let generated images take turns through these prompts."""
+        self.prompts = list(names)
+
     def caption(self, number: int) -> str:
         """The prompt."""
         return self.prompts[number % len(self.prompts)]
+
+    def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
+        """With the prompts."""
+        return {**(spec or {}), 'prompts': list(self.prompts)}
+
+
+def check_drop(drop: float) -> None:
+    """Refuse a share that is none."""
+    if not 0 <= drop < 1:
+        raise AsrError(f'condition: drop={drop} should be a share of the samples, from 0 to below 1')
 
 
 def build_condition(spec: dict[str, Any] | None, source: Source | None, model: Any) -> Condition:

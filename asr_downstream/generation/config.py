@@ -16,12 +16,13 @@ __all__ = ['load_config', 'work_dir_of']
 
 TYPES: dict[str, str] = vars(defaults)['__annotations__']
 CHOICES = {
-    'mixed_precision': ('no', 'fp16', 'bf16'),
+    'mixed_precision': ('no', 'fp16', 'bf16', None),
+    'lr_scheduler': ('constant', 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial'),
     'sampler': ('DDPM', 'DDIM', 'DPM-Solver++'),
 }
 POSITIVE = (
     'max_train_steps', 'train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'logging_steps',
-    'checkpointing_steps', 'checkpoints_total_limit', 'num_inference_steps', 'max_grad_norm',
+    'checkpointing_steps', 'checkpoints_total_limit', 'num_inference_steps', 'max_grad_norm', 'num_validation_images',
 )  # fmt: skip
 
 
@@ -75,12 +76,13 @@ def point_at_data(config: Config, data: Path | None) -> None:
         if not data.exists():
             raise DataError(f'{data}: no such image folder or zip file; check --data')
         config.data.path = str(data)
-        if config.data.type == 'Digits':
-            config.data.type = 'Zip' if data.is_file() else 'ImageFolder'
     elif shared and config.data.get('path') and not Path(config.data.path).exists():
         candidate = Path(shared) / Path(config.data.path).name
         if candidate.exists():
             config.data.path = str(candidate)
+    path = Path(config.data.get('path') or '')
+    if config.data.get('type') in ('Digits', 'Zip', 'ImageFolder') and config.data.get('path') and path.exists():
+        config.data.type = 'Zip' if path.is_file() else 'ImageFolder'  # either will do
 
 
 def check(config: Config, path: Path) -> None:
@@ -91,7 +93,9 @@ def check(config: Config, path: Path) -> None:
             raise AsrError(f'{path}: {key}={value!r} should be {kinds.replace(" | ", " or ")}')
     for key, allowed in CHOICES.items():
         if config[key] not in allowed:
-            raise AsrError(f'{path}: {key}={config[key]!r} is not known; {did_you_mean(str(config[key]), allowed)}')
+            raise AsrError(
+                f'{path}: {key}={config[key]!r} is not known; {did_you_mean(str(config[key]), filter(None, allowed))}'
+            )
     for key in POSITIVE:
         if config[key] is not None and not config[key] > 0:
             raise AsrError(f'{path}: {key}={config[key]!r} should be greater than 0')

@@ -20,8 +20,6 @@ from asr_downstream.sites import some
 __all__ = ['BadFiles', 'Images', 'Samples', 'build_images']
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-# What PIL raises for files that are no images, cut short, too large or damaged.
-UNDECODABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class Images(Dataset[Tensor]):
@@ -58,8 +56,10 @@ class Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            image = ImageOps.exif_transpose(self.source.read(index)).convert(self.mode)
-        except UNDECODABLE as error:
+            image = ImageOps.exif_transpose(eight_bits(self.source.read(index))).convert(self.mode)
+        except MemoryError:
+            raise
+        except Exception as error:  # decoders and archives raise anything for damaged files
             raise DataError(f'{self.source.name(index)}: cannot be decoded ({error})') from error
         size = (self.resolution, self.resolution)
         if image.size != size:
@@ -67,6 +67,13 @@ class Images(Dataset[Tensor]):
         pixels = np.asarray(image)
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Scale grey values of 16 bits, which PIL would cut off at 255."""
+    if not image.mode.startswith('I;16'):
+        return image
+    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
 
 
 def build_images(spec: dict[str, Any], channels: int) -> Images:
@@ -165,14 +172,17 @@ class BadFiles:
         self.found: set[int] = set()
 
     def add(self, indices: list[int]) -> None:
-        """Note the ``bad`` entries of a batch.
+        """Note the ``bad`` entries of a batch, and report the new ones."""
+        for index in sorted(set(indices) - self.found - {-1}):
+            self.found.add(index)
+            self.report(f'{self.images.source.name(index)}: cannot be decoded and was replaced by the next image')
+
+    def check(self) -> None:
+        """Raise if there are too many.
 
         Raises:
             DataError: more than the stated share of the files is bad.
         """
-        for index in sorted(set(indices) - self.found - {-1}):
-            self.found.add(index)
-            self.report(f'{self.images.source.name(index)}: cannot be decoded and was replaced by the next image')
         allowed = self.images.max_bad_share * len(self.images)
         if len(self.found) > allowed:
             names = [self.images.source.name(index) for index in sorted(self.found)]

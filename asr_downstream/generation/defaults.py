@@ -28,7 +28,7 @@ max_train_steps: int | None = None  # optimiser steps
 train_batch_size: int = 64  # images a process and a forward
 gradient_accumulation_steps: int = 1
 learning_rate: float = 1e-4
-lr_scheduler: str = 'cosine'  # any name that diffusers.optimization.get_scheduler knows
+lr_scheduler: str = 'cosine'  # constant, constant_with_warmup, linear, cosine, cosine_with_restarts or polynomial
 lr_warmup_steps: int = 500
 adam_beta1: float = 0.95
 adam_beta2: float = 0.999
@@ -37,12 +37,12 @@ adam_epsilon: float = 1e-8
 max_grad_norm: float = 1.0
 use_ema: bool = True
 ema_max_decay: float = 0.9999
-ema_inv_gamma: float = 1.0  # decay at step n: 1 - (1 + n / inv_gamma) ** -power
+ema_inv_gamma: float = 1.0  # decay at step n = 1, 2, ...: 1 - (1 + (n - 1) / inv_gamma) ** -power
 ema_power: float = 0.75
 seed: int = 0
 
 # How it runs.
-mixed_precision: str = 'no'  # no, fp16 or bf16
+mixed_precision: str | None = None  # no, fp16 or bf16; None: what accelerate was launched or configured with
 gradient_checkpointing: bool = False
 torch_compile: bool = False
 channels_last: bool = False

@@ -5,7 +5,7 @@ The folded pipeline is loaded and sampled by plain diffusers, in a process that 
 
 from __future__ import annotations
 
-import copy
+import shutil
 import subprocess
 import sys
 import time
@@ -21,7 +21,7 @@ from torch import Tensor
 from asr_downstream import cost
 from asr_downstream.description import describe, render
 from asr_downstream.errors import AsrError
-from asr_downstream.files import writable_folder, write_json
+from asr_downstream.files import write_json
 from asr_downstream.generation.config import load_config
 from asr_downstream.generation.draws import mix
 from asr_downstream.generation.encoder import train_encoder
@@ -32,7 +32,7 @@ from asr_downstream.generation.pictures import draw_arms
 from asr_downstream.generation.runs import Run, load_run
 from asr_downstream.generation.sampling import build_sampler, generate
 from asr_downstream.generation.shipping import fold_and_ship
-from asr_downstream.generation.training import train
+from asr_downstream.generation.training import CONFIG_FILE, train
 from asr_downstream.versions import versions
 
 __all__ = ['run_demo']
@@ -49,7 +49,7 @@ def run_demo(out: Path, configs: Path, tools: Path, steps: int = STEPS) -> dict[
     """Run everything and write ``out/summary.json``, ``out/samples.png`` and the pipeline ``out/shipped``.
 
     Args:
-        out: folder to write; what it holds is replaced.
+        out: folder to write; an earlier demo there is replaced.
         configs: folder of the configs.
         tools: folder of the command line tools, for the process that may not import this package.
         steps: optimiser steps of each arm.
@@ -58,7 +58,9 @@ def run_demo(out: Path, configs: Path, tools: Path, steps: int = STEPS) -> dict[
         The summary; ``summary['checks']`` says what held.
     """
     begin = time.perf_counter()
-    writable_folder(out)
+    for name in ARMS.values():
+        if (out / name / CONFIG_FILE).is_file():
+            shutil.rmtree(out / name)  # of an earlier demo
     seconds: dict[str, float] = {}
     for number, (arm, name) in enumerate(ARMS.items(), 1):
         config = demo_config(configs / f'{name}.py', out / name, steps)
@@ -159,7 +161,7 @@ def numbers_of(arm: str, runs: dict[str, Run], distances: Distances, features: T
     return {
         **distances.to(features),
         'parameters': cost.parameters(model),
-        'gmacs': forward_gmacs(run, copy.deepcopy(model)),
+        'gmacs': forward_gmacs(run.parts, model),
     }
 
 

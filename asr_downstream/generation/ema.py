@@ -1,7 +1,8 @@
 """Exponential moving average of a model, by name.
 
 diffusers' EMAModel pairs parameters by position, leaves buffers out and cannot save a plugged model; this one keeps the
-whole state dict. The decay grows with the steps as there: ``min(max_decay, 1 - (1 + step / inv_gamma) ** -power)``.
+whole state dict. The decay grows with the steps as there: at step 1, 2, ... it is
+``min(max_decay, 1 - (1 + (step - 1) / inv_gamma) ** -power)``.
 """
 
 from __future__ import annotations

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -13,12 +16,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_downstream import cost
+from asr_downstream.description import describe
 from asr_downstream.errors import DataError
 from asr_downstream.generation.data import Images
+from asr_downstream.generation.draws import generator
 from asr_downstream.generation.encoder import FILE as ENCODER_FILE
 from asr_downstream.generation.encoder import train_encoder
-from asr_downstream.generation.folding import fold_run, names_of
+from asr_downstream.generation.folding import fold_run
 from asr_downstream.generation.metrics import KID_SUBSETS, Distances, build_extractor, features_of, subset_size
+from asr_downstream.generation.models import plain
+from asr_downstream.generation.parts import Parts
 from asr_downstream.generation.pictures import save_grid
 from asr_downstream.generation.results import Result, save_results
 from asr_downstream.generation.runs import Run, load_run
@@ -79,7 +86,7 @@ def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -
     """
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     extractor: Any = None
-    distances: dict[str, Distances] = {}
+    real: dict[str, tuple[Distances, str]] = {}
     results = []
     for path in paths:
         run = load_run(path, data or True, plan.ema)
@@ -87,12 +94,10 @@ def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -
         assert images is not None
         if extractor is None:
             extractor = extractor_for(run, plan).to(device)
-        name = f'{type(images.source).__name__} {Path(str(getattr(images.source, "root", ""))).name}'.strip()
-        source = f'{name}, {len(images)} images of {images.resolution} px'
-        if source not in distances:
-            real = features_of(extractor, real_batches(images, plan.workers), f'real images: {source}')
-            distances[source] = Distances(real, plan.metrics, plan.seed)
-        found = evaluate_run(run, plan, extractor, distances[source], source, device)
+        which = json.dumps([plain(run.config.data), images.mode], sort_keys=True)
+        if which not in real:
+            real[which] = measure_real(images, extractor, plan)
+        found = evaluate_run(run, plan, extractor, *real[which], device)
         save_results(run.folder, found)
         results += found
     return results
@@ -110,6 +115,20 @@ def extractor_for(run: Run, plan: Plan) -> Any:
     return build_extractor('encoder', path)
 
 
+def measure_real(images: Images, extractor: Any, plan: Plan) -> tuple[Distances, str]:
+    """Distances to a set of real images, and its name with a hash of all pixels: other images are another set."""
+    digest = hashlib.sha256()
+
+    def hashed() -> Iterator[Tensor]:
+        for batch in real_batches(images, plan.workers):
+            digest.update((batch * 255).round().byte().numpy().tobytes())
+            yield batch
+
+    name = f'{type(images.source).__name__}, {len(images)} images, {images.mode}, {images.resolution} px'
+    found = features_of(extractor, hashed(), f'real images: {name}')
+    return Distances(found, plan.metrics, plan.seed), f'{name}, sha256:{digest.hexdigest()[:16]}'
+
+
 def real_batches(images: Images, workers: int) -> Iterator[Tensor]:
     """All real images in [0, 1]."""
     for batch in DataLoader(images, batch_size=256, num_workers=workers):
@@ -121,8 +140,8 @@ def evaluate_run(
 ) -> list[Result]:
     """Evaluate one run, and its folded self if the plan says so."""
     models: dict[str, nn.Module] = {'unfolded': run.parts.model}
-    if plan.fold is not None:
-        arm = 'folded' if plan.fold == 'exact' else 'calibrated'
+    if plan.fold is not None and describe(run.parts.model).sites:  # a stock run is evaluated as it is
+        arm = 'folded' if plan.fold == 'exact' else f'calibrated on {plan.calibrate}'
         models[arm] = fold_run(run, plan.calibrate if plan.fold == 'calibrated' else None)[0]
     run.parts.to(device)
     sampler = build_sampler(plan.sampler, run.parts.scheduler)
@@ -132,12 +151,19 @@ def evaluate_run(
         'sampler': plan.sampler,
         'steps': plan.steps,
         'guidance': plan.guidance_scale,
+        'conditions': 'as in the data' if run.config.condition else 'none',
         'seed': plan.seed,
         'ema': run.ema,
         'extractor': extractor.identity + describe_extractor(extractor),
         'kid_subsets': f'{KID_SUBSETS} of {subset_size(plan.num_samples, len(distances.real))}',
         'versions': versions(),
     }
+    if plan.num_samples <= extractor.num_features:
+        print(
+            f'{plan.num_samples} images for {extractor.num_features} features: the covariance has not full rank, and '
+            f'FID depends much on the number; use more --num-samples'
+        )
+    order = torch.randperm(len(run.parts.samples()), generator=generator(plan.seed, 'conditions')).tolist()
     generated: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for arm, model in models.items():
@@ -145,15 +171,16 @@ def evaluate_run(
         generated[arm] = generate(
             model, run.parts, sampler, range(plan.num_samples), plan.steps, plan.seed, plan.batch_size,
             plan.guidance_scale, f'{run.folder.name}, {arm}: {plan.num_samples} images',
+            partial(run.parts.condition.like_data, order=order),
         )  # fmt: skip
         if not generated[arm].isfinite().all():
             raise DataError(f'{run.folder.name}: the generated images are not finite; the training diverged')
         # through 8 bits, as the real images have come
         features = features_of(extractor, ((b * 255).round() / 255 for b in generated[arm].split(256)))
         numbers[arm] = distances.to(features)
-        numbers[arm] |= {'parameters': cost.parameters(model), 'gmacs': forward_gmacs(run, model)}
+        numbers[arm] |= {'parameters': cost.parameters(model), 'gmacs': forward_gmacs(run.parts, model)}
         save_grid(run.folder / 'evaluation' / f'{arm}-{run.step}.png', generated[arm][:PICTURES])
-    times = measure_speed(run, models, sampler)
+    times = measure_speed(run, models, sampler, plan.guidance_scale)
     for arm in models:
         numbers[arm]['images_per_second'] = TIMED_IMAGES * TIMED_STEPS / plan.steps / (median(times[arm]) / 1e3)
         if arm != 'unfolded':
@@ -170,20 +197,17 @@ def describe_extractor(extractor: Any) -> str:
     return f' (ResNet-20, {about["task"]}, {about["steps"]} steps, accuracy {about["accuracy_held_out"]:.3f})'
 
 
-def forward_gmacs(run: Run, model: nn.Module) -> float:
+def forward_gmacs(parts: Parts, model: nn.Module) -> float:
     """GMACs of one forward for one image."""
-    device = next(model.parameters()).device
-    x = torch.zeros(1, *run.parts.shape, device=device)
-    described = run.parts.condition.of_samples([0]).to(device)
-    condition = run.parts.condition.arguments(described)
-    inputs = dict(zip(names_of(model), (x, torch.zeros(1, dtype=torch.long, device=device)), strict=True))
-    return cost.gmacs(lambda: model(**inputs, **condition))
+    inputs = parts.inputs(1, next(model.parameters()).device)
+    return cost.gmacs(lambda: model(**inputs))
 
 
-def measure_speed(run: Run, models: dict[str, nn.Module], sampler: Any) -> dict[str, list[float]]:
-    """Milliseconds of short samplings, paired."""
+def measure_speed(run: Run, models: dict[str, nn.Module], sampler: Any, guidance: float) -> dict[str, list[float]]:
+    """Milliseconds of short samplings without a VAE, paired."""
+    parts = replace(run.parts, vae=None)
     calls = {
-        arm: lambda model=model: generate(model, run.parts, sampler, range(TIMED_IMAGES), TIMED_STEPS)
+        arm: partial(generate, model, parts, sampler, range(TIMED_IMAGES), TIMED_STEPS, guidance_scale=guidance)
         for arm, model in models.items()
     }
     return paired_times(calls, ROUNDS, 'timing', warmup=1)

@@ -120,17 +120,8 @@ def in_precision(run: Run, dtype: torch.dtype) -> Iterator[Run]:
 
 def verify_forward(run: Run, ours: nn.Module, theirs: nn.Module, dtype: torch.dtype) -> Verification:
     """Compare one forward on noise, at four timesteps."""
-    stream = generator('verify')
-    x = torch.randn(4, *run.parts.shape, generator=stream, dtype=dtype)
-    last = run.parts.scheduler.config.num_train_timesteps - 1
-    t = torch.tensor([0, last // 3, 2 * last // 3, last])
-    condition = run.parts.condition.arguments(run.parts.condition.of_samples(range(4)))
-    return verify(ours, theirs, dict(zip(names_of(ours), (x, t), strict=True)) | condition)
-
-
-def names_of(model: nn.Module) -> tuple[str, str]:
-    """Names of the first two arguments of a diffusers model."""
-    return ('hidden_states' if type(model).__name__.startswith('DiT') else 'sample'), 'timestep'
+    inputs = run.parts.inputs(4)
+    return verify(ours, theirs, {k: v.to(dtype) if v.is_floating_point() else v for k, v in inputs.items()})
 
 
 def sample(run: Run, model: nn.Module) -> Tensor:

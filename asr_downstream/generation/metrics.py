@@ -13,6 +13,7 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from asr_downstream.errors import AsrError, DataError
+from asr_downstream.files import sha256
 from asr_downstream.generation.encoder import load_encoder
 from asr_downstream.progress import bar
 
@@ -62,7 +63,7 @@ class Inception(nn.Module):
                 f'pt_inception-2015-12-05-6726825d.pth and give it as --extractor inception:PATH'
             ) from error
         self.net = metric.inception
-        self.identity = 'inception-v3-compat 2048'
+        self.identity = 'inception-v3-compat 2048' + (f' sha256:{sha256(weights)[:16]}' if weights else '')
 
     def forward(self, images: Tensor) -> Tensor:
         """Features; grey is repeated to three channels."""

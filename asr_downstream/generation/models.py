@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.embeddings import LabelEmbedding
 from mmengine.config import Config
 
 from asr_downstream.errors import AsrError, did_you_mean
@@ -15,6 +16,7 @@ from asr_downstream.plugging import plug
 __all__ = ['build_model', 'build_scheduler', 'plain', 'sample_shape']
 
 MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
+PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 
 
 def build_model(config: Config, plugged: bool = True) -> Any:
@@ -35,18 +37,31 @@ def build_model(config: Config, plugged: bool = True) -> Any:
             f'model: out_channels={model.config.out_channels} should equal in_channels={model.config.in_channels}; '
             f'a learned variance is not trained here'
         )
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # each block of a DiT would drop other labels, on top of the condition's drop
     if plugged and config.plug is not None:
         plug(model, plain(config.plug))
     return model
 
 
-def build_scheduler(spec: dict[str, Any]) -> Any:
+def build_scheduler(spec: dict[str, Any], latents: bool = False) -> Any:
     """Build a noise scheduler of diffusers from ``dict(type='DDPMScheduler', ...)``.
+
+    Args:
+        spec: of the config.
+        latents: whether it is for latents, which do not lie in [-1, 1]: then ``clip_sample`` is off, and
+            ``steps_offset`` 1, as diffusers' latent pipelines want it, unless the spec says otherwise.
 
     Raises:
         AsrError: the class or an argument is not known.
     """
-    return build(spec, ('DDPMScheduler', 'DDIMScheduler'), 'noise_scheduler')
+    spec = {'clip_sample': False, 'steps_offset': 1, **spec} if latents else spec
+    scheduler = build(spec, ('DDPMScheduler', 'DDIMScheduler'), 'noise_scheduler')
+    if scheduler.config.prediction_type not in PREDICTIONS:
+        kind = scheduler.config.prediction_type
+        raise AsrError(f'noise_scheduler: prediction_type={kind!r} is not known; {did_you_mean(kind, PREDICTIONS)}')
+    return scheduler
 
 
 def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor
 from asr_downstream.errors import AsrError
 from asr_downstream.generation.conditions import Condition, build_condition
 from asr_downstream.generation.data import Images, Samples, build_images
+from asr_downstream.generation.draws import generator
 from asr_downstream.generation.models import build_model, build_scheduler, plain, sample_shape
 
 __all__ = ['Parts', 'build_parts']
@@ -62,6 +63,15 @@ class Parts:
             x = self.vae.decode(x / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)).sample
         return (x / 2 + 0.5).clamp(0, 1)
 
+    def inputs(self, batch: int = 1, device: torch.device | str = 'cpu', seed: object = 'inputs') -> dict[str, Any]:
+        """Arguments of a forward on noise, at timesteps from the first to the last."""
+        stream = generator(seed)
+        x = torch.randn(batch, *self.shape, generator=stream).to(device)
+        timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, batch).long().to(device)
+        condition = self.condition.arguments(self.condition.of_samples(range(batch)).to(device))
+        name = 'hidden_states' if type(self.model).__name__.startswith('DiT') else 'sample'
+        return {name: x, 'timestep': timesteps, **condition}
+
     def conditioned(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Arguments of the model for a batch of training samples."""
         dropped = batch['chance'] < self.condition.drop if self.condition.drop else None
@@ -101,4 +111,18 @@ def build_parts(config: Config, plugged: bool = True, data: bool = True) -> Part
     if vae is not None and vae.config.latent_channels != channels:
         raise AsrError(f'model: in_channels={channels} should be {vae.config.latent_channels}, as the VAE has latents')
     condition = build_condition(config.condition, None if images is None else images.source, model)
-    return Parts(model, build_scheduler(config.noise_scheduler), images, condition, vae, config.seed)
+    scheduler = build_scheduler(plain(config.noise_scheduler), latents=vae is not None)
+    check_sampling(config, scheduler, condition)
+    return Parts(model, scheduler, images, condition, vae, config.seed)
+
+
+def check_sampling(config: Config, scheduler: Any, condition: Condition) -> None:
+    """Refuse sample grids that would only fail when they are made."""
+    most = scheduler.config.num_train_timesteps
+    if config.validation_steps and config.num_inference_steps > most:
+        raise AsrError(f'num_inference_steps={config.num_inference_steps} should be at most {most}, the timesteps')
+    if config.guidance_scale != 1 and not condition.drop:
+        raise AsrError(
+            f'guidance_scale={config.guidance_scale} needs a condition with drop > 0, such as drop=0.1; without one '
+            f'leave it at 1'
+        )

@@ -10,7 +10,6 @@ from asr_downstream import cost
 from asr_downstream.description import describe, render
 from asr_downstream.generation.config import work_dir_of
 from asr_downstream.generation.draws import generator
-from asr_downstream.generation.folding import names_of
 from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import Parts, build_parts
 
@@ -30,11 +29,12 @@ def plan(config: Config) -> str:
     assert parts.images is not None
     sites = describe(parts.model)
     total = cost.parameters(parts.model)
+    gmacs = cost.gmacs(lambda: parts.model(**parts.inputs()))
     rows = {
         'output': str(work_dir_of(config)),
         'data': f'{len(parts.images):,} images, {len(parts.images.source.classes)} classes',
         'parameters': f'{total:,}, of which {sites.parameters:,} fold away or go with the plug',
-        'GMACs a forward and image': f'{forward_gmacs(parts):.4f} (torch.utils.flop_counter / 2)',
+        'GMACs a forward and image': f'{gmacs:.4f} (torch.utils.flop_counter / 2)',
         'steps': steps_of(config, len(parts.images)),
         'memory a process': memory(config, parts),
     }
@@ -51,15 +51,8 @@ def steps_of(config: Config, images: int) -> str:
     return f'{config.max_train_steps:,} of {batch} images a process, {epochs:.2f} epochs with one process'
 
 
-def forward_gmacs(parts: Parts) -> float:
-    """GMACs of one forward for one image."""
-    condition = parts.condition.arguments(parts.condition.of_samples([0]))
-    inputs = dict(zip(names_of(parts.model), (torch.zeros(1, *parts.shape), torch.zeros(1).long()), strict=True))
-    return cost.gmacs(lambda: parts.model(**inputs, **condition))
-
-
 def memory(config: Config, parts: Parts) -> str:
-    """Weights, gradients, Adam's moments and the average, and activations as measured on a batch of one."""
+    """Weights, gradients, Adam's moments and the average, activations as measured on a batch of one, what is frozen."""
     weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
     states = weights * (4 + config.use_ema)
     if config.gradient_checkpointing:
@@ -75,11 +68,13 @@ def memory(config: Config, parts: Parts) -> str:
     one = cost.saved_bytes(
         parts.model, lambda: denoising_loss(parts.model, parts.scheduler, batch, condition, config.snr_gamma)
     )
-    half = config.mixed_precision != 'no'
+    frozen = [m for m in (parts.vae, parts.condition.encoder) if m is not None]
+    states += sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
+    half = config.mixed_precision in ('fp16', 'bf16')
     activations = one * config.train_batch_size / (2 if half else 1)
     note = ', about half of it in half precision' if half else ''
+    kept = ['weights, gradients, moments', 'average' if config.use_ema else '', 'frozen parts' if frozen else '']
     return (
-        f'{(states + activations) / GIB:.2f} GiB: {states / GIB:.2f} weights, gradients, moments'
-        f'{" and average" if config.use_ema else ""}, {activations / GIB:.2f} saved activations{note}; '
-        f'plus the workspace of the kernels'
+        f'{(states + activations) / GIB:.2f} GiB: {states / GIB:.2f} {", ".join(filter(None, kept))}; '
+        f'{activations / GIB:.2f} saved activations{note}; plus the workspace of the kernels'
     )

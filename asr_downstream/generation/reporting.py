@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+import uuid
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,16 @@ class Reporter:
                 raise AsrError(
                     f'report_to: wandb is not installed ({error}); pip install wandb, or leave it out'
                 ) from error
+            identity = run / 'wandb_id'  # of this run alone, whatever others are called
+            if not start or not identity.is_file():
+                identity.write_text(uuid.uuid4().hex[:12])
             self.wandb = wandb.init(
-                project='asr_downstream', name=run.name, dir=str(run), config=config, id=run.name, resume='allow'
+                project=os.environ.get('WANDB_PROJECT', 'asr_downstream'),
+                name=run.name,
+                dir=str(run),
+                config=config,
+                id=identity.read_text(),
+                resume='allow',
             )
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, disable=not self.terminal, dynamic_ncols=True, unit='step')

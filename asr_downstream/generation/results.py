@@ -31,7 +31,7 @@ HEADS = {
     'fid': 'FID',
     'kid': 'KID',
     'kid_std': 'KID, std of subsets',
-    'images_per_second': 'images/s',
+    'images_per_second': 'images/s, without VAE',
     'speed': 'time / unfolded',
     'gmacs': 'GMACs a forward',
     'pixels': 'largest pixel difference',
@@ -44,7 +44,7 @@ class Result:
 
     Attributes:
         run: name of the run.
-        arm: ``'unfolded'``, ``'folded'`` or ``'calibrated'``.
+        arm: ``'unfolded'``, ``'folded'`` or ``'calibrated on 64'``.
         step: of the checkpoint.
         weights: hash of the file of weights.
         provenance: all that a number depends on besides the model.

@@ -1,7 +1,8 @@
 """What a training checkpoint holds, and how a training takes it up again.
 
 accelerate writes optimiser, gradient scaler and random states of every process; the weights are written by name from
-the unwrapped model, so that a checkpoint can be read with any number of processes (FSDP and DeepSpeed write their own).
+the unwrapped model, so that a checkpoint can be read with any number of processes (under FSDP and DeepSpeed besides the
+shards that these write and resume from).
 """
 
 from __future__ import annotations
@@ -18,17 +19,38 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asr_downstream.checkpoint import load_state
-from asr_downstream.errors import CheckpointError
+from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files import write_json
 from asr_downstream.generation import checkpoints
 from asr_downstream.generation.ema import EMA
 from asr_downstream.generation.models import plain
+from asr_downstream.sites import some
 from asr_downstream.versions import versions
 
-__all__ = ['AVERAGE', 'WEIGHTS', 'Progress', 'check_same_run', 'load_training', 'read_progress', 'save_training']
+__all__ = [
+    'AVERAGE',
+    'SHARDED',
+    'WEIGHTS',
+    'Progress',
+    'check_same_run',
+    'load_training',
+    'read_progress',
+    'save_training',
+]
 
 WEIGHTS, AVERAGE, PROGRESS = 'model.safetensors', 'ema.safetensors', 'progress.json'
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+
+
+# What the weights of a checkpoint were trained for: another value would be another training.
+FIXED = ('model', 'plug', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
+# What may change; the run then goes on, but not as without the stop.
+COURSE = (
+    'seed', 'processes', 'images', 'train_batch_size', 'gradient_accumulation_steps', 'max_train_steps',
+    'learning_rate', 'lr_scheduler', 'lr_warmup_steps', 'max_grad_norm', 'mixed_precision', 'gradient_checkpointing',
+    'adam_beta1', 'adam_beta2', 'adam_weight_decay', 'adam_epsilon',
+    'use_ema', 'ema_max_decay', 'ema_inv_gamma', 'ema_power',
+)  # fmt: skip
 
 
 @dataclass
@@ -37,34 +59,22 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
-        seed, processes, batch, accumulation: what the sequence of samples depends on.
-        model, plug: specs.
-        schedule: state of the learning rate schedule.
+        scheduled: of these, the ones that the learning rate has followed; fp16 skips some.
+        settings: keys of the config, and ``processes`` and ``images``.
         bad: indices of images that could not be decoded.
     """
 
     step: int
-    seed: int
-    processes: int
-    batch: int
-    accumulation: int
-    model: dict[str, Any]
-    plug: Any
-    schedule: dict[str, Any] = field(default_factory=dict)
+    scheduled: int
+    settings: dict[str, Any]
     bad: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: Config, processes: int) -> Progress:
+    def of(cls, config: Config, processes: int, images: int) -> Progress:
         """Start of a training."""
-        return cls(
-            step=0,
-            seed=config.seed,
-            processes=processes,
-            batch=config.train_batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            model=plain(config.model),
-            plug=plain(config.plug),
-        )
+        known = {'processes': processes, 'images': images}
+        settings = {key: known[key] if key in known else plain(config[key]) for key in (*FIXED, *COURSE)}
+        return cls(step=0, scheduled=0, settings=json.loads(json.dumps(settings)))
 
 
 def save_training(
@@ -75,32 +85,43 @@ def save_training(
     Returns:
         ``run/checkpoint-<step>``, complete; older ones beyond ``limit`` are gone.
     """
-    name = f'.checkpoint-{progress.step}.tmp'
+    check_finite(model, progress.step)
     if accelerator.is_main_process:
         checkpoints.begin(run, progress.step)
     accelerator.wait_for_everyone()
-    folder = run / name
-
-    def save_weights(models: list[nn.Module], weights: list[Any], out: str) -> None:
-        weights.clear()  # else accelerate writes them with the names of the wrapped model
-        if accelerator.is_main_process:
-            save_file({k: v.contiguous() for k, v in model.state_dict().items()}, Path(out) / WEIGHTS)
+    folder = checkpoints.aside(run, progress.step)
 
     sharded = accelerator.distributed_type in SHARDED
-    hook = None if sharded else accelerator.register_save_state_pre_hook(save_weights)
+    state = accelerator.get_state_dict(accelerator._models[0]) if sharded else model.state_dict()
+    # else accelerate writes the weights with the names of the wrapped model
+    hook = None if sharded else accelerator.register_save_state_pre_hook(lambda models, weights, out: weights.clear())
     accelerator.save_state(str(folder))
     if hook is not None:
         hook.remove()
+    if accelerator.is_main_process:
+        save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
     accelerator.wait_for_everyone()
-    target = run / name.removeprefix('.').removesuffix('.tmp')
     if accelerator.is_main_process:
         if ema is not None:
             save_file({k: v.contiguous() for k, v in ema.state.items()}, folder / AVERAGE)
         write_json(folder / PROGRESS, {**asdict(progress), 'versions': versions()})
-        target = checkpoints.complete(folder)
-        checkpoints.prune(run, limit, target)
+        checkpoints.prune(run, limit, checkpoints.complete(run, progress.step))
     accelerator.wait_for_everyone()
-    return target
+    return checkpoints.final(run, progress.step)
+
+
+def check_finite(model: nn.Module, step: int) -> None:
+    """Refuse to write weights that are not finite.
+
+    Raises:
+        AsrError: the training diverged.
+    """
+    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
+    if broken:
+        raise AsrError(
+            f'step {step}: {some(broken)} are not finite: the training diverged, and no checkpoint was written; go on '
+            f'from an earlier one with a lower learning_rate, or with bf16 or no mixed_precision'
+        )
 
 
 def read_progress(checkpoint: Path) -> Progress:
@@ -123,6 +144,7 @@ def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, 
     sharded = accelerator.distributed_type in SHARDED
     hook = None if sharded else accelerator.register_load_state_pre_hook(load_weights)
     accelerator.load_state(str(checkpoint))
+    accelerator.step = 0  # forwards since the last optimiser step: checkpoints are written right after one
     if hook is not None:
         hook.remove()
     if ema is not None:
@@ -135,20 +157,18 @@ def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, 
 
 
 def check_same_run(found: Progress, expected: Progress, checkpoint: Path, say: Callable[[str], None]) -> None:
-    """Refuse a checkpoint of another model; say what makes the continuation differ from an uninterrupted run.
+    """Refuse a checkpoint of another training; say what makes the continuation differ from an uninterrupted run.
 
     Raises:
-        CheckpointError: model or plug differ.
+        CheckpointError: model, plug, condition, latents or objective differ.
     """
-    for key in ('model', 'plug'):
-        if getattr(found, key) != getattr(expected, key):
+    before, now = found.settings, expected.settings
+    for key in FIXED:
+        if before[key] != now[key]:
             raise CheckpointError(
-                f'{checkpoint}: was trained with {key}={getattr(found, key)}, the config says '
-                f'{getattr(expected, key)}; use the config of that run'
+                f'{checkpoint}: was trained with {key}={before[key]}, the config says {now[key]}; use the config of '
+                f'that run'
             )
-    changed = [k for k in ('seed', 'processes', 'batch', 'accumulation') if getattr(found, k) != getattr(expected, k)]
-    if changed:
-        what = ', '.join(f'{k} {getattr(found, k)} -> {getattr(expected, k)}' for k in changed)
+    if changed := [key for key in COURSE if before[key] != now[key]]:
+        what = ', '.join(f'{key} {before[key]} -> {now[key]}' for key in changed)
         say(f'{checkpoint}: {what}; the run goes on, but not bit for bit as without the stop')
-        for key in changed:
-            setattr(found, key, getattr(expected, key))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
@@ -15,6 +15,9 @@ from asr_downstream.generation.parts import Parts
 from asr_downstream.progress import bar
 
 __all__ = ['SAMPLERS', 'build_sampler', 'generate']
+
+# diffusers: critical for the cosine schedule, whose last signal-to-noise ratios are next to nothing.
+COSINE = {'lambda_min_clipped': -5.1}
 
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
     'DDPM': (diffusers.DDPMScheduler, {}),
@@ -36,6 +39,8 @@ def build_sampler(name: str, scheduler: Any) -> Any:
     if name not in SAMPLERS:
         raise AsrError(f'sampler {name!r} is not known; {did_you_mean(name, SAMPLERS)}')
     cls, options = SAMPLERS[name]
+    if name == 'DPM-Solver++' and scheduler.config.beta_schedule == 'squaredcos_cap_v2':
+        options = options | COSINE
     return cls.from_config(scheduler.config, **options)
 
 
@@ -50,6 +55,7 @@ def generate(
     batch_size: int = 64,
     guidance_scale: float = 1.0,
     text: str = '',
+    describe: Callable[[Sequence[int]], Tensor] | None = None,
 ) -> Tensor:
     """Generate images.
 
@@ -63,6 +69,7 @@ def generate(
         batch_size: images a forward.
         guidance_scale: 1 is no guidance; more needs a condition that was trained with ``drop``.
         text: of the progress bar; without it there is none.
+        describe: numbers to conditions; by default classes or prompts take turns.
 
     Returns:
         Images ``(N, C, H, W)`` in [0, 1], float32, on the CPU.
@@ -79,21 +86,30 @@ def generate(
     batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
     images = []
     for batch in bar(batches, text) if text else batches:
-        images.append(generate_batch(model, parts, sampler, batch, steps, seed, guidance_scale))
+        described = (describe or parts.condition.of_samples)(batch)
+        images.append(generate_batch(model, parts, sampler, batch, described, steps, seed, guidance_scale))
     return torch.cat(images) if images else torch.empty(0, *parts.shape)
 
 
 def generate_batch(
-    model: nn.Module, parts: Parts, sampler: Any, numbers: list[int], steps: int, seed: int, guidance_scale: float
+    model: nn.Module,
+    parts: Parts,
+    sampler: Any,
+    numbers: list[int],
+    described: Tensor,
+    steps: int,
+    seed: int,
+    guidance_scale: float,
 ) -> Tensor:
     """Generate one batch."""
     parameter = next(model.parameters())
     device, dtype = parameter.device, parameter.dtype
     streams = [torch.Generator().manual_seed(mix(seed, 'image', number)) for number in numbers]
     x = torch.stack([torch.randn(parts.shape, generator=s) for s in streams]).to(device, dtype)
-    described = parts.condition.of_samples(numbers).to(device)
-    condition = parts.condition.arguments(described)
-    nothing = parts.condition.arguments(described, torch.ones(len(numbers), dtype=torch.bool, device=device))
+    described = described.to(device)
+    condition, nothing = parts.condition.arguments(described), {}
+    if guidance_scale != 1:
+        nothing = parts.condition.arguments(described, torch.ones(len(numbers), dtype=torch.bool, device=device))
     sampler.set_timesteps(steps)
     x = x * sampler.init_noise_sigma
     for t in sampler.timesteps:

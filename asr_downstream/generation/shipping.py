@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import time
@@ -11,51 +12,26 @@ from typing import Any
 
 import diffusers
 import torch
-from torch import nn
 
 from asr_downstream.cost import parameters
 from asr_downstream.errors import AsrError
 from asr_downstream.files import sha256, writable_folder, write_json
 from asr_downstream.generation.card import model_card
-from asr_downstream.generation.conditions import ClassLabels, Text
+from asr_downstream.generation.conditions import Text
 from asr_downstream.generation.folding import compare, fold_run
 from asr_downstream.generation.models import plain
 from asr_downstream.generation.pictures import save_grid
+from asr_downstream.generation.pipelines import folder_of, pipeline_of
 from asr_downstream.generation.results import read_results
 from asr_downstream.generation.runs import Run
 from asr_downstream.generation.sampling import build_sampler, generate
+from asr_downstream.sites import some
 from asr_downstream.versions import versions
 
-__all__ = ['fold_and_ship', 'pipeline_of']
+__all__ = ['fold_and_ship']
 
 REPORT = 'fold_report.json'
 PICTURES, PICTURE_STEPS = 16, 50
-
-
-def pipeline_of(run: Run, model: nn.Module) -> Any | None:
-    """Pipeline of diffusers that holds a stock model of a run; None: diffusers has none for this combination."""
-    scheduler = diffusers.DDPMScheduler.from_config(run.parts.scheduler.config)
-    vae, condition = run.parts.vae, run.parts.condition
-    kind = type(model).__name__
-    if kind == 'UNet2DModel' and vae is None:
-        return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
-    if kind == 'DiTTransformer2DModel' and vae is not None and isinstance(condition, ClassLabels):
-        names = dict(enumerate(condition.classes))
-        pipeline = diffusers.DiTPipeline(transformer=model, vae=vae, scheduler=scheduler, id2label=names)
-        pipeline.register_to_config(id2label={str(number): name for number, name in names.items()})  # else not saved
-        return pipeline
-    if kind == 'UNet2DConditionModel' and vae is not None and isinstance(condition, Text):
-        return diffusers.StableDiffusionPipeline(
-            vae=vae,
-            text_encoder=condition.encoder,
-            tokenizer=condition.tokenizer,
-            unet=model,
-            scheduler=scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-    return None
 
 
 def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str, Any]:
@@ -76,8 +52,8 @@ def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str
         CheckpointError, FoldError: the model does not fold, or the result differs.
         AsrError: ``out`` cannot be written or holds something else.
     """
-    if out.exists() and not (out / REPORT).is_file() and (not out.is_dir() or any(out.iterdir())):
-        raise AsrError(f'{out}: exists and is no folder that this tool wrote; give another name')
+    if strange := not_ours(out):
+        raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
     start = time.perf_counter()
     stock, folding = fold_run(run, calibrate)
     seconds = time.perf_counter() - start
@@ -112,14 +88,33 @@ def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str
             'sites': [asdict(site) for site in folding.sites],
             'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
             'versions': versions(),
+            'files': sorted([*files_in(aside), REPORT, 'README.md']),
         }
         write_json(aside / REPORT, report)
         results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
-        (aside / 'README.md').write_text(model_card(run, report, results, part))
+        (aside / 'README.md').write_text(model_card(run, report, results))
         replace_folder(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {**report, 'report': folding}
+
+
+def files_in(folder: Path) -> set[str]:
+    """Relative paths of all files."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir()}
+
+
+def not_ours(out: Path) -> list[str]:
+    """What is in the way at ``out``: a file, or files that `fold_and_ship` has not listed in its report there."""
+    if not out.exists():
+        return []
+    if not out.is_dir():
+        return [out.name]
+    try:
+        ours = set(json.loads((out / REPORT).read_text())['files'])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return sorted(files_in(out) - ours)
 
 
 def save_parts(run: Run, stock: Any, folder: Path) -> str:
@@ -128,7 +123,7 @@ def save_parts(run: Run, stock: Any, folder: Path) -> str:
     Returns:
         Name of the folder of the model.
     """
-    name = 'transformer' if type(stock).__name__.startswith('DiT') else 'unet'
+    name = folder_of(stock)
     pipeline = pipeline_of(run, stock)
     if pipeline is not None:
         pipeline.save_pretrained(folder, safe_serialization=True)
@@ -138,7 +133,7 @@ def save_parts(run: Run, stock: Any, folder: Path) -> str:
     if run.parts.vae is not None:
         run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
     if isinstance(run.parts.condition, Text):
-        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder', safe_serialization=True)
+        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder')
         run.parts.condition.tokenizer.save_pretrained(folder / 'tokenizer')
     return name
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, gather_object
 from diffusers.optimization import get_scheduler
 from mmengine.config import Config
 from torch.utils.data import DataLoader
@@ -30,7 +31,14 @@ from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.pictures import grid, save_grid
 from asr_downstream.generation.reporting import Reporter
-from asr_downstream.generation.resuming import Progress, check_same_run, load_training, read_progress, save_training
+from asr_downstream.generation.resuming import (
+    SHARDED,
+    Progress,
+    check_same_run,
+    load_training,
+    read_progress,
+    save_training,
+)
 from asr_downstream.generation.sampling import build_sampler, generate
 
 __all__ = ['CONFIG_FILE', 'train']
@@ -56,6 +64,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     accelerator = start_processes(config)
     say = accelerator.print
     start_from = None if resume is None else checkpoints.find(run, resume, say)
+    accelerator.wait_for_everyone()
     if start_from is None and checkpoints.checkpoints_in(run):
         raise AsrError(f'{run}: has checkpoints of an earlier run; continue it with --resume, or choose another folder')
 
@@ -87,16 +96,18 @@ def train(config: Config, resume: str | None = None) -> Path:
     if config.use_ema:
         ema = EMA(model, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
 
-    progress = Progress.of(config, accelerator.num_processes)
+    progress = Progress.of(config, accelerator.num_processes, len(parts.images))
     if start_from is not None:
         found = read_progress(start_from)
         check_same_run(found, progress, start_from, say)
+        if found.step >= total:
+            raise AsrError(f'{start_from}: has {found.step} steps already; raise max_train_steps to go on')
+        checkpoints.set_aside_later(run, start_from) if accelerator.is_main_process else None
+        accelerator.wait_for_everyone()
         load_training(start_from, accelerator, model, ema)
-        progress = found
-        schedule.load_state_dict(progress.schedule)
+        progress.step, progress.scheduled, progress.bad = found.step, found.scheduled, found.bad
+        set_rates(config, optimiser, schedule, progress.scheduled)
         say(f'resumed from {start_from}, step {progress.step}')
-        if progress.step >= total:
-            raise AsrError(f'{start_from}: has {progress.step} steps already; raise max_train_steps to go on')
 
     loader = build_loader(config, parts.samples(), progress.step, accelerator)
     sampler = build_sampler(config.sampler, parts.scheduler)
@@ -118,15 +129,16 @@ def train(config: Config, resume: str | None = None) -> Path:
             torch.manual_seed(mix(config.seed, 'model', accelerator.process_index, step))  # dropout
             for _ in range(config.gradient_accumulation_steps):
                 batch = next(batches)
-                bad.add(batch.pop('bad').tolist())
+                bad.add(batch.pop('bad').tolist())  # counted when processes meet
                 batch = {k: v.to(accelerator.device, non_blocking=True) for k, v in batch.items()}
                 if config.channels_last:
                     batch['image'] = batch['image'].to(memory_format=torch.channels_last)
-                with accelerator.accumulate(wrapped), accelerator.autocast():
-                    batch['image'] = parts.encode(batch['image'])
-                    loss = denoising_loss(wrapped, parts.scheduler, batch, parts.conditioned(batch), config.snr_gamma)
-                    with torch.autocast(accelerator.device.type, enabled=False):
-                        accelerator.backward(loss)
+                batch['image'] = parts.encode(batch['image'])  # in float32: half precision would change the noise level
+                condition = parts.conditioned(batch)
+                with accelerator.accumulate(wrapped):
+                    with accelerator.autocast():
+                        loss = denoising_loss(wrapped, parts.scheduler, batch, condition, config.snr_gamma)
+                    accelerator.backward(loss)
                     if accelerator.sync_gradients:
                         norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
                     optimiser.step()
@@ -134,11 +146,13 @@ def train(config: Config, resume: str | None = None) -> Path:
                 window.add(loss)
             if not optimiser.step_was_skipped:
                 schedule.step()
+                progress.scheduled += 1
             if ema is not None:
                 ema.update(model, step)
-            progress.step, progress.schedule = step, schedule.state_dict()
+            progress.step = step
+            meeting = accelerator.num_processes == 1 or step % config.logging_steps == 0 or step == total
+            stop = meeting and agree(accelerator, stopping, bad)
             progress.bad = sorted(bad.found)
-            stop = stopping.is_set and accelerator.num_processes == 1
             if step % config.logging_steps == 0 or step == total or stop:
                 row = window.row(step, schedule.get_last_lr()[0], norm, len(parts.images))
                 if not math.isfinite(row['loss']):
@@ -175,14 +189,49 @@ def start_processes(config: Config) -> Accelerator:
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # A plugin, because a number gives way to an environment variable of the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
     )
     if accelerator.num_processes != launched:
         raise AsrError(
             f'{launched} processes were launched, but accelerate sees {accelerator.num_processes}: on CPU use torchrun '
             f'--nproc_per_node N, on GPUs accelerate launch --multi_gpu --num_processes N'
         )
+    if accelerator.distributed_type in SHARDED and (config.use_ema or config.validation_steps):
+        raise AsrError(
+            f'{accelerator.distributed_type.value} shards the weights, which can then be neither averaged nor sampled '
+            f'on one process: add --cfg-options use_ema=False validation_steps=0'
+        )
     return accelerator
+
+
+def set_rates(config: Config, optimiser: Any, schedule: Any, scheduled: int) -> None:
+    """Let optimiser and schedule follow the config from here on; a checkpoint brings the settings of its own."""
+    schedule.last_epoch = scheduled
+    for group, base, factor in zip(optimiser.param_groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+        group |= {
+            'initial_lr': base,
+            'lr': base * factor(scheduled),
+            'betas': (config.adam_beta1, config.adam_beta2),
+            'weight_decay': config.adam_weight_decay,
+            'eps': config.adam_epsilon,
+        }
+    schedule._last_lr = [group['lr'] for group in optimiser.param_groups]
+
+
+def agree(accelerator: Accelerator, stopping: stop_signal, bad: BadFiles) -> bool:
+    """Let processes agree on the files that are bad, and on whether one was told to stop.
+
+    Raises:
+        DataError: too many files are bad; on all processes.
+    """
+    if accelerator.num_processes > 1:
+        bad.add(gather_object(sorted(bad.found)))
+    bad.check()
+    flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
+    return bool(accelerator.reduce(flag, 'sum') > 0)
 
 
 def build_loader(config: Config, samples: Any, done: int, accelerator: Accelerator) -> DataLoader:
@@ -205,10 +254,9 @@ def build_loader(config: Config, samples: Any, done: int, accelerator: Accelerat
 
 
 def portable(config: Config, condition: Condition) -> str:
-    """Text of the resolved config, with the names of the classes and without the folder, which may be moved."""
+    """Text of the resolved config, with classes or prompts, and without the folder, which may be moved."""
     content = {**config.to_dict(), 'output_dir': None}
-    if condition.classes:
-        content['condition']['classes'] = list(condition.classes)
+    content['condition'] = condition.complete(content['condition'])
     return f'# Resolved config of a run.\n{Config(content).pretty_text}'
 
 
@@ -253,7 +301,7 @@ class Window:
             'epoch': round(step * self.accumulation * self.images_a_forward / images, 4),
             'loss': mean,
             'lr': float(lr),
-            'grad_norm': float(norm),
+            'grad_norm': math.nan if norm is None else float(norm),  # DeepSpeed keeps it to itself
             'images_per_second': round(seen / seconds, 2),
         }
         self.losses, self.clock = [], time.perf_counter()
@@ -283,7 +331,7 @@ class stop_signal:  # noqa: N801
         if self.is_set:
             raise KeyboardInterrupt
         self.is_set = True
-        print('\nstopping after this step, with a checkpoint; once more stops at once', flush=True)
+        print('\nstopping, with a checkpoint; once more stops at once', flush=True)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
