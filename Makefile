@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo test test-slow quality style clean
 help:
-	@echo "make demo       train, fold and compare three detectors on embedded data (about 5 minutes after set-up)"
+	@echo "make demo       train, fold, compare: three detectors and two UNets on embedded data (about 9 minutes after set-up)"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the rest of the tests"
 	@echo "make quality    ruff and mypy; make style: let ruff rewrite"
@@ -32,7 +32,7 @@ style: $(READY)
 	$(VENV)/bin/ruff format .
 
 test: quality
-	$(PY) -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n logical --dist worksteal -m "not slow"
 
 test-slow: $(READY)
 	$(PY) -m pytest -m slow

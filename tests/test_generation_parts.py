@@ -131,8 +131,10 @@ def test_undecodable_files_are_named_counted_and_limited(tmp_path: Path, damage:
     assert len(lines) == 1
     assert 'dog/2.png' in lines[0]
     assert '1 of 12 images' in str(files)
+    files.check()
+    files.add([3])
     with pytest.raises(DataError, match='2 of 12 images cannot be decoded.*max_bad_share'):
-        files.add([3])
+        files.check()
 
 
 @pytest.mark.parametrize(
@@ -151,6 +153,23 @@ def test_undecodable_files_are_named_counted_and_limited(tmp_path: Path, damage:
 def test_data_that_is_not_there_is_an_error(spec: dict[str, Any], message: str) -> None:
     with pytest.raises(AsrError, match=message):
         build_images(spec, 1)
+
+
+def test_damaged_archives_and_sixteen_bits(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'images', classes=('a',), each=1)
+    path = tmp_path / 'deflated.zip'
+    with zipfile.ZipFile(path, 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('a.bmp', (folder / 'a/0.png').read_bytes() + bytes(5000))
+    content = bytearray(path.read_bytes())
+    content[60:80] = bytes(20)
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r'a\.bmp: cannot be decoded'):
+        build_images({'type': 'Zip', 'path': str(path), 'resolution': 8}, 3)[0]
+    levels = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
+    Image.fromarray(levels).save(tmp_path / 'deep.png')
+    deep = build_images({'type': 'ImageFolder', 'path': str(tmp_path), 'resolution': 8}, 1)
+    image = next(deep[i] for i in range(len(deep)) if deep.source.name(i).endswith('deep.png'))
+    torch.testing.assert_close((image[0] + 1) / 2, torch.from_numpy(levels / 65535).float(), rtol=0, atol=0.003)
 
 
 # Objective ------------------------------------------------------------------------------------------------------------
@@ -237,6 +256,8 @@ def test_average_is_applied_for_a_block_only_and_refuses_other_names() -> None:
         ({'max_train_steps': 0}, 'should be greater than 0'),
         ({'mixed_precision': 'bf61'}, "did you mean 'bf16'"),
         ({'sampler': 'PNDM'}, 'not known'),
+        ({'lr_scheduler': 'cosin'}, "did you mean 'cosine'"),
+        ({'num_validation_images': 0}, 'should be greater than 0'),
         ({'report_to': ['mlflow']}, "use 'tensorboard', 'wandb'"),
     ],
 )
@@ -264,6 +285,10 @@ def test_configs_are_checked_before_anything_is_built(tmp_path: Path, options: A
         ),
         ({'model': dict(type='UNet2DModel', **UNET, num_class_embeds=10)}, 'the config has no condition'),
         ({'vae': {'pretrained_model_name_or_path': '/nowhere'}}, 'vae: .* cannot be loaded'),
+        ({'noise_scheduler': {'type': 'DDPMScheduler', 'prediction_type': 'eps'}}, "did you mean 'epsilon'"),
+        ({'guidance_scale': 3.0}, 'needs a condition with drop > 0'),
+        ({'validation_steps': 5, 'num_inference_steps': 200}, 'should be at most 100'),
+        ({'condition': {'type': 'ClassLabels', 'drop': 10}}, 'should be a share'),
     ],
 )  # fmt: skip
 def test_parts_that_do_not_fit_are_named(tmp_path: Path, settings: Any, message: str) -> None:
@@ -304,6 +329,34 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path, sampler: str, pre
     split = generate(parts.model, parts, build, [4, 1], 4, batch_size=1)
     torch.testing.assert_close(split, whole[[4, 1]], rtol=0, atol=1e-5)
     assert (generate(parts.model, parts, build, range(5), 4, seed=1) - whole).abs().max() > 0.1
+
+
+class Exact(nn.Module):
+    """The noise of a Gaussian with standard deviation 0.5, in closed form, wrong by a hundredth."""
+
+    def __init__(self, alphas: torch.Tensor) -> None:
+        super().__init__()
+        self.alphas = nn.Parameter(alphas)
+
+    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
+        a = self.alphas[t].view(-1, 1, 1, 1)
+        noise = x * (1 - a).sqrt() / (0.25 * a + 1 - a)
+        return type('Output', (), {'sample': noise * 1.01})
+
+
+@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('schedule', ['squaredcos_cap_v2', 'linear'])
+def test_samplers_find_the_distribution_of_an_exact_model(tmp_path: Path, sampler: str, schedule: str) -> None:
+    settings = dict(type='DDPMScheduler', beta_schedule=schedule, clip_sample=False)
+    parts = build_parts(config_for(tmp_path, noise_scheduler=settings))
+    model = Exact(parts.scheduler.alphas_cumprod).eval()
+    images = generate(
+        model, parts, build_sampler(sampler, parts.scheduler), range(32), 100 if sampler == 'DDPM' else 20
+    )
+    inside = images[(images > 0) & (images < 1)]  # the rest is cut off
+    expected = (torch.randn(100_000) * 0.5 / 2 + 0.5).clamp(0, 1)
+    assert float(images.std()) == pytest.approx(float(expected.std()), rel=0.15)
+    assert len(inside) / images.numel() > 0.9
 
 
 def test_sampling_is_that_of_the_pipeline_of_diffusers(tmp_path: Path) -> None:
@@ -387,6 +440,28 @@ def test_conditions_reach_the_model_and_are_dropped(tmp_path: Path, kind: str) -
     assert plain.shape == guided.shape == (2, *parts.shape)
     if kind != 'dit':  # a fresh DiT starts with every branch at zero
         assert (plain - guided).abs().max() > 1e-6
+
+
+def test_classes_and_prompts_can_be_chosen(tmp_path: Path) -> None:
+    parts = build_parts(conditioned(tmp_path / 'a', 'unet'))
+    parts.condition.choose(['7', '2'])
+    assert parts.condition.of_samples(range(3)).tolist() == [7, 2, 7]
+    with pytest.raises(AsrError, match="'x' is not a class"):
+        parts.condition.choose(['x'])
+    with pytest.raises(AsrError, match='has no condition'):
+        build_parts(config_for(tmp_path / 'b')).condition.choose(['7'])
+    text = build_parts(conditioned(tmp_path / 'c', 'text')).condition
+    text.choose(['b c'])
+    assert (text.caption(0), text.caption(5)) == ('b c', 'b c')
+
+
+def test_a_transformer_drops_no_labels_by_itself(tmp_path: Path) -> None:
+    parts = build_parts(conditioned(tmp_path, 'dit'))
+    model = parts.model.train()
+    for parameter in model.parameters():
+        parameter.data.normal_(0, 0.1)
+    inputs = parts.inputs(8)
+    torch.testing.assert_close(model(**inputs).sample, model(**inputs).sample, rtol=0, atol=0)
 
 
 def test_class_names_are_checked_against_the_data(tmp_path: Path) -> None:

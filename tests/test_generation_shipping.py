@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 
 from asr_downstream import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError
-from asr_downstream.generation import evaluation
 from asr_downstream.generation.draws import mix
 from asr_downstream.generation.encoder import load_encoder, train_encoder
 from asr_downstream.generation.evaluation import Plan, evaluate_runs
@@ -141,18 +140,18 @@ def test_what_is_shipped_is_stock_and_safe(run: Path, shipped: Path) -> None:
 
 def test_the_code_on_the_card_runs(shipped: Path) -> None:
     code = (shipped / 'README.md').read_text().split('```python\n')[1].split('```')[0]
-    code = code.replace('THIS FOLDER', str(shipped)).replace('num_inference_steps=1000', 'num_inference_steps=2')
     scope: dict[str, Any] = {}
-    exec(code, scope)
+    exec(code.replace('THIS FOLDER', str(shipped)), scope)
     assert len(scope['images']) == 16
 
 
 def test_folders_of_others_are_not_overwritten(run: Path, shipped: Path, tmp_path: Path) -> None:
     (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine/thesis.txt').write_text('...')
-    with pytest.raises(AsrError, match='is no folder that this tool wrote'):
-        fold_and_ship(load_run(run), tmp_path / 'mine')
-    assert (tmp_path / 'mine/thesis.txt').read_text() == '...'
+    for name in ('thesis.txt', 'fold_report.json'):  # a report that is not of this folder does not help
+        (tmp_path / 'mine' / name).write_text('{"files": ["fold_report.json"]}')
+        with pytest.raises(AsrError, match='holds .*thesis.txt, which this tool has not written'):
+            fold_and_ship(load_run(run), tmp_path / 'mine')
+        assert (tmp_path / 'mine/thesis.txt').is_file()
     before = (shipped / 'unet/diffusion_pytorch_model.safetensors').read_bytes()
     fold_and_ship(load_run(run), shipped)  # its own it replaces
     assert (shipped / 'unet/diffusion_pytorch_model.safetensors').read_bytes() == before
@@ -205,7 +204,7 @@ def test_dia_ships_by_calibration(tmp_path: Path) -> None:
 
 # kind -> model class of the shipped pipeline; None: diffusers has no pipeline, its parts are shipped
 PIPELINES = {
-    'class unet': 'DDPMPipeline',
+    'class unet': None,
     'latent dit': 'DiTPipeline',
     'latent text': 'StableDiffusionPipeline',
     'pixel text': None,
@@ -251,43 +250,44 @@ def test_conditioned_models_ship_as_the_pipeline_of_diffusers(tmp_path: Path, ki
     name = PIPELINES[kind]
     assert not list(out.rglob('*.bin')) + list(out.rglob('*.pt'))
     code = (out / 'README.md').read_text().split('```python\n')[1].split('```')[0]
-    if name is None:
-        assert report['pipeline'] is False
-        diffusers.UNet2DConditionModel.from_pretrained(out, subfolder='unet')
-        assert (out / 'text_encoder/model.safetensors').is_file()
-        assert 'encoder_hidden_states' in code
-        return
-    pipeline = getattr(diffusers, name).from_pretrained(out)
-    assert type(pipeline).__name__ == name
+    assert report['pipeline'] is (name is not None)
     scope: dict[str, Any] = {}
-    exec(code.replace('THIS FOLDER', str(out)).replace('num_inference_steps=50', 'num_inference_steps=2'), scope)
-    assert len(scope['images']) in (1, 4)
+    exec(code.replace('THIS FOLDER', str(out)), scope)
+    assert len(scope['images']) == (4 if name is None else 1)
+    if name is not None:
+        assert type(scope['pipeline']).__name__ == name
+        trained_with = load_run(path).parts.scheduler.config
+        for key in ('clip_sample', 'steps_offset', 'prediction_type', 'beta_schedule'):  # pipelines rewrite some
+            assert scope['pipeline'].scheduler.config[key] == trained_with[key]
 
 
-def test_tools_sample_evaluate_and_fold(run: Path, encoder: Path, tmp_path: Path, tool: Any) -> None:
-    def script(*arguments: object) -> str:
-        command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of diffusion/."""
+    command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
 
-    out = script('diffusion/sample.py', run, '--out', tmp_path, '--num-samples', 5, '--steps', 2, '--single', '--fold')
-    assert '5 images of step 1, averaged weights, DDIM, 2 steps' in out
-    assert sorted(p.name for p in tmp_path.glob('*.png')) == [
-        '000000.png',
-        *(f'00000{n}.png' for n in range(1, 5)),
-        'grid.png',
-    ]
-    out = script(
-        'diffusion/evaluate.py', run, '--fold', '--num-samples', 6, '--steps', 2, '--extractor', encoder,
-        '--workers', 0,
-    )  # fmt: skip
-    assert 'unfolded' in out
-    assert 'folded' in out
-    assert 'sampler DDIM, steps 2' in out
+
+def test_the_tool_folds_a_run_and_refuses_options_of_detectors(run: Path, tmp_path: Path, tool: Any) -> None:
     done = tool('fold', run, tmp_path / 'out')
     assert done.returncode == 0, done.stderr
     assert 'a pipeline of diffusers, model card' in done.stdout
+    done = tool('fold', run, tmp_path / 'out', '--data-root', tmp_path)
+    assert done.returncode == 2
+    assert '--data-root is for a detector' in done.stderr
+
+
+@pytest.mark.slow
+def test_scripts_sample_and_evaluate(run: Path, encoder: Path, tmp_path: Path) -> None:
+    options = ('--num-samples', 5, '--steps', 2, '--single', '--fold')
+    done = script('diffusion/sample.py', run, '--out', tmp_path, *options)
+    assert done.returncode == 0, done.stderr
+    assert '5 images of step 1, averaged weights, DDIM, 2 steps' in done.stdout
+    assert sorted(p.name for p in tmp_path.glob('*.png')) == [*(f'00000{n}.png' for n in range(5)), 'grid.png']
+    options = ('--num-samples', 6, '--steps', 2, '--extractor', encoder, '--workers', 0)
+    done = script('diffusion/evaluate.py', run, '--fold', *options)
+    assert done.returncode == 0, done.stderr
+    for part in ('unfolded', '│ folded', 'sampler DDIM, steps 2'):
+        assert part in done.stdout
 
 
 # Evaluation -----------------------------------------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def test_distances_are_those_of_the_formulas() -> None:
 
 
 def test_folded_and_unfolded_have_the_same_numbers(run: Path, encoder: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(run, tmp_path / 'run'))
+    run = Path(shutil.copytree(run, tmp_path / 'run', ignore=shutil.ignore_patterns('evaluation.json')))
     plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'exact'})
     unfolded, folded = evaluate_runs([run], plan)
     assert folded.numbers['fid'] == pytest.approx(unfolded.numbers['fid'], rel=1e-3)
@@ -346,11 +346,34 @@ def test_folded_and_unfolded_have_the_same_numbers(run: Path, encoder: Path, tmp
     assert 'seed 1' in text
 
 
+def test_stock_and_plugged_runs_are_evaluated_together(run: Path, encoder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / 'run'))
+    plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'exact'})
+    found = evaluate_runs([trained(tmp_path / 'stock'), run], plan)
+    assert [result.arm for result in found] == ['unfolded', 'unfolded', 'folded']
+    assert len({str(result.provenance) for result in found}) == 1
+
+
+def test_other_images_are_another_provenance(tmp_path: Path, encoder: Path) -> None:
+    model = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
+    paths = []
+    for number in (1, 2):
+        folder = write_images(tmp_path / str(number) / 'train')
+        if number == 2:
+            shutil.copy(folder / 'cat/0.png', folder / 'cat/1.png')
+        data = dict(type='ImageFolder', path=str(folder), resolution=8)
+        paths.append(trained(tmp_path / f'run{number}', model=model, data=data))
+    a, b = evaluate_runs(paths, Plan(**{**vars(QUICK), 'extractor': str(encoder)}))
+    assert a.provenance['real'] != b.provenance['real']
+    alone = evaluate_runs(paths[1:], Plan(**{**vars(QUICK), 'extractor': str(encoder)}))[0]
+    assert alone.numbers['fid'] == b.numbers['fid']
+
+
 def test_calibrated_folding_is_evaluated_beside_the_model(tmp_path: Path, encoder: Path) -> None:
     path = trained(tmp_path, plug=DIA)
     plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'calibrated', 'calibrate': 8})
     unfolded, calibrated = evaluate_runs([path], plan)
-    assert calibrated.arm == 'calibrated'
+    assert calibrated.arm == 'calibrated on 8'
     assert calibrated.numbers['pixels'] > unfolded.numbers.get('pixels', 0)
     assert calibrated.numbers['parameters'] < unfolded.numbers['parameters']
 
@@ -405,6 +428,9 @@ def test_real_images_that_cannot_be_decoded_are_refused(tmp_path: Path, encoder:
     path = trained(tmp_path / 'run', model=model, data=data)
     with pytest.raises(DataError, match=r'dog/1\.png: cannot be decoded'):
         evaluate_runs([path], Plan(**{**vars(QUICK), 'extractor': str(encoder)}))
+    done = script('diffusion/evaluate.py', path, '--extractor', encoder, '--steps', 2)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'error: {folder}/dog/1.png: cannot be decoded')  # by a worker
 
 
 def test_compare_sees_a_difference(run: Path) -> None:
@@ -414,4 +440,3 @@ def test_compare_sees_a_difference(run: Path) -> None:
     folded.down_blocks[0].resnets[0].conv2.weight.data.mul_(1.1)
     with pytest.raises(FoldError, match='in float32'):
         compare(ours, folded)
-    assert evaluation.PICTURES == 64

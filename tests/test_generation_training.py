@@ -137,11 +137,35 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     start = weights(one.with_name('checkpoint-3'))
     assert max(float((a[k] - start[k]).abs().max()) for k in a) > 1e-3  # negative control
     torch.testing.assert_close(losses(one.parent), losses(tmp_path / 'two/run'), rtol=1e-4, atol=1e-5)
-    # the checkpoint of two is that of the unwrapped model: one process can take it up, and says what changes
-    shutil.rmtree(tmp_path / 'two/run/checkpoint-6')
-    done = launch(path, '--output-dir', tmp_path / 'two/run', '--resume', tmp_path / 'two/run/checkpoint-3')
-    assert done.returncode == 0, done.stderr
-    assert 'processes 2 -> 1; the run goes on, but not bit for bit' in done.stdout
+
+
+@pytest.mark.slow
+def test_two_processes_stop_together_with_a_checkpoint(tmp_path: Path) -> None:
+    path = write_config(tmp_path, max_train_steps=100_000, checkpointing_steps=50_000, logging_steps=5)
+    run = tmp_path / 'run'
+    words = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
+    words += ['diffusion/train.py', str(path), '--output-dir', str(run)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while len(read_log(run / 'log.jsonl')) < 3 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=100)
+    found = checkpoints.find(run)
+    assert int(found.name.rpartition('-')[2]) == losses(run)[-1][0]
+
+
+@pytest.mark.slow
+def test_two_processes_count_bad_files_together(tmp_path: Path) -> None:
+    folder = write_images(tmp_path / 'images')
+    for name in ('cat/1.png', 'dog/2.png'):
+        (folder / name).write_text('hello')
+    model = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
+    data = dict(type='ImageFolder', path=str(folder), resolution=8, max_bad_share=0.1)
+    path = write_config(tmp_path, data=data, model=model, train_batch_size=6)
+    done = launch(path, '--output-dir', tmp_path / 'run', processes=2)
+    assert done.returncode != 0
+    assert '2 of 12 images cannot be decoded, more than max_bad_share=0.1 allows' in done.stderr
 
 
 @pytest.mark.slow
@@ -155,6 +179,11 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_same(run / 'checkpoint-6', tmp_path / 'whole/checkpoint-6')
     assert losses(run) == losses(tmp_path / 'whole')
+    # the checkpoint is that of the unwrapped model: one process can take it up, and says what changes
+    shutil.rmtree(run / 'checkpoint-6')
+    done = launch(path, '--output-dir', run, '--resume', run / 'checkpoint-3')
+    assert done.returncode == 0, done.stderr
+    assert 'processes 2 -> 1; the run goes on, but not bit for bit' in done.stdout
 
 
 def test_interrupting_writes_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
@@ -168,7 +197,7 @@ def test_interrupting_writes_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     output = process.communicate(timeout=100)[0]
     assert process.returncode == 130, output
-    assert 'stopping after this step, with a checkpoint' in output
+    assert 'stopping, with a checkpoint' in output
     found = checkpoints.find(run)
     assert int(found.name.rpartition('-')[2]) == losses(run)[-1][0]
 
@@ -239,7 +268,7 @@ def test_unfinished_folders_are_no_checkpoints_and_old_ones_go_last(tmp_path: Pa
     for step in (5, 10, 20):
         folder = checkpoints.begin(tmp_path, step)
         (folder / 'x').write_text('x')
-        target = checkpoints.complete(folder)
+        target = checkpoints.complete(tmp_path, step)
     (checkpoints.begin(tmp_path, 30) / 'x').write_text('x')  # died while writing
     assert checkpoints.find(tmp_path) == target == tmp_path / 'checkpoint-20'
     checkpoints.prune(tmp_path, 2, target)
@@ -258,8 +287,41 @@ def test_a_resume_that_is_not_there_is_an_error(finished: Path, tmp_path: Path) 
         train(config_for(tmp_path))
     with pytest.raises(AsrError, match='has 6 steps already'):
         train(config_for(tmp_path), 'latest')
-    with pytest.raises(CheckpointError, match='was trained with plug='):
-        train(config_for(tmp_path, plug=DIA, max_train_steps=9), 'latest')
+    other = dict(type='DDPMScheduler', num_train_timesteps=100, prediction_type='v_prediction')
+    for key, value in {'plug': DIA, 'noise_scheduler': other, 'snr_gamma': 5.0}.items():
+        with pytest.raises(CheckpointError, match=f'was trained with {key}='):
+            train(config_for(tmp_path, **{'max_train_steps': 9, key: value}), 'latest')
+    with pytest.raises(CheckpointError, match='the run went on to checkpoint-6; delete or move'):
+        train(config_for(tmp_path, max_train_steps=9), str(tmp_path / 'run/checkpoint-3'))
+
+
+def test_a_resumed_run_follows_the_config(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(finished / 'run', tmp_path / 'run')
+    settings = dict(max_train_steps=10, learning_rate=1e-3, lr_scheduler='constant', lr_warmup_steps=0)
+    train(config_for(tmp_path, **settings, adam_weight_decay=0.5), 'latest')
+    assert [row['lr'] for row in read_log(tmp_path / 'run/log.jsonl')[6:]] == [1e-3] * 4
+    text = capsys.readouterr().out
+    for change in ('max_train_steps 6 -> 10', 'learning_rate 0.002 -> 0.001', 'adam_weight_decay 1e-06 -> 0.5'):
+        assert change in text
+    group = torch.load(tmp_path / 'run/checkpoint-10/optimizer.bin', weights_only=True)['param_groups'][0]
+    assert group['weight_decay'] == 0.5
+
+
+def test_accumulation_may_change_at_a_resume(finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished / 'run', tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run/checkpoint-6')
+    last = train(config_for(tmp_path, **SPLIT), 'latest')
+    for key, value in weights(finished / 'run/checkpoint-6').items():  # the same samples in two halves
+        torch.testing.assert_close(weights(last)[key], value, rtol=1e-4, atol=2e-5, msg=key)
+
+
+def test_incomplete_checkpoints_are_set_aside_at_a_resume(finished: Path, tmp_path: Path) -> None:
+    run = tmp_path / 'run'
+    shutil.copytree(finished / 'run', run)
+    truncate(run / 'checkpoint-6')
+    train(config_for(tmp_path, max_train_steps=5), 'latest')
+    assert [p.name for p in checkpoints.checkpoints_in(run)] == ['checkpoint-3', 'checkpoint-5']
+    assert (run / 'incomplete-checkpoint-6').is_dir()
 
 
 def test_a_failed_write_leaves_the_older_checkpoint(
@@ -283,13 +345,18 @@ def test_a_failed_write_leaves_the_older_checkpoint(
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
+    settings = dict(learning_rate=1e18, lr_warmup_steps=0, max_train_steps=20)
     with pytest.raises(AsrError, match=r'step \d+: the loss is (nan|inf) .*last checkpoint: .*lower learning_rate'):
-        train(config_for(tmp_path, learning_rate=1e18, lr_warmup_steps=0, max_train_steps=20))
+        train(config_for(tmp_path / 'a', checkpointing_steps=20, **settings))
+    with pytest.raises(AsrError, match=r'step \d+: .*are not finite: the training diverged, and no checkpoint'):
+        train(config_for(tmp_path / 'b', checkpointing_steps=1, logging_steps=20, **settings))
+    for checkpoint in checkpoints.checkpoints_in(tmp_path / 'b/run'):
+        assert all(value.isfinite().all() for value in weights(checkpoint).values())
 
 
 def test_options_of_the_loop_train(tmp_path: Path) -> None:
     config = config_for(
-        tmp_path, mixed_precision='no', channels_last=True, torch_compile=False, report_to=['tensorboard'],
+        tmp_path, channels_last=True, report_to=['tensorboard'],
         lr_scheduler='constant_with_warmup', validation_steps=3, num_validation_images=4, num_inference_steps=3,
         checkpoints_total_limit=1,
     )  # fmt: skip
@@ -320,6 +387,8 @@ def test_precision_and_compilation(tmp_path: Path, settings: dict[str, Any]) -> 
     assert done.returncode == 0, done.stderr
     for (_, ours), (_, theirs) in zip(losses(tmp_path / 'run'), losses(tmp_path / 'plain'), strict=True):
         assert ours == pytest.approx(theirs, rel=0.05)
+    if 'mixed_precision' in settings:
+        assert losses(tmp_path / 'run') != losses(tmp_path / 'plain')
     assert not any('_orig_mod' in key for key in weights(tmp_path / 'run/checkpoint-6'))
 
 
