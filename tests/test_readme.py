@@ -12,10 +12,11 @@ from conftest import ROOT
 
 README = (ROOT / 'README.md').read_text()
 BLOCKS = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-COMMANDS = re.findall(r'python (tools/\w+\.py)([^\n`#]*)', README + (ROOT / 'det_configs/README.md').read_text())
+TEXTS = README + (ROOT / 'det_configs/README.md').read_text() + (ROOT / 'diffusion/README.md').read_text()
+COMMANDS = re.findall(r'((?:tools|diffusion)/\w+\.py)([^\n`#]*)', TEXTS)
 
 
-RUNNABLE = [b for b in BLOCKS if 'init_detector' not in b and '_base_' not in b]
+RUNNABLE = [b for b in BLOCKS if not any(word in b for word in ('init_detector', '_base_', 'from_pretrained('))]
 
 
 @pytest.mark.parametrize('block', RUNNABLE, ids=range(len(RUNNABLE)))
@@ -34,6 +35,23 @@ def test_the_config_block_builds_a_plugged_detector(tmp_path: Path) -> None:
     path = tmp_path / 'config.py'
     path.write_text(next(b for b in BLOCKS if '_base_' in b))
     assert len(describe(build_detector(load_config(path))).sites) == 13
+
+
+def test_the_diffusion_block_is_a_config_of_a_plugged_unet(tmp_path: Path) -> None:
+    pytest.importorskip('diffusers')
+    from asr_downstream import describe
+    from asr_downstream.generation.config import load_config
+    from asr_downstream.generation.models import build_model
+
+    path = tmp_path / 'config.py'
+    path.write_text(next(b for b in BLOCKS if 'max_train_steps' in b))
+    assert len(describe(build_model(load_config(path))).sites) == 18
+
+
+def test_the_tables_of_sites_are_the_data() -> None:
+    from asr_downstream.sites import sites_table
+
+    assert sites_table() in README
 
 
 def test_commands_name_tools_and_options_that_exist() -> None:

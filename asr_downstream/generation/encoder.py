@@ -132,7 +132,7 @@ def train_encoder(images: Images, out: Path, seed: int = 0, steps: int = STEPS, 
     }
     if not all(value.isfinite().all() for value in model.state_dict().values()):
         raise AsrError('the encoder did not learn: its weights are not finite; try another seed')
-    metadata = {'about': json.dumps(about), 'classes': str(model.net.fc.out_features)}
+    metadata = {'about': json.dumps(about)}  # one key: safetensors writes several in any order, and the file is hashed
     write_atomically(out, lambda p: save_file(model.state_dict(), p, metadata))
     return load_encoder(out)
 
@@ -156,12 +156,13 @@ def load_encoder(path: Path) -> Encoder:
     try:
         with safe_open(path, 'pt') as file:
             metadata = file.metadata() or {}
-        model = Encoder(int(metadata['classes']))
-        model.load_state_dict(load_file(path))
+        state = load_file(path)
+        model = Encoder(len(state['net.fc.bias']))
+        model.load_state_dict(state)
+        model.about = json.loads(metadata['about'])
     except (OSError, KeyError, ValueError, RuntimeError) as error:
         raise CheckpointError(f'{path}: is no encoder of this package ({type(error).__name__}: {error})') from error
     except Exception as error:  # safetensors has its own class
         raise CheckpointError(f'{path}: is damaged ({error})') from error
-    model.about = json.loads(metadata['about'])
     model.identity = f'sha256:{sha256(path)[:16]}'
     return copy.deepcopy(model).eval().requires_grad_(False)

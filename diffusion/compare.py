@@ -1,0 +1,30 @@
+"""Compare runs: loss and FID by step, samples of the same noise by step, tables of what was evaluated.
+
+    python diffusion/compare.py work_dirs/unet-w32_cifar10 work_dirs/unet-w32-asr-se_cifar10 --out work_dirs/compared
+
+Writes curves.png, samples.png and results.json. FID is there for the checkpoints that diffusion/evaluate.py was run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from asr_downstream import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, draw and print."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='folders of runs')
+    parser.add_argument('--out', type=Path, default=Path('work_dirs/compared'), help='folder (work_dirs/compared)')
+    args = parser.parse_args(argv)
+
+    from asr_downstream.generation.comparison import compare_runs
+
+    print(compare_runs(args.runs, args.out))
+    print(f'{args.out}: curves.png, samples.png, results.json')
+
+
+if __name__ == '__main__':
+    cli.run(main)
