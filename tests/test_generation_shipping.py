@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from asr_downstream import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError
+from asr_downstream.generation.comparison import compare_runs
 from asr_downstream.generation.draws import mix
 from asr_downstream.generation.encoder import load_encoder, train_encoder
 from asr_downstream.generation.evaluation import Plan, evaluate_runs
@@ -367,6 +368,22 @@ def test_other_images_are_another_provenance(tmp_path: Path, encoder: Path) -> N
     assert a.provenance['real'] != b.provenance['real']
     alone = evaluate_runs(paths[1:], Plan(**{**vars(QUICK), 'extractor': str(encoder)}))[0]
     assert alone.numbers['fid'] == b.numbers['fid']
+
+
+def test_runs_are_compared_in_pictures_and_tables(run: Path, encoder: Path, tmp_path: Path) -> None:
+    options = dict(max_train_steps=4, checkpointing_steps=2, validation_steps=2, num_validation_images=4)
+    other = train(config_for(tmp_path / 'other', num_inference_steps=2, **options)).parent
+    evaluate_runs([other / 'checkpoint-2', other], Plan(**{**vars(QUICK), 'extractor': str(encoder)}))
+    text = compare_runs([other], tmp_path / 'out')
+    assert text.count('unfolded') == 2
+    assert {p.name for p in (tmp_path / 'out').iterdir()} == {'curves.png', 'samples.png', 'results.json'}
+    content = json.loads((tmp_path / 'out/results.json').read_text())
+    assert [row['step'] for row in content['results']] == [2, 4]
+    assert content['loss']['run'][-1][0] == 4
+    compare_runs([other, run], tmp_path / 'both')  # the second has no samples: no picture of them
+    assert not (tmp_path / 'both/samples.png').exists()
+    with pytest.raises(AsrError, match='has no log.jsonl'):
+        compare_runs([tmp_path], tmp_path / 'none')
 
 
 def test_calibrated_folding_is_evaluated_beside_the_model(tmp_path: Path, encoder: Path) -> None:

@@ -98,7 +98,7 @@ def test_constraints_pin_what_the_setup_needs(setup_env: object, tmp_path: Path)
 
 
 def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path) -> None:
-    done = tool('benchmark', 'plug', '--rounds', '2', '--case', '56', '--out', tmp_path)
+    done = tool('benchmark', 'plug', '--rounds', '1', '--case', '56', '--out', tmp_path)
     assert done.returncode == 0, done.stderr
     case = json.loads((tmp_path / 'plug.json').read_text())['cases'][0]
     assert max(case['agreement'].values()) < 1e-5
@@ -109,6 +109,18 @@ def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path
     assert min(saved['ASR(SE), feature maps'], saved['SE, plain'], saved['DIA r=4, plain']) > 1.1
     assert set(case['inference']) == {*saved, 'folded'}
     assert 'feature maps' in done.stdout
+
+
+@pytest.mark.slow
+def test_benchmark_of_unets(tool: Callable[..., object], tmp_path: Path) -> None:
+    done = tool('benchmark', 'unet', '--rounds', '1', '--case', 'attention', '--out', tmp_path)
+    assert done.returncode == 0, done.stderr
+    case = json.loads((tmp_path / 'unet.json').read_text())['cases'][0]
+    assert max(case['agreement'].values()) < 1e-5
+    saved = case['saved']
+    assert saved['ASR(SE)'] <= 1.001
+    assert max(saved['SE'], saved['DIA r=4']) <= 1.01
+    assert min(saved['ASR(SE), feature maps'], saved['SE, plain'], saved['DIA r=4, plain']) > 1.1
 
 
 def test_parameters_by_depth() -> None:
