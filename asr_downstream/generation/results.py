@@ -87,7 +87,9 @@ def tables(results: Iterable[Result]) -> str:
 def one_table(rows: list[Result]) -> str:
     """Table of results of one provenance."""
     present = [name for name in COLUMNS if any(name in row.numbers for row in rows)]
-    table = Table('run', 'step', 'arm')
+    table = Table()
+    for head in ('run', 'step', 'arm'):
+        table.add_column(head, no_wrap=True)
     for name in present:
         table.add_column(HEADS.get(name, name), justify='right')
     for row in rows:
