@@ -98,5 +98,5 @@ def draw_samples(path: Path, runs: Sequence[Path]) -> None:
             axis.imshow(np.asarray(Image.open(run / 'samples' / name)))
             axis.set(xticks=[], yticks=[])
             axis.set_title(f'{run.name}, step {int(name[5:-4])}', fontsize=8)
-    write_atomically(path, lambda p: figure.savefig(p, dpi=110, format='png'))
+    write_atomically(path, lambda p: figure.savefig(p, dpi=75, format='png'))
     plt.close(figure)

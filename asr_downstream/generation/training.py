@@ -227,8 +227,10 @@ def agree(accelerator: Accelerator, stopping: stop_signal, bad: BadFiles) -> boo
     Raises:
         DataError: too many files are bad; on all processes.
     """
-    if accelerator.num_processes > 1:
-        bad.add(gather_object(sorted(bad.found)))
+    if accelerator.num_processes == 1:
+        bad.check()
+        return stopping.is_set
+    bad.add(gather_object(sorted(bad.found)))
     bad.check()
     flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
     return bool(accelerator.reduce(flag, 'sum') > 0)
