@@ -12,6 +12,7 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
+from asr_downstream.configs import override, read_config
 from asr_downstream.errors import AsrError, DataError, FoldError
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
@@ -36,18 +37,10 @@ def load_config(
         AsrError: the file is missing or is no config.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AsrError(f'{path}: no such config; configs are in det_configs/')
-    try:
-        config = Config.fromfile(path)
-    except Exception as error:
-        raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
+    config = read_config(path, 'det_configs/')
     if 'model' not in config:
         raise AsrError(f'{path}: has no "model"; expected an MMDetection config')
-    try:
-        config.merge_from_dict(options or {})
-    except Exception as error:
-        raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error
+    override(config, options, path)
     init_default_scope(config.get('default_scope', 'mmdet'))
     shared = os.environ.get('ASR_DATA_ROOT')
     if needs_data and data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):

@@ -9,6 +9,7 @@ from typing import Any
 
 from mmengine.config import Config
 
+from asr_downstream.configs import override, read_config
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.generation import defaults
 
@@ -40,24 +41,14 @@ def load_config(path: Path, options: dict[str, Any] | None = None, data: Path | 
         DataError: ``data`` does not exist.
     """
     path = Path(path)
-    if not path.is_file():
-        raise AsrError(f'{path}: no such config; configs are in diffusion/configs/')
-    try:
-        given = Config.fromfile(path)
-    except Exception as error:
-        raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
+    given = read_config(path, 'diffusion/configs/')
     config = Config({key: copy.deepcopy(getattr(defaults, key)) for key in TYPES}, filename=str(path))
-    try:
-        for key, value in given.items():
-            check_known(key, path)
-            config[key] = copy.deepcopy(value)  # a dict replaces the default dict: its keys belong to its type
-        for key in options or {}:
-            check_known(key.partition('.')[0], Path('--cfg-options'))
-        config.merge_from_dict(options or {})
-    except AsrError:
-        raise
-    except Exception as error:
-        raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error
+    for key, value in given.items():
+        check_known(key, path)
+        config[key] = copy.deepcopy(value)  # a dict replaces the default dict: its keys belong to its type
+    for key in options or {}:
+        check_known(key.partition('.')[0], Path('--cfg-options'))
+    override(config, options, path)
     point_at_data(config, data)
     check(config, path)
     return config

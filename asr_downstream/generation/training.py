@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, gather_object
 from diffusers.optimization import get_scheduler
 from mmengine.config import Config
 from torch.utils.data import DataLoader
@@ -30,9 +27,9 @@ from asr_downstream.generation.models import plain
 from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.pictures import grid, save_grid
+from asr_downstream.generation.processes import StopSignal, agree, start_processes
 from asr_downstream.generation.reporting import Reporter
 from asr_downstream.generation.resuming import (
-    SHARDED,
     Progress,
     check_same_run,
     load_training,
@@ -102,7 +99,8 @@ def train(config: Config, resume: str | None = None) -> Path:
         check_same_run(found, progress, start_from, say)
         if found.step >= total:
             raise AsrError(f'{start_from}: has {found.step} steps already; raise max_train_steps to go on')
-        checkpoints.set_aside_later(run, start_from) if accelerator.is_main_process else None
+        if accelerator.is_main_process:
+            checkpoints.set_aside_later(run, start_from)
         accelerator.wait_for_everyone()
         load_training(start_from, accelerator, model, ema)
         progress.step, progress.scheduled, progress.bad = found.step, found.scheduled, found.bad
@@ -123,7 +121,7 @@ def train(config: Config, resume: str | None = None) -> Path:
     with ExitStack() as stack:
         if reporter is not None:
             stack.callback(reporter.close)
-        stopping = stack.enter_context(stop_signal())
+        stopping = stack.enter_context(StopSignal())
         batches = iter(loader)
         for step in range(progress.step + 1, total + 1):
             torch.manual_seed(mix(config.seed, 'model', accelerator.process_index, step))  # dropout
@@ -179,34 +177,6 @@ def train(config: Config, resume: str | None = None) -> Path:
     return checkpoint
 
 
-def start_processes(config: Config) -> Accelerator:
-    """Join the processes of this launch: accelerate's and torchrun's environment variables say which.
-
-    Raises:
-        AsrError: several were launched, but accelerate sees one.
-    """
-    launched = int(os.environ.get('WORLD_SIZE', '1'))
-    accelerator = Accelerator(
-        cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other
-        mixed_precision=config.mixed_precision,
-        # A plugin, because a number gives way to an environment variable of the launcher.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-    )
-    if accelerator.num_processes != launched:
-        raise AsrError(
-            f'{launched} processes were launched, but accelerate sees {accelerator.num_processes}: on CPU use torchrun '
-            f'--nproc_per_node N, on GPUs accelerate launch --multi_gpu --num_processes N'
-        )
-    if accelerator.distributed_type in SHARDED and (config.use_ema or config.validation_steps):
-        raise AsrError(
-            f'{accelerator.distributed_type.value} shards the weights, which can then be neither averaged nor sampled '
-            f'on one process: add --cfg-options use_ema=False validation_steps=0'
-        )
-    return accelerator
-
-
 def set_rates(config: Config, optimiser: Any, schedule: Any, scheduled: int) -> None:
     """Let optimiser and schedule follow the config from here on; a checkpoint brings the settings of its own."""
     schedule.last_epoch = scheduled
@@ -219,21 +189,6 @@ def set_rates(config: Config, optimiser: Any, schedule: Any, scheduled: int) -> 
             'eps': config.adam_epsilon,
         }
     schedule._last_lr = [group['lr'] for group in optimiser.param_groups]
-
-
-def agree(accelerator: Accelerator, stopping: stop_signal, bad: BadFiles) -> bool:
-    """Let processes agree on the files that are bad, and on whether one was told to stop.
-
-    Raises:
-        DataError: too many files are bad; on all processes.
-    """
-    if accelerator.num_processes == 1:
-        bad.check()
-        return stopping.is_set
-    bad.add(gather_object(sorted(bad.found)))
-    bad.check()
-    flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
-    return bool(accelerator.reduce(flag, 'sum') > 0)
 
 
 def build_loader(config: Config, samples: Any, done: int, accelerator: Accelerator) -> DataLoader:
@@ -315,26 +270,3 @@ class Window:
         begin = time.perf_counter()
         yield
         self.clock += time.perf_counter() - begin
-
-
-class stop_signal:  # noqa: N801
-    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts."""
-
-    is_set = False
-
-    def __enter__(self) -> stop_signal:
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number: int, frame: Any) -> None:
-        """Note the first one."""
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-        print('\nstopping, with a checkpoint; once more stops at once', flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

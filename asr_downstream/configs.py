@@ -1,0 +1,42 @@
+"""Config files: MMEngine's, read with errors that say which file and which override."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.errors import AsrError
+
+__all__ = ['override', 'read_config']
+
+
+def read_config(path: Path, where: str) -> Config:
+    """Read a config file.
+
+    Args:
+        path: the file.
+        where: folder with ready ones, for the message.
+
+    Raises:
+        AsrError: it is missing or is no config.
+    """
+    if not path.is_file():
+        raise AsrError(f'{path}: no such config; configs are in {where}')
+    try:
+        return Config.fromfile(path)
+    except Exception as error:
+        raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
+
+
+def override(config: Config, options: dict[str, Any] | None, path: Path) -> None:
+    """Apply ``--cfg-options``, ``{'optimizer.lr': 0.01}``, in place.
+
+    Raises:
+        AsrError: they do not fit.
+    """
+    try:
+        config.merge_from_dict(options or {})
+    except Exception as error:
+        raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error

@@ -1,0 +1,84 @@
+"""The processes of a launch: how they find each other, agree, and stop together."""
+
+from __future__ import annotations
+
+import os
+import signal
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from mmengine.config import Config
+
+from asr_downstream.errors import AsrError
+from asr_downstream.generation.data import BadFiles
+from asr_downstream.generation.resuming import SHARDED
+
+__all__ = ['StopSignal', 'agree', 'start_processes']
+
+
+def start_processes(config: Config) -> Accelerator:
+    """Join the processes of this launch: accelerate's and torchrun's environment variables say which.
+
+    Raises:
+        AsrError: several were launched, but accelerate sees one.
+    """
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    accelerator = Accelerator(
+        cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other
+        mixed_precision=config.mixed_precision,
+        # A plugin, because a number gives way to an environment variable of the launcher.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+    )
+    if accelerator.num_processes != launched:
+        raise AsrError(
+            f'{launched} processes were launched, but accelerate sees {accelerator.num_processes}: on CPU use torchrun '
+            f'--nproc_per_node N, on GPUs accelerate launch --multi_gpu --num_processes N'
+        )
+    if accelerator.distributed_type in SHARDED and (config.use_ema or config.validation_steps):
+        raise AsrError(
+            f'{accelerator.distributed_type.value} shards the weights, which can then be neither averaged nor sampled '
+            f'on one process: add --cfg-options use_ema=False validation_steps=0'
+        )
+    return accelerator
+
+
+def agree(accelerator: Accelerator, stopping: StopSignal, bad: BadFiles) -> bool:
+    """Let processes agree on the files that are bad, and on whether one was told to stop.
+
+    Raises:
+        DataError: too many files are bad; on all processes.
+    """
+    if accelerator.num_processes == 1:
+        bad.check()
+        return stopping.is_set
+    bad.add(gather_object(sorted(bad.found)))
+    bad.check()
+    flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
+    return bool(accelerator.reduce(flag, 'sum') > 0)
+
+
+class StopSignal:
+    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts."""
+
+    is_set = False
+
+    def __enter__(self) -> StopSignal:
+        self.before = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.before[number] = signal.signal(number, self.handle)
+        return self
+
+    def handle(self, number: int, frame: Any) -> None:
+        """Note the first one."""
+        if self.is_set:
+            raise KeyboardInterrupt
+        self.is_set = True
+        print('\nstopping, with a checkpoint; once more stops at once', flush=True)
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
