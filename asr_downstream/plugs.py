@@ -21,7 +21,7 @@ from asr_downstream.grouping import Share, group_sites
 from asr_downstream.layers import LAYERS
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, find
 from asr_downstream.sharing import Member, SharedUnit
-from asr_downstream.sites import Site
+from asr_downstream.sites import Site, some
 
 __all__ = ['ASR', 'DIA', 'Attention', 'Plug']
 
@@ -77,6 +77,11 @@ class Plug:
         if not kept:
             raise PlugError(f'skip={self.skip!r} leaves out all {len(sites)} sites')
         return kept
+
+    @property
+    def uses_input(self) -> bool:
+        """Whether the attention looks at its input."""
+        return getattr(self.factory, 'uses_input', True)
 
     def build(self, sites: list[Site], stream: Streams) -> tuple[dict[str, list[Gate]], list[SharedUnit]]:
         """Build the gates of all ``sites``, with dtype and device of their layers; the model is not touched.
@@ -231,6 +236,24 @@ class Attention(Plug):
         attention: spec of the attention.
         sites, skip, preserve: see `Plug`.
     """
+
+    def select(self, sites: list[Site]) -> list[Site]:
+        """Leave out what ``skip`` names, and layers that see windows of an image where an attention wants the image.
+
+        Raises:
+            PlugError: such a layer was named, or nothing is left.
+        """
+        kept = super().select(sites)
+        windows = [site.path for site in kept if site.windows] if self.uses_input else []
+        if not windows:
+            return kept
+        whole = [site for site in kept if not site.windows]
+        if not isinstance(self.sites, str) or not whole:
+            raise PlugError(
+                f'{some(windows, 3)}: sees windows of an image as samples of their own, so gates that depend on the '
+                f"input would be those of a window; leave it out of sites=[...], or use dict(type='ASR', ...)"
+            )
+        return whole
 
     def gate(self, site: Site, attention: nn.Module) -> Gate:
         if getattr(attention, 'uses_input', True):

@@ -17,9 +17,7 @@ __all__ = ['ATTENTIONS', 'MODELS', 'PLUGS', 'build', 'find']
 
 ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
 PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
-MODELS = Registry(
-    'model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.backbones']
-)
+MODELS = Registry('model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.plugged'])
 
 
 def build(registry: Registry, spec: Any, **defaults: Any) -> Any:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import numpy as np
 import torch
+from conftest import ROOT
 from mmengine.config import Config
 from PIL import Image
+from safetensors.torch import load_file
 
 from asr_downstream.generation.config import load_config
+from asr_downstream.generation.reporting import read_log
 
 UNET = dict(
     sample_size=8,
@@ -132,3 +138,37 @@ def write_text_encoder(folder: Path, width: int = 24) -> Path:
     )  # fmt: skip
     CLIPTextModel(config).save_pretrained(folder / 'text_encoder')
     return folder
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Weights and average of a checkpoint."""
+    found = load_file(checkpoint / 'model.safetensors')
+    if (checkpoint / 'ema.safetensors').is_file():
+        found |= {f'ema.{k}': v for k, v in load_file(checkpoint / 'ema.safetensors').items()}
+    return found
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of every line of a log."""
+    return [(row['step'], row['loss']) for row in read_log(run / 'log.jsonl')]
+
+
+def assert_same(one: Path, other: Path) -> None:
+    """Assert equal weights, bit by bit."""
+    a, b = weights(one), weights(other)
+    assert a.keys() == b.keys()
+    assert [k for k in a if not torch.equal(a[k], b[k])] == []
+
+
+def command(*arguments: object) -> list[str]:
+    """Command line of a training in one process."""
+    return [sys.executable, '-W', 'ignore', 'diffusion/train.py', *map(str, arguments)]
+
+
+def launch(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a training in processes of its own."""
+    words = command(*arguments)
+    if processes > 1:
+        words[:3] = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -26,6 +26,7 @@ from asr_downstream.folding import fold
 from asr_downstream.layers import Plugged, detach
 from asr_downstream.models import resnet56
 from asr_downstream.plugging import plug
+from asr_downstream.registry import MODELS
 from asr_downstream.timing import Ratio, paired_times, ratio
 from asr_downstream.verification import verify
 
@@ -55,9 +56,9 @@ class Case:
 
 def mmdet_resnet50() -> nn.Module:
     """MMDetection's ResNet-50, all of it trained."""
-    from asr_downstream.detection.backbones import ResNet
+    from mmdet.models import ResNet
 
-    return ResNet.stock_class(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
+    return ResNet(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
 
 
 CASES = (
@@ -216,14 +217,14 @@ def fold_seconds(repeats: int = 5) -> float:
 
 def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
     """Parameters that SE and DIA add to mmdet's ResNets: SE grows with the depth, a shared unit does not."""
-    from asr_downstream.detection.backbones import ResNet
+    import asr_downstream.detection.plugged  # noqa: F401
 
     counts: dict[str, dict[str, int]] = {}
     for depth in (50, 101, 152):
-        stock = sum(p.numel() for p in ResNet.stock_class(depth).parameters())
+        stock = sum(p.numel() for p in MODELS.get('ResNet').stock_class(depth).parameters())
         counts[f'ResNet-{depth}'] = {'stock': stock}
         for name, spec in {'SE r=16': SE, 'DIA r=4': dia(4), 'DIA r=20': dia(20)}.items():
-            model = ResNet(depth, frozen_stages=-1, plug=spec)
+            model = MODELS.build(dict(type='ResNet', depth=depth, frozen_stages=-1, plug=spec))
             counts[f'ResNet-{depth}'][name] = sum(p.numel() for p in model.parameters()) - stock
     out = Table('backbone', 'stock', 'SE r=16', 'DIA r=4', 'DIA r=20', title='parameters, and what plugs add')
     for name, row_counts in counts.items():

@@ -8,11 +8,34 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from mmdet.models.backbones import resnet, resnext
+from mmdet.models.backbones import (
+    detectors_resnet,
+    efficientnet,
+    res2net,
+    resnest,
+    resnet,
+    resnext,
+    swin,
+    trident_resnet,
+)
+from mmdet.models.layers import inverted_residual
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 __all__ = ['use_non_reentrant']
+
+BLOCKS: tuple[type[nn.Module], ...] = (
+    resnet.BasicBlock,
+    resnet.Bottleneck,
+    resnext.Bottleneck,
+    res2net.Bottle2neck,
+    resnest.Bottleneck,
+    detectors_resnet.Bottleneck,
+    trident_resnet.TridentBottleneck,
+    inverted_residual.InvertedResidual,
+    efficientnet.EdgeResidual,
+    swin.SwinBlock,
+)
 
 
 class _Checkpointed:
@@ -25,27 +48,20 @@ class _Checkpointed:
         """What the stock forward reads."""
         return False
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, *args: Any) -> Any:
         forward = super().forward  # type: ignore[misc]
-        return checkpoint(forward, x, use_reentrant=False) if x.requires_grad else forward(x)
+        return checkpoint(forward, x, *args, use_reentrant=False) if x.requires_grad else forward(x, *args)
 
 
-class CheckpointedBasicBlock(_Checkpointed, resnet.BasicBlock):
-    stock_class = resnet.BasicBlock
+def checkpointed(block: type[nn.Module]) -> type[nn.Module]:
+    """Make the checkpointed class of a block, as an attribute of this module, so that it pickles."""
+    name = f'Checkpointed_{block.__module__.rpartition(".")[2]}_{block.__name__}'
+    made = type(name, (_Checkpointed, block), {'stock_class': block, '__module__': __name__})
+    globals()[name] = made
+    return made
 
 
-class CheckpointedBottleneck(_Checkpointed, resnet.Bottleneck):
-    stock_class = resnet.Bottleneck
-
-
-class CheckpointedResNeXtBottleneck(_Checkpointed, resnext.Bottleneck):
-    stock_class = resnext.Bottleneck
-
-
-CHECKPOINTED: dict[type[nn.Module], type[nn.Module]] = {
-    cls.stock_class: cls
-    for cls in (CheckpointedBasicBlock, CheckpointedBottleneck, CheckpointedResNeXtBottleneck)
-}  # fmt: skip
+CHECKPOINTED: dict[type[nn.Module], type[nn.Module]] = {block: checkpointed(block) for block in BLOCKS}
 
 
 def use_non_reentrant(model: nn.Module) -> None:

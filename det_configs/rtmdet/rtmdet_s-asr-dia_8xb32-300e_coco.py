@@ -1,0 +1,16 @@
+# python tools/train_det.py det_configs/rtmdet/rtmdet_s-asr-dia_8xb32-300e_coco.py --data-root /data/coco
+# ASR over DIA: learned inputs through one DIA-LSTM a stage, r = 20; constant gates, which
+# fold into the stock detector.
+# preserve=True starts where the pretrained backbone stands.
+_base_ = './rtmdet_s_8xb32-300e_coco.py'
+
+model = dict(
+    backbone=dict(
+        type='asr_downstream.CSPNeXt',
+        plug=dict(
+            type='ASR',
+            attention=dict(type='DIALSTM', reduction=20),
+            preserve=True,
+        ),
+    )
+)
