@@ -4,9 +4,13 @@
     python tools/train_det.py CONFIG --data-root /data/coco --work-dir runs/a --amp
     python tools/train_det.py CONFIG --cfg-options train_cfg.max_epochs=3 optim_wrapper.optimizer.lr=0.01
     python tools/train_det.py CONFIG --resume            # continue from the newest checkpoint in the work dir
+    python tools/train_det.py CONFIG --resume auto       # the same if there is one, else start
     python tools/train_det.py CONFIG --dry-run           # sites, parameters and steps; trains nothing
+    tools/dist_train.sh CONFIG 8 --auto-scale-lr         # 8 processes: GPUs, or without any the CPU
 
 Data: --data-root, or ASR_DATA_ROOT=/data for a config whose data_root is data/NAME/.
+
+Ctrl-C ends the training after the step, with a checkpoint that --resume continues from, within the epoch.
 """
 
 from __future__ import annotations
@@ -27,14 +31,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')
     parser.add_argument('--amp', action='store_true', help='mixed precision')
     parser.add_argument('--auto-scale-lr', action='store_true', help='scale the lr to the batch size in use')
-    parser.add_argument('--resume', nargs='?', const='latest', metavar='CHECKPOINT', help='continue a training')
+    parser.add_argument(
+        '--resume', nargs='?', const='latest', metavar='auto|CHECKPOINT', help='continue a training (default: newest)'
+    )
+    parser.add_argument('--ema', action='store_true', help='average the weights; checkpoints and AP are of the average')
+    parser.add_argument('--fold-eval', action='store_true', help='validate a folded copy')
+    parser.add_argument('--report-to', nargs='+', default=[], choices=['tensorboard', 'wandb'], help='besides the log')
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started this process, if several'
+    )
+    parser.add_argument('--local-rank', '--local_rank', type=int, help='what some launchers pass; not used')
     parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
     parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
     parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.detection import evaluation, training
+    from asr_downstream.detection import evaluation, processes, training
     from asr_downstream.detection.config import load_config
 
     config = load_config(args.config, args.data_root, args.cfg_options)
@@ -44,11 +57,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.auto_scale_lr.enable = True
     if args.seed is not None:
         config.randomness = {**config.get('randomness', {}), 'seed': args.seed}
+    if args.ema:
+        training.average(config)
+    if args.fold_eval:
+        config.fold_eval = True
+    training.report_to(config, args.report_to)
     if args.dry_run:
         print(training.plan(config))
         return
+    processes.join(config, args.launcher)
     training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
-    print(f'last checkpoint: {training.train(config)}')
+    checkpoint, complete = training.train(config)
+    print(f'last checkpoint: {checkpoint}' if complete else f'stopped; --resume continues from {checkpoint}')
 
 
 if __name__ == '__main__':

@@ -81,8 +81,9 @@ def set_data_root(config: Config, root: Path) -> None:
 
 
 def stock_config(config: Config) -> Config:
-    """Return a copy whose model is the stock model: types of this package become mmdet's, ``plug`` is dropped."""
+    """Return a copy that names nothing of this package: its types become those they extend, ``plug`` is dropped."""
     stock = copy.deepcopy(config)
+    stock.pop('fold_eval', None)
 
     def strip(node: Any) -> None:
         if isinstance(node, dict):
@@ -96,7 +97,7 @@ def stock_config(config: Config) -> Config:
             for value in node:
                 strip(value)
 
-    strip(stock.model)
+    strip(stock._cfg_dict)
     imports = stock.get('custom_imports')
     if imports:
         imports.imports = [name for name in imports.imports if name not in plugin_modules()]

@@ -1,34 +1,46 @@
-"""Training: MMEngine's Runner, with the data and the checkpoints checked before it starts."""
+"""Training: MMEngine's Runner, with the data and the checkpoints checked before it starts, and a way to stop."""
 
 from __future__ import annotations
 
+import importlib.util
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
+from mmengine.dist import barrier
+from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.description import describe
 from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.detectors import build_detector
-from asr_downstream.errors import CheckpointError
+from asr_downstream.detection.loops import StopHook, Stopped, bare
+from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files import check_writable
 from asr_downstream.layers import rebind
+from asr_downstream.stopping import StopSignal
 
-__all__ = ['plan', 'prepare', 'train']
+__all__ = ['REPORTS', 'average', 'plan', 'prepare', 'report_to', 'train']
+
+# Where training may report besides its own log -> back end of MMEngine, package.
+REPORTS = {'tensorboard': ('TensorboardVisBackend', 'tensorboard'), 'wandb': ('WandbVisBackend', 'wandb')}
 
 
 def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bool = False) -> None:
     """Check everything that a training will read, and set where it writes; changes ``config`` in place.
 
+    The epoch loop becomes one that can be stopped and resumed within an epoch; with ``fold_eval=True`` in the config,
+    validation is of a folded copy.
+
     Args:
         config: the training config.
         work_dir: folder for logs and checkpoints.
-        resume: ``'latest'`` for the newest checkpoint in ``work_dir``, or a checkpoint's path.
+        resume: ``'latest'`` for the newest checkpoint in ``work_dir``, ``'auto'`` for the same if there is one, or a
+            checkpoint's path.
         trust: read checkpoints that need unpickling.
 
     Raises:
@@ -37,9 +49,16 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
     check_datasets(config, 'train_dataloader', 'val_dataloader')
     check_writable(work_dir)
     config.work_dir = str(work_dir)
+    if resume == 'auto' and not (work_dir / 'last_checkpoint').is_file():
+        resume = None
     if resume is not None:
-        config.load_from = str(latest(work_dir) if resume == 'latest' else Path(resume))
+        config.load_from = str(latest(work_dir) if resume in ('latest', 'auto') else Path(resume))
         config.resume = True
+    loop = config.train_cfg
+    if loop.get('type') == 'EpochBasedTrainLoop' or ('type' not in loop and loop.pop('by_epoch', True)):
+        loop['type'] = 'asr_downstream.EpochBasedTrainLoop'
+    if config.get('fold_eval') and config.get('val_cfg') is not None:
+        config.val_cfg.type = 'asr_downstream.ValLoop'
     for name in [config.get('load_from'), *pretrained(config.model)]:
         if name and '://' not in name:  # what is fetched by name is mmengine's to read
             read_checkpoint(Path(name), trust)
@@ -69,17 +88,62 @@ def latest(work_dir: Path) -> Path:
     return Path(note.read_text().strip())
 
 
-def train(config: Config) -> Path:
+def average(config: Config, momentum: float = 2e-4) -> None:
+    """Add MMEngine's exponential moving average of weights and buffers to a config, unless it has one."""
+    hooks = [dict(hook) for hook in config.get('custom_hooks') or []]
+    if not any(hook.get('type') == 'EMAHook' for hook in hooks):
+        ema = {'type': 'EMAHook', 'ema_type': 'ExpMomentumEMA', 'momentum': momentum, 'update_buffers': True}
+        config.custom_hooks = [*hooks, {**ema, 'priority': 49}]
+
+
+def report_to(config: Config, names: Sequence[str]) -> None:
+    """Add back ends of `REPORTS` to a config.
+
+    Raises:
+        AsrError: a package is not installed.
+    """
+    visualizer = config.get('visualizer') or {'type': 'DetLocalVisualizer', 'name': 'visualizer'}
+    backends = [dict(backend) for backend in visualizer.get('vis_backends') or [{'type': 'LocalVisBackend'}]]
+    for name in names:
+        kind, package = REPORTS[name]
+        if importlib.util.find_spec(package) is None:
+            raise AsrError(f'--report-to {name}: the package {package} is not installed; pip install {package}')
+        if not any(backend['type'] == kind for backend in backends):
+            backends.append({'type': kind})
+    config.visualizer = {**visualizer, 'vis_backends': backends}
+
+
+def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path, bool]:
     """Train; prints the plugged sites first.
 
+    Ctrl-C, or a termination, ends it after the step, with a checkpoint to resume from.
+
+    Args:
+        config: as `prepare` has left it.
+        hooks: for the Runner, besides those of the config.
+
     Returns:
-        The last checkpoint.
+        The last checkpoint, and whether the training is complete.
+
+    Raises:
+        AsrError: ``fold_eval=True`` of a model that does not fold.
     """
     runner = Runner.from_cfg(config)
     rebind(runner.model)  # sync_bn=... has rebuilt its batch norms by now
-    runner.logger.info(f'\n{describe(runner.model)}')
-    runner.train()
-    return latest(Path(config.work_dir))
+    description = describe(bare(runner.model))
+    runner.logger.info(f'\n{description}')
+    if config.get('fold_eval') and not (description.sites and all(site.folds for site in description.sites)):
+        what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no plug'
+        raise AsrError(f'{config.filename}: fold_eval=True, but the model has {what}')
+    with StopSignal() as signal:
+        for hook in (*hooks, StopHook(signal)):
+            runner.register_hook(hook)
+        try:
+            runner.train()
+        except Stopped as stopped:
+            return Path(stopped.args[0]), False
+    barrier()  # the first process is still writing
+    return latest(Path(config.work_dir)), True
 
 
 def plan(config: Config) -> str:

@@ -1,10 +1,8 @@
-"""The processes of a launch: how they find each other, agree, and stop together."""
+"""The processes of a launch: how they find each other, and what they agree on."""
 
 from __future__ import annotations
 
 import os
-import signal
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,8 +12,9 @@ from mmengine.config import Config
 from asr_downstream.errors import AsrError
 from asr_downstream.generation.data import BadFiles
 from asr_downstream.generation.resuming import SHARDED
+from asr_downstream.stopping import StopSignal
 
-__all__ = ['StopSignal', 'agree', 'start_processes']
+__all__ = ['agree', 'start_processes']
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -59,26 +58,3 @@ def agree(accelerator: Accelerator, stopping: StopSignal, bad: BadFiles) -> bool
     bad.check()
     flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
     return bool(accelerator.reduce(flag, 'sum') > 0)
-
-
-class StopSignal:
-    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts."""
-
-    is_set = False
-
-    def __enter__(self) -> StopSignal:
-        self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.before[number] = signal.signal(number, self.handle)
-        return self
-
-    def handle(self, number: int, frame: Any) -> None:
-        """Note the first one."""
-        if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
-        print('\nstopping, with a checkpoint; once more stops at once', flush=True)
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)

@@ -27,7 +27,7 @@ from asr_downstream.generation.models import plain
 from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.pictures import grid, save_grid
-from asr_downstream.generation.processes import StopSignal, agree, start_processes
+from asr_downstream.generation.processes import agree, start_processes
 from asr_downstream.generation.reporting import Reporter
 from asr_downstream.generation.resuming import (
     Progress,
@@ -37,6 +37,7 @@ from asr_downstream.generation.resuming import (
     save_training,
 )
 from asr_downstream.generation.sampling import build_sampler, generate
+from asr_downstream.stopping import StopSignal
 
 __all__ = ['CONFIG_FILE', 'train']
 

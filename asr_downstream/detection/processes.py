@@ -1,0 +1,63 @@
+"""The processes of a launch: GPUs through MMEngine, CPU processes through gloo."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from mmengine.config import Config
+
+from asr_downstream.errors import AsrError
+
+__all__ = ['LAUNCHERS', 'any_process', 'join']
+
+LAUNCHERS = ('none', 'pytorch', 'slurm')
+
+
+def join(config: Config, launcher: str) -> None:
+    """Say in a config how its Runner finds the other processes; on CPU, find them here and now.
+
+    MMEngine's own launcher binds every process to a GPU and fails where there is none.
+
+    Args:
+        config: changed in place.
+        launcher: ``'none'``, ``'pytorch'`` (torchrun, `tools/dist_train.sh`) or ``'slurm'``.
+
+    Raises:
+        AsrError: the launcher is not the one that started this process.
+    """
+    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    if launcher == 'none':
+        if launched > 1:
+            raise AsrError(f'{launched} processes were launched, but each would train alone: add --launcher pytorch')
+        return
+    if launcher == 'pytorch' and 'RANK' not in os.environ:
+        raise AsrError(
+            '--launcher pytorch: this process was not started by torchrun; use tools/dist_train.sh CONFIG GPUS'
+        )
+    if launcher == 'slurm' and 'SLURM_PROCID' not in os.environ:
+        raise AsrError('--launcher slurm: this process was not started by srun')
+    config.launcher = launcher
+    if torch.cuda.is_available():
+        return
+    if launcher == 'slurm':
+        raise AsrError('--launcher slurm: needs GPUs; on CPU use tools/dist_train.sh')
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group('gloo')
+    config.env_cfg.dist_cfg = {'backend': 'gloo'}
+    config.model_wrapper_cfg = {
+        'type': 'MMDistributedDataParallel',
+        'broadcast_buffers': False,
+        'device_ids': None,
+        'find_unused_parameters': config.get('find_unused_parameters', False),
+    }
+
+
+def any_process(flag: bool) -> bool:
+    """Whether ``flag`` is set on any process; all of them must ask."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return flag
+    device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)

@@ -1,0 +1,309 @@
+"""Training of detectors: stop and resume within an epoch, several processes, EMA, validation of a folded copy."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import ROOT
+
+pytest.importorskip('mmdet')
+pytestmark = pytest.mark.det
+
+from mmengine.hooks import Hook
+
+from asr_downstream.checkpoint import read_checkpoint
+from asr_downstream.detection import training
+from asr_downstream.detection.config import load_config, stock_config
+from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.loops import StopHook, Stopped
+from asr_downstream.detection.processes import join
+from asr_downstream.errors import AsrError
+from asr_downstream.layers import Plugged
+from asr_downstream.stopping import StopSignal
+
+ASR = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
+DIA = 'det_configs/digits/retinanet_r18-w16-dia_fpn_digits.py'
+Tool = Callable[..., Any]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    make_digits(root, sizes={'train': 24, 'val': 4})
+    return root
+
+
+def configured(digits: Path, path: str = ASR, **options: Any) -> Any:
+    """Two epochs of six steps, without workers, so that a run takes seconds."""
+    short = {
+        'train_cfg.max_epochs': 2,
+        'train_cfg.val_interval': 2,
+        'train_dataloader.batch_size': 4,
+        'train_dataloader.num_workers': 0,
+        'train_dataloader.persistent_workers': False,
+        'val_dataloader.num_workers': 0,
+        'test_dataloader.num_workers': 0,
+        'default_hooks.checkpoint.interval': 1,
+        'log_level': 'ERROR',
+    }
+    return load_config(ROOT / path, digits, {**short, **options})
+
+
+def run(config: Any, work_dir: Path, resume: str | None = None, hooks: tuple[Any, ...] = ()) -> tuple[Path, bool]:
+    training.prepare(config, work_dir, resume)
+    return training.train(config, hooks)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(path)['state_dict']
+
+
+class StopAt(Hook):
+    """Stands in for a user at the keyboard: sends the signal before a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        if runner.iter == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Seen(Hook):
+    """Notes the images of every step."""
+
+    def __init__(self, seen: list[Any]) -> None:
+        self.seen = seen
+
+    def before_train_iter(self, runner: Any, batch_idx: int, data_batch: Any = None) -> None:
+        self.seen.append((runner.iter, [s.img_id for s in data_batch['data_samples']]))
+
+
+@pytest.mark.parametrize('step', [3, 5, 8])
+def test_a_stopped_training_continues_within_the_epoch_as_if_it_had_not_been(
+    digits: Path, tmp_path: Path, step: int
+) -> None:
+    seen: dict[str, list[Any]] = {'whole': [], 'parts': []}
+    whole, complete = run(configured(digits), tmp_path / 'whole', hooks=(Seen(seen['whole']),))
+    assert complete
+    work = tmp_path / 'parts'
+    stopped, complete = run(configured(digits), work, hooks=(Seen(seen['parts']), StopAt(step)))
+    assert not complete
+    assert stopped.name == f'stopped_iter_{step + 1}.pth'
+    assert (work / 'last_checkpoint').read_text() == str(stopped)
+    resumed, complete = run(configured(digits), work, 'latest', hooks=(Seen(seen['parts']),))
+    assert complete
+    assert seen['parts'] == seen['whole']  # every step once, with the same images
+    for key, value in weights(whole).items():  # no augmentation here, so nothing else is random
+        torch.testing.assert_close(weights(resumed)[key], value, msg=key)
+
+
+def test_auto_resumes_what_there_is(digits: Path, tmp_path: Path) -> None:
+    config = configured(digits)
+    training.prepare(config, tmp_path, 'auto')
+    assert not config.get('resume')
+    (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
+    torch.save({'state_dict': {'a': torch.zeros(1)}}, tmp_path / 'epoch_1.pth')
+    config = configured(digits)
+    training.prepare(config, tmp_path, 'auto')
+    assert config.resume
+    assert config.load_from == str(tmp_path / 'epoch_1.pth')
+
+
+class LiveModel(Hook):
+    """Compares the live model before and after each validation."""
+
+    def __init__(self) -> None:
+        self.metrics: list[Any] = []
+
+    def before_val(self, runner: Any) -> None:
+        self.state = {k: v.clone() for k, v in runner.model.state_dict().items()}
+        self.modules = [type(m) for m in runner.model.modules()]
+
+    def after_val_epoch(self, runner: Any, metrics: Any = None) -> None:
+        self.metrics.append(metrics)
+        assert any(isinstance(m, Plugged) for m in runner.model.modules())
+        assert self.modules == [type(m) for m in runner.model.modules()]
+        for key, value in runner.model.state_dict().items():
+            assert torch.equal(value, self.state[key]), key
+
+
+def test_fold_eval_validates_a_folded_copy_and_leaves_the_live_model(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+    for fold_eval in (False, True):
+        live = LiveModel()
+        config = configured(digits, **{'train_cfg.val_interval': 1, 'train_dataloader.batch_size': 2})
+        config.fold_eval = fold_eval
+        classes = []
+
+        def val_step(self: Any, data: Any, classes: list[Any] = classes) -> Any:
+            classes.append(any(isinstance(m, Plugged) for m in self.modules()))
+            return type(self).test_step(self, data)
+
+        monkeypatch.setattr('mmdet.models.detectors.base.BaseDetector.val_step', val_step, raising=False)
+        checkpoint, _ = run(config, tmp_path / str(fold_eval), hooks=(live,))
+        assert set(classes) == {not fold_eval}
+        found[fold_eval] = (live.metrics, weights(checkpoint))
+    assert len(found[True][0]) == 2
+    assert found[True][0] == found[False][0]
+    for key, value in found[False][1].items():
+        assert torch.equal(found[True][1][key], value), key
+    shipped = stock_config(config)
+    assert 'asr_downstream' not in shipped.pretty_text
+    assert shipped.val_cfg.type == 'ValLoop'
+    assert shipped.train_cfg.type == 'EpochBasedTrainLoop'
+
+
+def test_fold_eval_of_what_does_not_fold_is_refused(digits: Path, tmp_path: Path) -> None:
+    config = configured(digits, DIA)
+    config.fold_eval = True
+    with pytest.raises(AsrError, match='fold_eval=True, but the model has gates that depend on the input'):
+        run(config, tmp_path)
+
+
+def test_averaged_weights_are_what_is_written_and_folds(digits: Path, tmp_path: Path) -> None:
+    from asr_downstream.detection.shipping import fold_checkpoint
+
+    config = configured(digits)
+    training.average(config, momentum=0.1)
+    training.average(config)  # once is enough
+    assert sum(hook['type'] == 'EMAHook' for hook in config.custom_hooks) == 1
+    config.fold_eval = True
+    checkpoint, _ = run(config, tmp_path)
+    raw = read_checkpoint(checkpoint)['ema_state_dict']
+    averaged = weights(checkpoint)
+    key = 'backbone.layer1.0.bn2.gate.0.psi'
+    assert not torch.equal(raw[f'module.{key}'], averaged[key])
+    report = fold_checkpoint(configured(digits), checkpoint, tmp_path / 'shipped' / 'a.pth')
+    assert report['feature_map_difference']['float64']['relative'] < 1e-10
+
+
+def test_reports(tmp_path: Path, digits: Path) -> None:
+    config = configured(digits)
+    training.report_to(config, ['tensorboard', 'tensorboard'])
+    config.visualizer.name = 'reports'  # visualizers live as long as the process
+    assert [b.type for b in config.visualizer.vis_backends] == ['LocalVisBackend', 'TensorboardVisBackend']
+    run(config, tmp_path)
+    assert list(tmp_path.rglob('events.out.tfevents*'))
+
+
+def test_a_report_that_is_not_installed_says_so(digits: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(training.REPORTS, 'wandb', ('WandbVisBackend', 'not_installed_here'))
+    with pytest.raises(AsrError, match='pip install not_installed_here'):
+        training.report_to(configured(digits), ['wandb'])
+
+
+def test_launchers_that_did_not_start_this_process_are_refused(
+    digits: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = tool('train_det', ASR, '--data-root', digits, '--launcher', 'pytorch')
+    assert lost.returncode == 1
+    assert 'tools/dist_train.sh CONFIG GPUS' in lost.stderr
+    with pytest.raises(AsrError, match='not started by srun'):
+        join(configured(digits), 'slurm')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    with pytest.raises(AsrError, match='each would train alone: add --launcher pytorch'):
+        join(configured(digits), 'none')
+
+
+def test_the_stop_hook_stops_all_processes_at_the_same_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr('asr_downstream.detection.loops.any_process', lambda flag: asked.append(flag) or False)
+    runner = type('Runner', (), {'world_size': 2, 'iter': 0})()
+    hook = StopHook(StopSignal(), interval=10)
+    for runner.iter in range(40):
+        hook.after_train_iter(runner, 0)
+    assert len(asked) == 4
+    assert issubclass(Stopped, Exception)
+
+
+def fcos(tmp_path: Path) -> Path:
+    """A config of a small FCOS on the digits. It has no batch statistics and no augmentation, and sums its normalisers
+    over processes: two processes are one, but for rounding.
+    """
+    path = tmp_path / 'fcos.py'
+    path.write_text(f"""
+_base_ = '{ROOT / ASR}'
+model = dict(
+    type='FCOS',
+    backbone=dict(norm_eval=True),
+    bbox_head=dict(
+        _delete_=True, type='FCOSHead', num_classes=10, in_channels=48, feat_channels=32, stacked_convs=1,
+        strides=[8, 16], regress_ranges=((-1, 32), (32, 1e8)), norm_cfg=dict(type='GN', num_groups=4),
+        loss_cls=dict(type='FocalLoss', use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
+        loss_bbox=dict(type='IoULoss', loss_weight=1.0),
+        loss_centerness=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
+    ),
+    train_cfg=dict(_delete_=True),
+)
+optim_wrapper = dict(optimizer=dict(_delete_=True, type='SGD', lr=0.01, momentum=0.9))
+param_scheduler = []
+val_dataloader = None
+val_evaluator = None
+val_cfg = None
+""")
+    return path
+
+
+@pytest.mark.parametrize('spec', ['ASR', pytest.param('DIA', marks=pytest.mark.slow)])
+def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(
+    digits: Path, tmp_path: Path, spec: str
+) -> None:
+    config = fcos(tmp_path)
+    options = ['train_cfg.max_epochs=2', 'default_hooks.checkpoint.interval=2', 'train_dataloader.num_workers=0']
+    options += ['train_dataloader.persistent_workers=False', 'log_level=ERROR']
+    if spec == 'DIA':
+        options += ['model.backbone.plug.type=DIA', 'model.backbone.plug.attention.type=DIALSTM']
+        options += ['model.backbone.plug.attention.reduction=4']
+    found = {}
+    for processes, batch in ((1, 8), (2, 4)):
+        work = tmp_path / str(processes)
+        command = ['tools/dist_train.sh', config, processes, '--data-root', digits, '--work-dir', work]
+        command += ['--cfg-options', *options, f'train_dataloader.batch_size={batch}']
+        done = subprocess.run(
+            [*map(str, command)], cwd=ROOT, capture_output=True, text=True, check=False,
+            env={**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[processes] = weights(work / 'epoch_2.pth')
+    start = {k: v for k, v in found[1].items() if v.is_floating_point()}
+    for key, value in start.items():
+        torch.testing.assert_close(found[2][key], value, atol=1e-5, rtol=1e-4, msg=key)
+    assert any('gate' in key or 'dynamic' in key for key in start)
+
+
+@pytest.mark.slow
+def test_ctrl_c_of_two_processes_leaves_a_run_that_resumes(digits: Path, tmp_path: Path) -> None:
+    options = ['train_cfg.max_epochs=40', 'train_dataloader.batch_size=4', 'train_dataloader.num_workers=0']
+    options += ['train_dataloader.persistent_workers=False', 'default_hooks.checkpoint.interval=50']
+    command = ['tools/dist_train.sh', ASR, '2', '--data-root', str(digits), '--work-dir', str(tmp_path)]
+    env = {**os.environ, 'PYTHON': sys.executable, 'OMP_NUM_THREADS': '1'}
+    log = tmp_path / 'out.txt'
+    with log.open('w') as out:
+        process = subprocess.Popen(
+            [*command, '--cfg-options', *options], cwd=ROOT, env=env, stdout=out, stderr=subprocess.STDOUT
+        )
+        deadline = time.monotonic() + 120
+        while 'Epoch(train)' not in log.read_text() and time.monotonic() < deadline:
+            time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=120)
+    stopped = Path((tmp_path / 'last_checkpoint').read_text())
+    assert stopped.name.startswith('stopped_iter_'), log.read_text()[-2000:]
+    step = int(stopped.stem.rpartition('_')[2])
+    done = subprocess.run(
+        [*command, '--resume', '--cfg-options', f'train_cfg.max_epochs={step // 3 + 2}', *options[1:]],
+        cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
