@@ -280,7 +280,7 @@ def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(
     start = {k: v for k, v in found[1].items() if v.is_floating_point()}
     for key, value in start.items():
         torch.testing.assert_close(found[2][key], value, atol=1e-5, rtol=1e-4, msg=key)
-    assert any('gate' in key or 'dynamic' in key for key in start)
+    assert any('gate' in key or 'shared_attention' in key for key in start)
 
 
 @pytest.mark.slow

@@ -3,6 +3,8 @@
 python tools/prepare_data.py digits                       # 600 pictures of handwritten digits in data/digits
 python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tree, say what is missing where
 python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
+python tools/prepare_data.py check /data/cells            # what --data-root /data/cells would find: any COCO-format set
+python tools/prepare_data.py voc /data/VOCdevkit          # write annotations/{train,val}.json in COCO format into it
 """
 
 from __future__ import annotations
@@ -16,13 +18,17 @@ from asr_downstream import cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and prepare the data."""
     parser = cli.parser(__doc__)
-    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco')
+    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc')
     digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
     digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')
     digits.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes')
     coco = sets.add_parser('coco', help='check or unpack COCO 2017')
     coco.add_argument('root', type=Path, nargs='?', default=Path('data/coco'), help='folder (default: data/coco)')
     coco.add_argument('--unpack', action='store_true', help='unpack the archives in it first')
+    check = sets.add_parser('check', help='check any data set in COCO format')
+    check.add_argument('root', type=Path, help='folder')
+    voc = sets.add_parser('voc', help='convert PASCAL VOC to COCO format')
+    voc.add_argument('root', type=Path, help='VOCdevkit, or one of its years; annotations/ is written there')
     args = parser.parse_args(argv)
 
     if args.set == 'digits':
@@ -31,8 +37,20 @@ def main(argv: Sequence[str] | None = None) -> None:
         for split, path in make_digits(args.out, args.seed).items():
             print(f'{split}: {path}')
         return
-    from asr_downstream.detection.coco import check_tree, unpack
+    if args.set == 'voc':
+        from asr_downstream.detection.voc import convert_voc
 
+        print('\n'.join(convert_voc(args.root)))
+        return
+    from asr_downstream.detection.coco import check_annotations, check_tree, unpack
+
+    if args.set == 'check':
+        from asr_downstream.detection.datasets import find_splits
+
+        for split, files in find_splits(args.root).items():
+            print(f'{split}: {files.annotations}, images in {files.images}')
+            print(f'  {check_annotations(files.annotations, files.images)}')
+        return
     if args.unpack:
         unpack(args.root)
     print('\n'.join(check_tree(args.root)))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,45 @@ from asr_downstream.errors import DataError
 from asr_downstream.files import writable_folder
 from asr_downstream.sites import some
 
-__all__ = ['check_annotations', 'check_datasets', 'check_tree', 'unpack']
+__all__ = [
+    'Split',
+    'check_annotations',
+    'check_datasets',
+    'check_tree',
+    'leaves',
+    'path_of',
+    'read_annotations',
+    'unpack',
+]
 
 SPLITS = ('train2017', 'val2017')
 ARCHIVES = ('train2017.zip', 'val2017.zip', 'annotations_trainval2017.zip')
 TREE = 'COCO_ROOT/ { annotations/instances_{train2017,val2017}.json  train2017/*.jpg  val2017/*.jpg }'
+
+
+@dataclass(frozen=True)
+class Split:
+    """An annotation file and the folder that its ``file_name`` entries start from."""
+
+    annotations: Path
+    images: Path
+
+
+def leaves(dataset: Any) -> Iterator[Any]:
+    """Configs of the data sets inside of wrappers that mix or repeat them."""
+    if 'dataset' in dataset:
+        yield from leaves(dataset['dataset'])
+    elif 'datasets' in dataset:
+        for inner in dataset['datasets']:
+            yield from leaves(inner)
+    else:
+        yield dataset
+
+
+def path_of(leaf: Any) -> Split:
+    """Files of a data set's config."""
+    root = Path(leaf.get('data_root') or '')
+    return Split(root / leaf.get('ann_file', ''), root / (leaf.get('data_prefix') or {}).get('img', ''))
 
 
 def read_annotations(path: Path) -> dict[str, Any]:
@@ -85,14 +120,10 @@ def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = 
 def check_datasets(config: Config, *loaders: str) -> None:
     """Check the annotation files behind the named data loaders of a config, before a model is built."""
     for loader in loaders:
-        dataset = (config.get(loader) or {}).get('dataset', {})
-        while 'dataset' in dataset:
-            dataset = dataset['dataset']
-        if dataset.get('type') != 'CocoDataset':
-            continue
-        root = Path(dataset.get('data_root') or '')
-        classes = (dataset.get('metainfo') or {}).get('classes')
-        check_annotations(root / dataset['ann_file'], root / dataset.get('data_prefix', {}).get('img', ''), classes)
+        for dataset in leaves((config.get(loader) or {}).get('dataset') or {'datasets': []}):
+            if dataset.get('type') == 'CocoDataset':
+                files = path_of(dataset)
+                check_annotations(files.annotations, files.images, (dataset.get('metainfo') or {}).get('classes'))
 
 
 def check_tree(root: Path) -> list[str]:

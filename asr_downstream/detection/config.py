@@ -13,6 +13,7 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from asr_downstream.configs import override, read_config
+from asr_downstream.detection.datasets import fit_to_data
 from asr_downstream.errors import AsrError, DataError, FoldError
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
@@ -28,8 +29,9 @@ def load_config(
 
     Args:
         path: config file.
-        data_root: folder of the data set. Without it, a relative ``data/NAME/`` of the config is looked up under the
-            environment variable ``ASR_DATA_ROOT``, if that is set.
+        data_root: folder of the data set, to which the config is made to fit, see
+            `asr_downstream.detection.datasets.fit_to_data`. Without it, a relative ``data/NAME/`` of the config is
+            looked up under the environment variable ``ASR_DATA_ROOT``, if that is set.
         options: overrides, ``{'train_cfg.max_epochs': 3}``.
         needs_data: whether ``ASR_DATA_ROOT`` is looked at.
 
@@ -47,6 +49,8 @@ def load_config(
         data_root = Path(shared) / Path(config.data_root).name
     if data_root is not None:
         set_data_root(config, data_root)
+        if said := fit_to_data(config, Path(data_root)):
+            print(f'{path.name} fitted to {data_root}: {said}')
     return config
 
 

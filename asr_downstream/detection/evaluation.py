@@ -4,45 +4,47 @@ from __future__ import annotations
 
 import copy
 import io
+import json
+import tempfile
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
+from math import isnan
 from pathlib import Path
-from statistics import median
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
+from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.table import Table
-from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 from asr_downstream import cost
 from asr_downstream.description import render
+from asr_downstream.detection.scores import KINDS, Scores, score
 from asr_downstream.errors import DataError
 from asr_downstream.progress import bar
 from asr_downstream.sites import some
-from asr_downstream.timing import paired_times, ratio
+from asr_downstream.timing import paired_times
 
-__all__ = [
-    'Comparison',
-    'Evaluation',
-    'compare',
-    'evaluate',
-    'gmacs',
-    'measure_latency',
-    'work_dir_of',
-]
+__all__ = ['Detections', 'Evaluation', 'Seen', 'evaluate', 'gmacs', 'measure_latency', 'metric', 'work_dir_of']
 
 # Boxes (n, 4) as x1, y1, x2, y2 in pixels, scores (n,), labels (n,).
 Detections: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 METRICS = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APm': 'mAP_m', 'APl': 'mAP_l'}
+
+
+class Seen(NamedTuple):
+    """An image that was tested: its file, and the masks ``(n, H, W)`` that were found, if any."""
+
+    path: Path
+    masks: torch.Tensor | None
 
 
 @dataclass
@@ -51,12 +53,13 @@ class Evaluation:
 
     Attributes:
         name: column head.
-        metrics: AP, AP50, AP75, APs, APm, APl of boxes in [0, 1]; -1 where the set has no such boxes. With masks also
-            ``segm_AP`` and so on.
+        metrics: see `asr_downstream.detection.scores.Scores.summary`; of another evaluator, under its names.
         detections: by image id.
         parameters: number of parameters.
         gmacs: multiply-adds of convolutions and matrix products for one image, in units of 1e9.
         latency_ms: median time for one image.
+        classes: AP by class.
+        seen: of the first images, what a picture needs.
     """
 
     name: str
@@ -65,10 +68,13 @@ class Evaluation:
     parameters: int
     gmacs: float
     latency_ms: float = float('nan')
+    classes: dict[str, dict[str, float]] = field(default_factory=dict)
+    seen: dict[Any, Seen] = field(default_factory=dict, repr=False)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {**self.metrics, 'parameters': self.parameters, 'gmacs': self.gmacs, 'latency_ms': self.latency_ms}
+        sizes = {'parameters': self.parameters, 'gmacs': self.gmacs, 'latency_ms': self.latency_ms}
+        return {**self.metrics, **sizes, 'classes': self.classes}
 
     def __str__(self) -> str:
         table = Table('', self.name, title=f'{len(self.detections)} images')
@@ -77,56 +83,8 @@ class Evaluation:
             table.add_row(name, metric(value))
         table.add_row('parameters', f'{self.parameters:,}')
         table.add_row('GMACs', f'{self.gmacs:.3f}')
-        table.add_row('median latency, ms', f'{self.latency_ms:.1f}')
-        return render(table)
-
-
-class Differences(NamedTuple):
-    """How far the detections of two detectors differ.
-
-    Attributes:
-        boxes_px, scores: largest differences over the images whose detections correspond one to one.
-        unmatched: images where the number of detections of some class differs.
-        images: images compared.
-    """
-
-    boxes_px: float
-    scores: float
-    unmatched: int
-    images: int
-
-
-@dataclass
-class Comparison:
-    """Two evaluations, the difference of their detections, and the median of folded over unfolded latency."""
-
-    unfolded: Evaluation
-    folded: Evaluation
-    difference: Differences
-    latency_ratio: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {
-            **{arm.name: arm.as_dict() for arm in (self.unfolded, self.folded)},
-            'difference': self.difference._asdict(),
-            'latency_ratio': self.latency_ratio,
-        }
-
-    def __str__(self) -> str:
-        a, b = self.unfolded, self.folded
-        table = Table('', a.name, b.name, 'difference', title=f'{self.difference.images} images')
-        for column in table.columns[1:]:
-            column.justify = 'right'
-        for name in a.metrics:
-            x, y = a.metrics[name], b.metrics[name]
-            table.add_row(name, metric(x), metric(y), f'{y - x:+.3f}' if x >= 0 else '')
-        table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
-        table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
-        table.add_row('median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}')
-        table.add_row('boxes, px', '', '', f'{self.difference.boxes_px:.1e}')
-        table.add_row('scores', '', '', f'{self.difference.scores:.1e}')
-        table.add_row('images with other detections', '', '', str(self.difference.unmatched))
+        if not isnan(self.latency_ms):
+            table.add_row('median latency, ms', f'{self.latency_ms:.1f}')
         return render(table)
 
 
@@ -136,11 +94,19 @@ def metric(value: float) -> str:
 
 
 @torch.no_grad()
-def evaluate(config: Config, model: nn.Module, name: str) -> Evaluation:
-    """Run ``model`` over the test set of ``config`` and score it with the config's evaluator (pycocotools).
+def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0) -> Evaluation:
+    """Run ``model`` over the test set of ``config`` and score it with the config's evaluator.
+
+    Args:
+        config: with a test set and its evaluator. COCO metrics are scored by `asr_downstream.detection.scores.score`;
+            what other evaluators give is kept under its own names.
+        model: a detector.
+        name: column head.
+        fast: score with faster-coco-eval instead of pycocotools.
+        pictures: number of images to keep for pictures.
 
     Raises:
-        DataError: the config has no test set or evaluator.
+        DataError: the config has no test set or evaluator, or ``fast`` is asked of metrics that are not COCO's.
     """
     if not config.get('test_dataloader') or not config.get('test_evaluator'):
         raise DataError(f'{config.filename}: has no test_dataloader and test_evaluator')
@@ -152,15 +118,39 @@ def evaluate(config: Config, model: nn.Module, name: str) -> Evaluation:
         evaluator = Evaluator(config.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
     detections: dict[Any, Detections] = {}
+    seen: dict[Any, Seen] = {}
     for batch in bar(loader, f'testing {name}'):
         samples = model.test_step(batch)  # type: ignore[operator]
         evaluator.process(data_samples=samples, data_batch=batch)
         for sample in samples:
             found = sample.pred_instances
             detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
-    with redirect_stdout(io.StringIO()):
-        scores = evaluator.evaluate(len(loader.dataset))
-    return described(model, name, metrics_of(scores), detections, first_image(config))
+            if len(seen) < pictures:
+                seen[sample.img_id] = Seen(Path(sample.img_path), found.masks.cpu() if 'masks' in found else None)
+    scores = scored(evaluator, len(loader.dataset), fast)
+    result = described(model, name, scores.summary, detections, first_image(config))
+    result.classes, result.seen = scores.classes, seen
+    return result
+
+
+def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
+    """Score what an evaluator has gathered.
+
+    Raises:
+        DataError: the metrics are not those of COCO, and ``fast`` was asked for.
+    """
+    metric = evaluator.metrics[0]
+    if len(evaluator.metrics) > 1 or not isinstance(metric, CocoMetric) or not set(metric.metrics) <= set(KINDS):
+        if fast:
+            raise DataError(f'--fast is for COCO metrics of boxes and masks, not for {type(metric).__name__}')
+        with redirect_stdout(io.StringIO()):
+            found = evaluator.evaluate(images)
+        return Scores({key.rpartition('/')[2]: float(value) for key, value in found.items()}, {})
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
+        metric.format_only, metric.outfile_prefix = True, f'{folder}/found'
+        evaluator.evaluate(images)
+        found = {kind: json.loads(Path(f'{folder}/found.{kind}.json').read_bytes()) for kind in metric.metrics}
+    return score(metric._coco_api.dataset, found, evaluator.dataset_meta['classes'], metric.img_ids, fast)
 
 
 def described(
@@ -211,37 +201,6 @@ def measure_latency(models: dict[str, Any], image: dict[str, Any], rounds: int =
     with torch.no_grad():
         calls = {name: partial(model.test_step, image) for name, model in models.items()}
         return paired_times(calls, rounds, 'latency')
-
-
-def compare(config: Config, plugged: nn.Module, folded: nn.Module) -> Comparison:
-    """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections."""
-    a, b = evaluate(config, plugged, 'unfolded'), evaluate(config, folded, 'folded')
-    times = measure_latency({a.name: plugged, b.name: folded}, first_image(config))
-    for arm in (a, b):
-        arm.latency_ms = median(times[arm.name])
-    slower = ratio(times[b.name], times[a.name]).median
-    return Comparison(a, b, differences(a.detections, b.detections), slower)
-
-
-def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differences:
-    """Compare the detections of two detectors, image by image.
-
-    Detections of one class are paired by the nearest boxes, since rounding may swap two whose scores are equal.
-    """
-    boxes = scores = 0.0
-    unmatched = 0
-    for image, (boxes_a, scores_a, labels_a) in a.items():
-        boxes_b, scores_b, labels_b = b[image]
-        if not torch.equal(labels_a.sort().values, labels_b.sort().values):
-            unmatched += 1
-            continue
-        for label in labels_a.unique():
-            in_a, in_b = (labels == label for labels in (labels_a, labels_b))
-            apart = torch.cdist(boxes_a[in_a], boxes_b[in_b], p=torch.inf)  # (n, n) px
-            rows, columns = linear_sum_assignment(apart)
-            boxes = max(boxes, float(apart[rows, columns].max()))
-            scores = max(scores, float((scores_a[in_a][rows] - scores_b[in_b][columns]).abs().max()))
-    return Differences(boxes, scores, unmatched, len(a))
 
 
 def work_dir_of(config: Config, given: Path | None) -> Path:

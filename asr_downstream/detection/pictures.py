@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import numpy as np
 from PIL import Image
+from torch import Tensor
 
-from asr_downstream.detection.evaluation import Detections
+from asr_downstream.detection.evaluation import Detections, Evaluation
 from asr_downstream.files import write_atomically
+from asr_downstream.progress import bar
 
 matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-__all__ = ['draw_detections']
+__all__ = ['draw_detections', 'show_each']
 
 PALETTE = plt.get_cmap('tab10').colors  # type: ignore[attr-defined]
 
@@ -29,6 +32,8 @@ def draw_detections(
     classes: Sequence[str],
     threshold: float = 0.4,
     captions: dict[str, str] | None = None,
+    masks: dict[str, dict[Any, Tensor]] | None = None,
+    width: float = 2.6,
 ) -> None:
     """Write a PNG grid of detections.
 
@@ -39,29 +44,56 @@ def draw_detections(
         classes: names of the labels.
         threshold: smallest score that is drawn.
         captions: second line of a column head.
+        masks: column head -> image id -> masks ``(n, H, W)`` of the detections.
+        width: of a column, in inches of 100 pixels.
     """
+    pictures = {image: Image.open(path).convert('RGB') for image, path in images.items()}
+    heights = [width * picture.height / picture.width for picture in pictures.values()]
     figure, axes = plt.subplots(
-        len(images), len(arms), figsize=(2.6 * len(arms), 2.6 * len(images) + 0.5), squeeze=False, layout='constrained'
-    )
-    for row, (image, path) in zip(axes, images.items(), strict=True):
-        picture = Image.open(path).convert('RGB')
-        for axis, detections in zip(row, arms.values(), strict=True):
+        len(images), len(arms), figsize=(width * len(arms), sum(heights) + 0.5), squeeze=False, layout='constrained',
+        height_ratios=heights,
+    )  # fmt: skip
+    for row, (image, picture) in zip(axes, pictures.items(), strict=True):
+        for axis, (name, detections) in zip(row, arms.items(), strict=True):
             axis.imshow(picture)
             axis.set_axis_off()
-            draw(axis, detections[image], classes, threshold)
+            draw(axis, detections[image], classes, threshold, (masks or {}).get(name, {}).get(image))
     for axis, name in zip(axes[0], arms, strict=True):
         axis.set_title('\n'.join(filter(None, [name, (captions or {}).get(name, '')])), fontsize=10)
     write_atomically(out, lambda p: figure.savefig(p, dpi=100, format='png'))
     plt.close(figure)
 
 
-def draw(axis: Axes, detections: Detections, classes: Sequence[str], threshold: float) -> None:
-    """Draw the boxes of one image."""
-    for box, score, label in zip(*detections, strict=True):
+def show_each(
+    folder: Path, evaluations: Sequence[Evaluation], classes: Sequence[str], threshold: float = 0.3
+) -> list[Path]:
+    """Write a picture for each image that the evaluations have kept, with a column for each of them.
+
+    Returns:
+        The files, named as the images are.
+    """
+    written = []
+    for image, seen in bar(list(evaluations[0].seen.items()), 'pictures'):
+        out = folder / f'{seen.path.stem}.png'
+        arms = {e.name: {image: e.detections[image]} for e in evaluations}
+        masks = {e.name: {image: m} for e in evaluations if (m := e.seen[image].masks) is not None}
+        draw_detections(out, {image: seen.path}, arms, classes, threshold, masks=masks, width=6.4)
+        written.append(out)
+    return written
+
+
+def draw(
+    axis: Axes, detections: Detections, classes: Sequence[str], threshold: float, masks: Tensor | None = None
+) -> None:
+    """Draw the boxes, and masks if there are any, of one image."""
+    for number, (box, score, label) in enumerate(zip(*detections, strict=True)):
         if score < threshold:
             continue
         x1, y1, x2, y2 = box.tolist()
         colour = PALETTE[int(label) % len(PALETTE)]
+        if masks is not None:
+            inside = masks[number].numpy().astype(bool)
+            axis.imshow(np.dstack([np.broadcast_to(c, inside.shape) for c in colour] + [inside * 0.45]))
         axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=colour, linewidth=1.5))
         text = classes[int(label)] if score >= 0.9995 else f'{classes[int(label)]} {score:.2f}'
         axis.text(

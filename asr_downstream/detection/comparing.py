@@ -1,0 +1,109 @@
+"""A detector beside its folded copy: metrics, cost, speed, and how far their detections differ."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from mmengine.config import Config
+from rich.table import Table
+from scipy.optimize import linear_sum_assignment
+from torch import nn
+
+from asr_downstream.description import render
+from asr_downstream.detection.evaluation import (
+    Detections,
+    Evaluation,
+    evaluate,
+    first_image,
+    measure_latency,
+    metric,
+)
+from asr_downstream.timing import ratio
+
+__all__ = ['Comparison', 'Differences', 'compare', 'differences']
+
+
+class Differences(NamedTuple):
+    """How far the detections of two detectors differ.
+
+    Attributes:
+        boxes_px, scores: largest differences over the images whose detections correspond one to one.
+        unmatched: images where the number of detections of some class differs.
+        images: images compared.
+    """
+
+    boxes_px: float
+    scores: float
+    unmatched: int
+    images: int
+
+
+@dataclass
+class Comparison:
+    """Two evaluations, the difference of their detections, and the median of folded over unfolded latency."""
+
+    unfolded: Evaluation
+    folded: Evaluation
+    difference: Differences
+    latency_ratio: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return {
+            **{arm.name: arm.as_dict() for arm in (self.unfolded, self.folded)},
+            'difference': self.difference._asdict(),
+            'latency_ratio': self.latency_ratio,
+        }
+
+    def __str__(self) -> str:
+        a, b = self.unfolded, self.folded
+        table = Table('', a.name, b.name, 'difference', title=f'{self.difference.images} images')
+        for column in table.columns[1:]:
+            column.justify = 'right'
+        for name in a.metrics:
+            x, y = a.metrics[name], b.metrics[name]
+            table.add_row(name, metric(x), metric(y), f'{y - x:+.3f}' if x >= 0 else '')
+        table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
+        table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
+        table.add_row('median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}')
+        table.add_row('boxes, px', '', '', f'{self.difference.boxes_px:.1e}')
+        table.add_row('scores', '', '', f'{self.difference.scores:.1e}')
+        table.add_row('images with other detections', '', '', str(self.difference.unmatched))
+        return render(table)
+
+
+def compare(config: Config, plugged: nn.Module, folded: nn.Module, fast: bool = False, pictures: int = 0) -> Comparison:
+    """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections.
+
+    ``fast`` and ``pictures``: see `asr_downstream.detection.evaluation.evaluate`.
+    """
+    a, b = (evaluate(config, m, n, fast, pictures) for m, n in ((plugged, 'unfolded'), (folded, 'folded')))
+    times = measure_latency({a.name: plugged, b.name: folded}, first_image(config))
+    for arm in (a, b):
+        arm.latency_ms = median(times[arm.name])
+    slower = ratio(times[b.name], times[a.name]).median
+    return Comparison(a, b, differences(a.detections, b.detections), slower)
+
+
+def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differences:
+    """Compare the detections of two detectors, image by image.
+
+    Detections of one class are paired by the nearest boxes, since rounding may swap two whose scores are equal.
+    """
+    boxes = scores = 0.0
+    unmatched = 0
+    for image, (boxes_a, scores_a, labels_a) in a.items():
+        boxes_b, scores_b, labels_b = b[image]
+        if not torch.equal(labels_a.sort().values, labels_b.sort().values):
+            unmatched += 1
+            continue
+        for label in labels_a.unique():
+            in_a, in_b = (labels == label for labels in (labels_a, labels_b))
+            apart = torch.cdist(boxes_a[in_a], boxes_b[in_b], p=torch.inf)  # (n, n) px
+            rows, columns = linear_sum_assignment(apart)
+            boxes = max(boxes, float(apart[rows, columns].max()))
+            scores = max(scores, float((scores_a[in_a][rows] - scores_b[in_b][columns]).abs().max()))
+    return Differences(boxes, scores, unmatched, len(a))

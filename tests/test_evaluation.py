@@ -1,0 +1,174 @@
+"""Evaluation of detectors: COCO scores by two tools, masks, classes, augmentation, pictures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, randomise
+
+pytest.importorskip('mmdet')
+pytestmark = pytest.mark.det
+
+from mmdet.evaluation import CocoMetric
+from mmengine.evaluator import Evaluator
+from pycocotools import mask as masks
+
+from asr_downstream.benchmark.coco import fake_set
+from asr_downstream.detection.augmented import augmented
+from asr_downstream.detection.config import load_config
+from asr_downstream.detection.detectors import build_detector
+from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.evaluation import Evaluation, Seen, evaluate, scored
+from asr_downstream.detection.pictures import show_each
+from asr_downstream.detection.scores import NAMES, score
+from asr_downstream.errors import AsrError, DataError
+
+CONFIG = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
+Tool = Callable[..., Any]
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp('data') / 'digits'
+    make_digits(root, sizes={'train': 8, 'val': 6})
+    return root
+
+
+@pytest.fixture(scope='module')
+def fake() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    return fake_set(images=30, per_image=20, classes=6)
+
+
+def with_masks(entries: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every box with an ellipse in it."""
+    found = []
+    for entry in entries:
+        x, y, w, h = entry['bbox']
+        rows, columns = np.ogrid[:480, :640]
+        inside = ((columns - x - w / 2) / (w / 2 + 1)) ** 2 + ((rows - y - h / 2) / (h / 2 + 1)) ** 2 <= 1
+        code = masks.encode(np.asfortranarray(inside.astype(np.uint8)))
+        found.append({**entry, 'segmentation': {'size': code['size'], 'counts': code['counts'].decode()}})
+    return found
+
+
+def test_scores_are_those_of_mmdetections_metric(fake: Any, tmp_path: Path) -> None:
+    truth, detections = fake
+    (tmp_path / 'truth.json').write_text(json.dumps(truth))
+    metric = CocoMetric(ann_file=str(tmp_path / 'truth.json'), metric='bbox', classwise=True)
+    metric.dataset_meta = {'classes': [c['name'] for c in truth['categories']]}
+    for image in truth['images']:
+        own = [d for d in detections if d['image_id'] == image['id']]
+        boxes = torch.tensor([d['bbox'] for d in own], dtype=torch.float64)
+        boxes[:, 2:] += boxes[:, :2]
+        found = {'bboxes': boxes, 'scores': torch.tensor([d['score'] for d in own], dtype=torch.float64)}
+        found['labels'] = torch.tensor([d['category_id'] - 1 for d in own])
+        metric.process({}, [{'img_id': image['id'], 'ori_shape': (480, 640), 'pred_instances': found}])
+    evaluator = Evaluator(metric)
+    evaluator.dataset_meta = metric.dataset_meta
+    ours = scored(evaluator, len(truth['images']), fast=False)
+    metric.format_only = False
+    theirs = metric.evaluate(len(truth['images']))
+    for name, key in {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APl': 'mAP_l'}.items():
+        assert ours.summary[name] == pytest.approx(theirs[f'coco/bbox_{key}'], abs=1.1e-3), name
+    assert 0.05 < ours.summary['AP'] < 0.9
+
+
+@pytest.mark.parametrize('kind', ['bbox', 'segm'])
+def test_the_fast_tool_gives_the_numbers_of_the_reference(fake: Any, kind: str) -> None:
+    truth, detections = fake
+    if kind == 'segm':
+        truth = {**truth, 'annotations': with_masks(truth['annotations'])}
+        detections = with_masks(detections)
+    before = json.dumps([truth, detections])
+    reference = score(truth, {kind: detections})
+    assert score(truth, {kind: detections}, fast=True) == reference
+    assert json.dumps([truth, detections]) == before, 'nothing is added to what was given'
+    prefix = {'bbox': '', 'segm': 'segm_'}[kind]
+    assert list(reference.summary) == [prefix + name for name in NAMES]
+    assert set(reference.classes) == {str(c) for c in range(1, 7)}
+    some_classes = score(truth, {kind: detections}, classes=['2', '5'])
+    assert some_classes.classes == {k: v for k, v in reference.classes.items() if k in ('2', '5')}
+    mean = np.mean([v[f'{prefix}AP'] for v in reference.classes.values()])
+    assert reference.summary[f'{prefix}AP'] == pytest.approx(mean, abs=1e-3)
+    if kind == 'segm':
+        assert reference.summary['segm_AP'] != score(truth, {'bbox': detections}).summary['AP']
+
+
+def test_no_detections_score_zero(fake: Any) -> None:
+    found = score(fake[0], {'bbox': [], 'segm': []}, fast=True)
+    assert set(found.summary.values()) == {0.0}
+    assert found.classes['1'] == {'AP': 0.0, 'segm_AP': 0.0}
+
+
+def test_a_missing_fast_tool_says_how_to_get_it(fake: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__('sys').modules, 'faster_coco_eval', None)
+    with pytest.raises(AsrError, match='pip install faster-coco-eval'):
+        score(*fake[:1], {'bbox': fake[1]}, fast=True)
+
+
+def test_other_metrics_keep_their_names(digits: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits, {'test_dataloader.num_workers': 0})
+    config.test_evaluator = dict(type='VOCMetric', metric='mAP', eval_mode='11points')
+    model = randomise(build_detector(config))
+    assert 'mAP' in evaluate(config, model, 'voc').metrics
+    with pytest.raises(DataError, match='--fast is for COCO metrics.*VOCMetric'):
+        evaluate(config, model, 'voc', fast=True)
+
+
+def test_augmentation_tests_the_image_and_its_mirror(digits: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits, {'test_dataloader.num_workers': 0})
+    model = randomise(build_detector(config))
+    seen: list[bool] = []
+    predict = model.predict
+    model.predict = lambda x, samples, **k: (seen.extend(s.flip for s in samples), predict(x, samples, **k))[1]
+    result = evaluate(*augmented(config, model), 'TTA')
+    assert sorted(set(seen)) == [False, True]
+    assert len(result.detections) == 6
+    assert config.test_dataloader.dataset.pipeline[-1].type == 'PackDetInputs', 'the config is not touched'
+    config.test_evaluator.metric = ['bbox', 'segm']
+    with pytest.raises(DataError, match='--tta merges boxes only'):
+        augmented(config, model)
+
+
+def test_pictures_show_boxes_and_masks_side_by_side(tmp_path: Path) -> None:
+    from PIL import Image
+
+    path = tmp_path / 'cells.png'
+    Image.new('RGB', (200, 100), 'white').save(path)
+    box = torch.tensor([[20.0, 20, 90, 80]])
+    mask = torch.zeros(1, 100, 200, dtype=torch.bool)
+    mask[0, 30:70, 30:80] = True
+    arms = [
+        Evaluation(name, {}, {1: (box, torch.tensor([0.9]), torch.tensor([0]))}, 1, 1.0, seen={1: Seen(path, found)})
+        for name, found in (('unfolded', mask), ('folded', None))
+    ]
+    written = show_each(tmp_path / 'out', arms, ['cell'])
+    assert written == [tmp_path / 'out' / 'cells.png']
+    pixels = np.asarray(Image.open(written[0]).convert('RGB')).astype(int)
+    assert pixels.shape[1] > 2.5 * pixels.shape[0], 'side by side'
+    left, right = np.array_split(pixels, 2, axis=1)
+    tinted = [(np.ptp(half, axis=2) > 20).sum() for half in (left, right)]
+    assert tinted[0] > 3 * tinted[1] > 0, 'the mask is drawn where there is one'
+
+
+def test_the_tool_does_all_of_it(tool: Tool, digits: Path, tmp_path: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits)
+    torch.save({'state_dict': randomise(build_detector(config)).state_dict()}, tmp_path / 'a.pth')
+    done = tool(
+        'test_det', CONFIG, tmp_path / 'a.pth', '--fold', '--fast', '--per-class', '--tta', '--show-dir',
+        tmp_path / 'pictures', '--show-images', 2, '--data-root', digits, '--work-dir', tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for text in ('AP by class', 'folded, TTA', 'ARl', '2 pictures'):
+        assert text in done.stdout
+    assert len(list((tmp_path / 'pictures').glob('*.png'))) == 2
+    found = json.loads((tmp_path / 'test.json').read_text())
+    assert found['scored_with'] == 'faster-coco-eval'
+    assert set(found['folded']['classes']) == {str(d) for d in range(10)}
+    assert 'AP' in found['tta']
