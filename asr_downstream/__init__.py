@@ -2,6 +2,7 @@
 
     plug(model, spec)      attach attentions to the sites of a model
     fold(model)            put constant gates into the weights: the stock model again
+    fuse_conv_bn(model, x) convolutions and norms as one, for deployment
     record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
     describe(model)        the table of the sites
@@ -14,6 +15,7 @@ from asr_downstream.attention import ChannelAttention, pool
 from asr_downstream.description import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
 from asr_downstream.folding import fold
+from asr_downstream.fusing import fuse_conv_bn
 from asr_downstream.layers import rebind
 from asr_downstream.plugging import plug
 from asr_downstream.recording import record
@@ -36,6 +38,7 @@ __all__ = [
     'PlugError',
     'describe',
     'fold',
+    'fuse_conv_bn',
     'plug',
     'pool',
     'rebind',

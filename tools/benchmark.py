@@ -2,6 +2,7 @@
 
     python tools/benchmark.py plug                 # what ASR(SE), SE and DIA cost in training, and folded
     python tools/benchmark.py unet                 # the same on UNets of diffusers
+    python tools/benchmark.py det                  # Faster R-CNN R50, folded and fused; scoring of 5,000 images
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -19,7 +20,7 @@ from asr_downstream import cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, write JSON."""
     parser = cli.parser(__doc__)
-    parser.add_argument('benchmark', choices=['plug', 'unet'], help='which one')
+    parser.add_argument('benchmark', choices=['plug', 'unet', 'det'], help='which one')
     parser.add_argument('--rounds', type=int, default=40, help='paired rounds (default: 40)')
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
@@ -29,6 +30,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.files import write_json
     from asr_downstream.versions import versions
 
+    if args.benchmark == 'det':
+        if args.case:
+            parser.error('--case is for plug and unet')
+        from asr_downstream.benchmark import coco, det
+
+        result = det.measure_detector(args.rounds)
+        print(det.table(result))
+        faster, scoring = coco.measure_scoring(min(args.rounds, 3))
+        print(f'scoring {scoring["detections"]:,} detections: faster-coco-eval is {faster} x as fast as pycocotools')
+        write_json(args.out / 'det.json', {'detector': result, 'scoring': scoring, 'versions': versions()})
+        return
     known = plug.CASES
     if args.benchmark == 'unet':
         from asr_downstream.benchmark.unet import CASES as known
