@@ -26,6 +26,7 @@ from asr_downstream.detection.detectors import build_detector
 from asr_downstream.detection.digits import make_digits
 from asr_downstream.detection.evaluation import Evaluation, Seen, evaluate, scored
 from asr_downstream.detection.pictures import show_each
+from asr_downstream.detection.results import read_run
 from asr_downstream.detection.scores import NAMES, score
 from asr_downstream.errors import AsrError, DataError
 
@@ -171,3 +172,38 @@ def test_the_tool_does_all_of_it(tool: Tool, digits: Path, tmp_path: Path) -> No
     assert found['scored_with'] == 'faster-coco-eval'
     assert set(found['folded']['classes']) == {str(d) for d in range(10)}
     assert 'AP' in found['tta']
+
+
+def tested_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
+    """What training of two epochs and a test leave."""
+    logs = folder / '2026' / 'vis_data'
+    logs.mkdir(parents=True)
+    lines = [{'loss': 2.0 / e, 'epoch': e, 'iter': 10 * e} for e in (1, 2)] + [{'coco/bbox_mAP': ap, 'step': 2}]
+    (logs / 'scalars.json').write_text('\n'.join(map(json.dumps, lines)))
+    (folder / 'last_checkpoint').write_text(str(folder / 'epoch_2.pth'))
+    (folder / 'arm.py').write_text(
+        f'train_cfg = dict(max_epochs=2)\ntrain_dataloader = dict(batch_size=4)\nrandomness = dict(seed={seed})\n'
+    )
+    metrics = {'AP': ap, 'AP50': 2 * ap, 'parameters': 100, 'latency_ms': 3.0}
+    arms = {'unfolded': metrics, 'folded': {**metrics, 'parameters': 90}, 'difference': {}} if folded else metrics
+    made = {**arms, 'checkpoint': str(folder / 'epoch_2.pth'), 'sha256': 'x', 'versions': {}}
+    (folder / 'test.json').write_text(json.dumps(made))
+    return folder
+
+
+def test_results_of_seeds_are_gathered(tmp_path: Path, tool: Tool) -> None:
+    runs = [tested_run(tmp_path / str(seed), seed, 0.2 + 0.1 * seed, folded=True) for seed in (0, 1, 2)]
+    done = tool('results_det', *runs, '--out', tmp_path / 'results.jsonl')
+    assert done.returncode == 0, done.stderr
+    row = '| `arm` | 0, 1, 2 | 0.300 ± 0.100 | 0.600 ± 0.200 | 0.300 ± 0.100 | no, exact | 100 | 90 |'
+    assert row in done.stdout
+    records = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
+    assert [r['seed'] for r in records] == [0, 1, 2]
+    assert records[0]['loss'] == [2.0, 1.0]
+    assert 'latency_ms' not in records[0]['trained']
+    (tmp_path / '1' / 'last_checkpoint').write_text(str(tmp_path / '1' / 'epoch_1.pth'))
+    with pytest.raises(DataError, match=r'test.json is about .*epoch_2.pth, but the last checkpoint is epoch_1.pth'):
+        read_run(tmp_path / '1')
+    (tmp_path / '2' / 'test.json').unlink()
+    with pytest.raises(DataError, match='was not tested; python tools/test_det.py'):
+        read_run(tmp_path / '2')

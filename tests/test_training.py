@@ -24,13 +24,14 @@ from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.detection import training
 from asr_downstream.detection.config import load_config, stock_config
 from asr_downstream.detection.digits import make_digits
-from asr_downstream.detection.loops import StopHook, Stopped
+from asr_downstream.detection.loops import StopHook, Stopped, ValFirst
 from asr_downstream.detection.processes import join
 from asr_downstream.errors import AsrError
 from asr_downstream.layers import Plugged
 from asr_downstream.stopping import StopSignal
 
 ASR = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
+STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
 DIA = 'det_configs/digits/retinanet_r18-w16-dia_fpn_digits.py'
 Tool = Callable[..., Any]
 
@@ -187,6 +188,35 @@ def test_averaged_weights_are_what_is_written_and_folds(digits: Path, tmp_path: 
     assert not torch.equal(raw[f'module.{key}'], averaged[key])
     report = fold_checkpoint(configured(digits), checkpoint, tmp_path / 'shipped' / 'a.pth')
     assert report['feature_map_difference']['float64']['relative'] < 1e-10
+
+
+class Detections(Hook):
+    """Keeps what each validation has found."""
+
+    def __init__(self) -> None:
+        self.found: list[Any] = []
+
+    def after_val_iter(self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
+        self.found += [(o.pred_instances.bboxes, o.pred_instances.scores) for o in outputs]
+
+
+@pytest.mark.parametrize('path', [ASR, DIA])
+def test_a_stock_checkpoint_fine_tunes_from_exactly_where_it_stands(digits: Path, tmp_path: Path, path: str) -> None:
+    last = Detections()
+    keep = {'model.test_cfg.score_thr': 0.0}  # two epochs find nothing with more
+    stock, _ = run(configured(digits, STOCK, **keep), tmp_path / 'stock', hooks=(last,))
+    found = {}
+    for preserve in (True, False):
+        first = Detections()
+        options = {**keep, 'load_from': str(stock), 'model.backbone.plug.preserve': preserve, 'train_cfg.max_epochs': 1}
+        run(configured(digits, path, **options), tmp_path / str(preserve), hooks=(ValFirst(), first))
+        found[preserve] = first.found[: len(last.found)]
+    assert sum(len(scores) for _, scores in last.found) > 10
+    scores = {k: torch.cat([s for _, s in v]) for k, v in {'stock': last.found, **found}.items()}
+    boxes = {k: torch.cat([b for b, _ in v]) for k, v in {'stock': last.found, **found}.items()}
+    assert torch.equal(scores[True], scores['stock'])
+    assert torch.equal(boxes[True], boxes['stock'])
+    assert not torch.equal(scores[False], scores['stock'])
 
 
 def test_reports(tmp_path: Path, digits: Path) -> None:

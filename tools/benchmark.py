@@ -2,7 +2,8 @@
 
     python tools/benchmark.py plug                 # what ASR(SE), SE and DIA cost in training, and folded
     python tools/benchmark.py unet                 # the same on UNets of diffusers
-    python tools/benchmark.py det                  # Faster R-CNN R50, folded and fused; scoring of 5,000 images
+    python tools/benchmark.py det                  # detectors, folded and fused; scoring of 5,000 images
+    python tools/benchmark.py det --case Faster    # or RetinaNet, or scoring
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -31,17 +32,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.versions import versions
 
     if args.benchmark == 'det':
-        if args.case:
-            parser.error('--case is for plug and unet')
         from asr_downstream.benchmark import coco, det
 
-        result = det.measure_detector(args.rounds)
-        print(det.table(result))
-        faster, scoring = coco.measure_scoring(min(args.rounds, 3))
-        print(f'scoring {scoring["detections"]:,} detections: faster-coco-eval is {faster} x as fast as pycocotools')
-        write_json(args.out / 'det.json', {'detector': result, 'scoring': scoring, 'versions': versions()})
+        detectors = []
+        for case in det.CASES:
+            if not args.case or any(name.lower() in case.name.lower() for name in args.case):
+                detectors.append(det.measure_detector(case, args.rounds))
+                print(det.table(detectors[-1]), flush=True)
+        scoring = None
+        if not args.case or 'scoring' in args.case:
+            faster, scoring = coco.measure_scoring(min(args.rounds, 3))
+            print(
+                f'scoring {scoring["detections"]:,} detections: faster-coco-eval is {faster} x as fast as pycocotools'
+            )
+        if not detectors and scoring is None:
+            parser.error(f'--case matches none of: {", ".join(case.name for case in det.CASES)}, scoring')
+        write_json(args.out / 'det.json', {'detectors': detectors, 'scoring': scoring, 'versions': versions()})
         return
-    known = plug.CASES
+    known: Any = plug.CASES
     if args.benchmark == 'unet':
         from asr_downstream.benchmark.unet import CASES as known
     cases = [c for c in known if not args.case or any(n.lower() in c.name.lower() for n in args.case)]

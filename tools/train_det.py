@@ -3,6 +3,7 @@
     python tools/train_det.py det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py
     python tools/train_det.py CONFIG --data-root /data/coco --work-dir runs/a --amp
     python tools/train_det.py CONFIG --cfg-options train_cfg.max_epochs=3 optim_wrapper.optimizer.lr=0.01
+    python tools/train_det.py CONFIG --load-from stock.pth --val-first   # with preserve=True: the AP of stock.pth
     python tools/train_det.py CONFIG --resume            # continue from the newest checkpoint in the work dir
     python tools/train_det.py CONFIG --resume auto       # the same if there is one, else start
     python tools/train_det.py CONFIG --dry-run           # sites, parameters and steps; trains nothing
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--resume', nargs='?', const='latest', metavar='auto|CHECKPOINT', help='continue a training (default: newest)'
     )
+    parser.add_argument('--load-from', metavar='CHECKPOINT', help='start from these weights; stock ones have no gates')
+    parser.add_argument('--val-first', action='store_true', help='validate before the first step too')
     parser.add_argument('--ema', action='store_true', help='average the weights; checkpoints and AP are of the average')
     parser.add_argument('--fold-eval', action='store_true', help='validate a folded copy')
     parser.add_argument('--report-to', nargs='+', default=[], choices=['tensorboard', 'wandb'], help='besides the log')
@@ -49,6 +52,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     from asr_downstream.detection import evaluation, processes, training
     from asr_downstream.detection.config import load_config
+    from asr_downstream.detection.loops import ValFirst
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     if args.amp:
@@ -57,6 +61,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         config.auto_scale_lr.enable = True
     if args.seed is not None:
         config.randomness = {**config.get('randomness', {}), 'seed': args.seed}
+    if args.load_from:
+        config.load_from = args.load_from
     if args.ema:
         training.average(config)
     if args.fold_eval:
@@ -67,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     processes.join(config, args.launcher)
     training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
-    checkpoint, complete = training.train(config)
+    checkpoint, complete = training.train(config, [ValFirst()] if args.val_first else [])
     print(f'last checkpoint: {checkpoint}' if complete else f'stopped; --resume continues from {checkpoint}')
 
 

@@ -17,12 +17,13 @@ from mmengine.runner.loops import _update_losses
 from torch import nn
 
 from asr_downstream.detection.processes import any_process
+from asr_downstream.errors import DataError
 from asr_downstream.files import write_atomically
 from asr_downstream.folding import fold
 from asr_downstream.registry import LOOPS
 from asr_downstream.stopping import StopSignal
 
-__all__ = ['EpochBasedTrainLoop', 'FoldedValLoop', 'StopHook', 'Stopped', 'bare']
+__all__ = ['EpochBasedTrainLoop', 'FoldedValLoop', 'StopHook', 'Stopped', 'ValFirst', 'bare']
 
 
 class Stopped(Exception):  # noqa: N818
@@ -89,6 +90,18 @@ class FoldedValLoop(engine.ValLoop):
         outputs, self.val_loss = _update_losses(outputs, self.val_loss)
         self.evaluator.process(data_samples=outputs, data_batch=data_batch)
         self.runner.call_hook('after_val_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
+
+
+class ValFirst(Hook):
+    """Validates before the first step: what a fine-tuning starts from."""
+
+    priority = 'LOWEST'
+
+    def before_train(self, runner: Runner) -> None:
+        """Validate, with the weights as loaded."""
+        if runner.val_loop is None:
+            raise DataError('--val-first: the config has no val_dataloader, val_evaluator and val_cfg')
+        runner.val_loop.run()
 
 
 class StopHook(Hook):

@@ -1,0 +1,111 @@
+"""Results of several trainings: one record a run, and a table with mean and spread over seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.errors import DataError
+from asr_downstream.files import write_atomically
+
+__all__ = ['markdown', 'read_run', 'write_jsonl']
+
+KEPT = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR', 'segm_AP', 'segm_AP50', 'parameters', 'gmacs', 'classes')
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Summarise a run of `tools/train_det.py` that `tools/test_det.py --work-dir` has tested.
+
+    Returns:
+        Config, seed, epochs, batch, loss by epoch, metrics as trained (at the last epoch) and folded, versions.
+
+    Raises:
+        DataError: the run is not complete, was not tested, or was tested at another epoch than its last.
+    """
+    configs = sorted(folder.glob('*.py'))
+    if not configs or not (folder / 'last_checkpoint').is_file():
+        raise DataError(f'{folder}: is no run of tools/train_det.py: it has no config or no last_checkpoint')
+    if not (folder / 'test.json').is_file():
+        raise DataError(f'{folder}: was not tested; python tools/test_det.py CONFIG CHECKPOINT --work-dir {folder}')
+    config = Config.fromfile(configs[0])
+    tested = json.loads((folder / 'test.json').read_text())
+    last = Path((folder / 'last_checkpoint').read_text().strip()).name
+    if Path(tested['checkpoint']).name != last:
+        raise DataError(f'{folder}: test.json is about {tested["checkpoint"]}, but the last checkpoint is {last}')
+    epochs = config.train_cfg.max_epochs
+    losses = losses_by_epoch(folder)
+    if len(losses) < epochs:
+        raise DataError(f'{folder}: has logs of {len(losses)} of {epochs} epochs')
+    record: dict[str, Any] = {
+        'config': configs[0].stem,
+        'seed': config.get('randomness', {}).get('seed'),
+        'epochs': epochs,
+        'batch': config.train_dataloader.batch_size,
+        'checkpoint': last,
+        'loss': [round(value, 4) for value in losses],
+        'trained': kept(tested.get('unfolded', tested)),
+    }
+    if 'folded' in tested:
+        record['folded'] = kept(tested['folded'])
+        record['difference'] = tested['difference']
+        sites = (tested.get('calibration') or {}).get('sites', [])
+        record['calibrated_on'] = max((site['samples'] for site in sites), default=None)
+    return {**record, 'sha256': tested['sha256'], 'versions': tested['versions']}
+
+
+def kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an evaluation: no latency, which belongs to a machine."""
+    return {key: metrics[key] for key in KEPT if key in metrics}
+
+
+def losses_by_epoch(folder: Path) -> list[float]:
+    """Mean of the logged losses of each epoch, over all logs of the run; what was run twice counts once."""
+    steps: dict[int, tuple[int, float]] = {}
+    for log in sorted(folder.glob('*/vis_data/scalars.json')):
+        for line in log.read_text().splitlines():
+            entry = json.loads(line)
+            if 'loss' in entry and 'epoch' in entry:
+                steps[entry['iter']] = entry['epoch'], entry['loss']
+    epochs: dict[int, list[float]] = {}
+    for epoch, loss in steps.values():
+        epochs.setdefault(epoch, []).append(loss)
+    return [mean(epochs[epoch]) for epoch in sorted(epochs)]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one record a line."""
+    write_atomically(path, lambda p: p.write_text(''.join(json.dumps(record) + '\n' for record in records)))
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """Table with one row a config: mean and standard deviation over its seeds."""
+    lines = [
+        '| config | seeds | AP | AP50 | folded AP | of that by calibration | parameters | folded |',
+        '|---|---|---|---|---|---|---|---|',
+    ]
+    for name in dict.fromkeys(record['config'] for record in records):
+        runs = [record for record in records if record['config'] == name]
+        trained = [run['trained'] for run in runs]
+        folded = [run['folded'] for run in runs if 'folded' in run]
+        calibrated = any(run.get('calibrated_on') for run in runs)
+        cells = [
+            f'`{name}`',
+            ', '.join(str(run['seed']) for run in runs),
+            spread([m['AP'] for m in trained]),
+            spread([m['AP50'] for m in trained]),
+            spread([m['AP'] for m in folded]) if folded else '',
+            ('yes' if calibrated else 'no, exact') if folded else '',
+            f'{trained[0]["parameters"]:,}',
+            f'{folded[0]["parameters"]:,}' if folded else '',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation; without the latter for one value."""
+    return f'{mean(values):.3f} ± {stdev(values):.3f}' if len(values) > 1 else f'{values[0]:.3f}'
