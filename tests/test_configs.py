@@ -113,7 +113,7 @@ def test_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     constant = plug.type == 'ASR' or plug.attention.type == 'LayerScale'
     assert all(row.folds == constant for row in rows)
     if not constant:
-        compare_features(model, model)
+        assert all(f.isfinite().all() for f in model.extract_feat(image_inputs()['batch_inputs'].double()))
         with pytest.raises(AsrError, match='depend on the input'):
             fold(model)
         return

@@ -14,9 +14,9 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from asr_downstream.detection.coco import check_datasets
+from asr_downstream.detection.coco import check_annotations, check_datasets, path_of
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.datasets import find_splits
+from asr_downstream.detection.datasets import find_splits, fit_to_data
 from asr_downstream.detection.detectors import build_detector
 from asr_downstream.detection.voc import convert_voc
 from asr_downstream.errors import DataError
@@ -29,14 +29,16 @@ LAYOUTS = {
     'exported': ('train/_annotations.coco.json', 'train', 'valid/_annotations.coco.json', 'valid'),
     'flat': ('train.json', '.', 'test.json', '.'),
     'nested': ('annotations/train.json', 'images/train', 'annotations/val.json', 'images/val'),
+    'voc-like': ('annotations/voc_trainval.json', 'trainval', 'annotations/voc_test.json', 'test'),
 }
 Tool = Callable[..., Any]
 
 
 def make(root: Path, layout: str, names: tuple[str, ...] = ('cell', 'dust')) -> Path:
-    """A data set of one picture a split."""
+    """A data set of one picture a split, of the same name where the splits have folders of their own."""
     train, train_images, val, val_images = LAYOUTS[layout]
-    for file, folder, split in ((train, train_images, 'a'), (val, val_images, 'b')):
+    own = 'b' if train_images == val_images else 'a'
+    for file, folder, split in ((train, train_images, 'a'), (val, val_images, own)):
         (root / folder).mkdir(parents=True, exist_ok=True)
         (root / file).parent.mkdir(parents=True, exist_ok=True)
         Image.new('RGB', (64, 48)).save(root / folder / f'{split}.png')
@@ -61,9 +63,54 @@ def test_a_coco_config_fits_any_coco_format_set(layout: str, tmp_path: Path, cap
     assert config.model.bbox_head.num_classes == 2
     for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
         assert config[loader].dataset.metainfo.classes == ('cell', 'dust')
-    assert Path(config.test_evaluator.ann_file) == root / LAYOUTS[layout][2]
+    train, train_images, val, val_images = LAYOUTS[layout]
+    assert Path(config.test_evaluator.ann_file) == root / val
+    for loader, file, images in (('train', train, train_images), ('val', val, val_images), ('test', val, val_images)):
+        found = path_of(config[f'{loader}_dataloader'].dataset)
+        assert found.annotations == root / file
+        assert found.images.resolve() == (root / images).resolve()
     assert build_detector(config).bbox_head.num_classes == 2
     assert 'asr_downstream' not in stock_config(config).pretty_text
+
+
+def test_lists_of_evaluators_are_fitted_too(tmp_path: Path) -> None:
+    config = load_config(COCO)
+    config.val_evaluator = [dict(type='CocoMetric', ann_file='data/coco/annotations/a.json')]
+    root = make(tmp_path / 'set', 'plain')
+    fit_to_data(config, root)
+    assert config.val_evaluator[0].ann_file == str(root / 'annotations/val.json')
+
+
+def test_several_data_sets_are_not_guessed(tmp_path: Path) -> None:
+    config = load_config(COCO)
+    leaf = config.train_dataloader.dataset
+    config.train_dataloader.dataset = dict(type='ConcatDataset', datasets=[dict(leaf, ann_file='a'), dict(leaf)])
+    with pytest.raises(DataError, match='train_dataloader has several data sets, and not all are there'):
+        fit_to_data(config, make(tmp_path, 'plain'))
+
+
+def test_splits_must_number_their_classes_alike(tmp_path: Path) -> None:
+    root = make(tmp_path, 'plain')
+    val = json.loads((root / 'annotations/val.json').read_text())
+    val['categories'].reverse()
+    (root / 'annotations/val.json').write_text(json.dumps(val))
+    with pytest.raises(DataError, match=r'names and order must be the same'):
+        load_config(COCO, root)
+    with pytest.raises(DataError, match=r'in the order dust, cell, the config in the order cell, dust'):
+        check_annotations(root / 'annotations/val.json', root / 'images', ['cell', 'dust'])
+    val['categories'].append({'id': 9, 'name': 'dust'})
+    (root / 'annotations/val.json').write_text(json.dumps(val))
+    with pytest.raises(DataError, match=r'several categories named dust'):
+        load_config(COCO, root)
+
+
+def test_images_of_one_name_in_folders_that_say_nothing_are_refused(tmp_path: Path) -> None:
+    root = make(tmp_path, 'plain')
+    for folder in ('one', 'two'):
+        (root / folder).mkdir()
+        (root / folder / 'b.png').write_bytes((root / 'images' / 'b.png').read_bytes())
+    with pytest.raises(DataError, match=r'the images of val.json are in images, one, two; name the folder'):
+        find_splits(root)
 
 
 def test_every_head_gets_the_number_of_classes(tmp_path: Path) -> None:
@@ -151,6 +198,11 @@ def test_what_is_wrong_with_voc_is_said(tmp_path: Path) -> None:
     (tmp_path / 'VOC2007/JPEGImages/1.jpg').unlink()
     with pytest.raises(DataError, match=r'1\.jpg: no such image'):
         convert_voc(tmp_path)
+    (tmp_path / 'annotations').mkdir()
+    (tmp_path / 'annotations/train.json').write_text('{}')
+    with pytest.raises(DataError, match=r'train\.json: is there already; --overwrite'):
+        convert_voc(tmp_path)
+    (tmp_path / 'annotations/train.json').unlink()
     (tmp_path / 'VOC2007/Annotations/1.xml').write_text('<annotation>')
     with pytest.raises(DataError, match=r'1\.xml: is not a VOC annotation'):
         convert_voc(tmp_path)

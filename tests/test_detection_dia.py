@@ -251,3 +251,13 @@ def test_plugs_are_found_in_configs() -> None:
             assert config.model.backbone.plug.type == plug_type
             assert config.model.backbone.plug.preserve
     assert MODELS.get('asr_downstream.ResNet')
+
+
+def test_what_a_budget_keeps_of_a_detectors_own_plug_stays_in_the_config() -> None:
+    config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py', needs_data=False)
+    sites = ['neck.fpn_convs.*.conv', 'bbox_head.retina_cls']
+    spec = dict(type='Attention', attention=dict(type='SE', reduction=4), sites=sites)
+    config.model.update(type='asr_downstream.RetinaNet', plug=spec)
+    kept = ['neck.fpn_convs.1.conv']
+    partly = partly_stock_config(config, kept)
+    assert [row.path for row in describe(build_detector(partly)).sites] == kept

@@ -26,7 +26,7 @@ from asr_downstream.detection.detectors import build_detector
 from asr_downstream.detection.digits import make_digits
 from asr_downstream.detection.evaluation import Evaluation, Seen, evaluate, scored
 from asr_downstream.detection.pictures import show_each
-from asr_downstream.detection.results import read_run
+from asr_downstream.detection.results import markdown, read_run
 from asr_downstream.detection.scores import NAMES, score
 from asr_downstream.errors import AsrError, DataError
 
@@ -100,6 +100,13 @@ def test_the_fast_tool_gives_the_numbers_of_the_reference(fake: Any, kind: str) 
         assert list(reference.summary.values()) != list(score(truth, {'bbox': detections}).summary.values())
 
 
+def test_the_limits_of_a_config_are_kept(fake: Any) -> None:
+    truth, detections = fake
+    usual, other = (score(truth, {'bbox': detections}, max_detections=m) for m in ((100, 300, 1000), (100, 1, 10)))
+    assert other.summary == usual.summary  # AR is of 100 detections in both, and no image here has more
+    assert score(truth, {'bbox': detections}, max_detections=(1, 2, 100), fast=True) == other
+
+
 def test_no_detections_score_zero(fake: Any) -> None:
     found = score(fake[0], {'bbox': [], 'segm': []}, fast=True)
     assert set(found.summary.values()) == {0.0}
@@ -152,6 +159,17 @@ def test_pictures_show_boxes_and_masks_side_by_side(tmp_path: Path) -> None:
     assert written == [tmp_path / 'out' / 'cells.png']
     pixels = np.asarray(Image.open(written[0]).convert('RGB')).astype(int)
     assert pixels.shape[1] > 2.5 * pixels.shape[0], 'side by side'
+    again = Path(tmp_path / 'elsewhere' / 'cells.png')
+    again.parent.mkdir()
+    again.write_bytes(path.read_bytes())
+    for arm in arms:
+        arm.seen[2] = Seen(again, None)
+        arm.detections[2] = arm.detections[1]
+    assert [p.name for p in show_each(tmp_path / 'both', arms, ['cell'])] == ['1-cells.png', '2-cells.png']
+    for arm in arms:
+        del arm.seen[2]
+    with pytest.raises(DataError, match='is an image of the data set'):
+        show_each(tmp_path, arms, ['cell'])
     left, right = np.array_split(pixels, 2, axis=1)
     tinted = [(np.ptp(half, axis=2) > 20).sum() for half in (left, right)]
     assert tinted[0] > 3 * tinted[1] > 0, 'the mask is drawn where there is one'
@@ -174,7 +192,7 @@ def test_the_tool_does_all_of_it(tool: Tool, digits: Path, tmp_path: Path) -> No
     assert 'AP' in found['tta']
 
 
-def tested_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
+def finished_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
     """What training of two epochs and a test leave."""
     logs = folder / '2026' / 'vis_data'
     logs.mkdir(parents=True)
@@ -192,11 +210,16 @@ def tested_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
 
 
 def test_results_of_seeds_are_gathered(tmp_path: Path, tool: Tool) -> None:
-    runs = [tested_run(tmp_path / str(seed), seed, 0.2 + 0.1 * seed, folded=True) for seed in (0, 1, 2)]
+    runs = [finished_run(tmp_path / str(seed), seed, 0.2 + 0.1 * seed, folded=True) for seed in (0, 1, 2)]
     done = tool('results_det', *runs, '--out', tmp_path / 'results.jsonl')
     assert done.returncode == 0, done.stderr
-    row = '| `arm` | 0, 1, 2 | 0.300 ± 0.100 | 0.600 ± 0.200 | 0.300 ± 0.100 | no, exact | 100 | 90 |'
+    row = '| `arm` | 0, 1, 2 | 0.300 ± 0.100 | 0.600 ± 0.200 |  | 0.300 ± 0.100 | no: exact | 100 | 90 |'
     assert row in done.stdout
+    other = [{**read_run(run), 'config': 'other'} for run in runs[1:]]
+    for record, ap in zip(other, (0.28, 0.39), strict=True):
+        record['trained'] = {**record['trained'], 'AP': ap}
+    table = markdown([*map(read_run, runs), *other])
+    assert '| `other` | 1, 2 | 0.335 ± 0.078 | 0.700 ± 0.141 | -0.015 ± 0.007 |' in table
     records = [json.loads(line) for line in (tmp_path / 'results.jsonl').read_text().splitlines()]
     assert [r['seed'] for r in records] == [0, 1, 2]
     assert records[0]['loss'] == [2.0, 1.0]

@@ -63,6 +63,28 @@ class OtherReader(nn.Module):
         return self.bn(y) + y.sin()
 
 
+class InPlace(nn.Module):
+    """Something works on the output of the convolution in place before the norm reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last, self.end = (
+            nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3),
+            nn.Conv2d(3, 3, 1),
+            nn.BatchNorm2d(3),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.last(self.bn(self.conv(x).relu_())))
+
+
+def test_work_in_place_between_them_parts_a_pair() -> None:
+    model = randomise(InPlace()).double().eval()
+    _, pairs = fuse_conv_bn(model, X)
+    assert pairs == [('last', 'end')]
+
+
 def test_what_does_not_belong_together_is_refused() -> None:
     model = randomise(OtherReader()).double().eval()
     with pytest.raises(FoldError, match='another reader'):

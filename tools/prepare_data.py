@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     check.add_argument('root', type=Path, help='folder')
     voc = sets.add_parser('voc', help='convert PASCAL VOC to COCO format')
     voc.add_argument('root', type=Path, help='VOCdevkit, or one of its years; annotations/ is written there')
+    voc.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
     args = parser.parse_args(argv)
 
     if args.set == 'digits':
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.set == 'voc':
         from asr_downstream.detection.voc import convert_voc
 
-        print('\n'.join(convert_voc(args.root)))
+        print('\n'.join(convert_voc(args.root, args.overwrite)))
         return
     from asr_downstream.detection.coco import check_annotations, check_tree, unpack
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from mmengine.config import DictAction
 
 from asr_downstream import cli
+from asr_downstream.errors import AsrError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument('--local-rank', '--local_rank', type=int, help='what some launchers pass; not used')
     parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
-    parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
+    parser.add_argument(
+        '--trust', action='store_true', help='read checkpoints that need unpickling, or are fetched (can run code)'
+    )
     parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
@@ -58,9 +61,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
     if args.auto_scale_lr:
+        if 'base_batch_size' not in (config.get('auto_scale_lr') or {}):
+            raise AsrError(
+                f'{args.config}: --auto-scale-lr needs the batch size that the lr is meant for: '
+                f'--cfg-options auto_scale_lr.base_batch_size=16'
+            )
         config.auto_scale_lr.enable = True
     if args.seed is not None:
-        config.randomness = {**config.get('randomness', {}), 'seed': args.seed}
+        config.randomness = {**(config.get('randomness') or {}), 'seed': args.seed}
     if args.load_from:
         config.load_from = args.load_from
     if args.ema:
@@ -74,7 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes.join(config, args.launcher)
     training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
     checkpoint, complete = training.train(config, [ValFirst()] if args.val_first else [])
-    print(f'last checkpoint: {checkpoint}' if complete else f'stopped; --resume continues from {checkpoint}')
+    if not complete:
+        print(f'stopped; --resume continues from {checkpoint}')
+    else:
+        print(f'last checkpoint: {checkpoint or "none, the config writes none (default_hooks.checkpoint)"}')
 
 
 if __name__ == '__main__':

@@ -15,6 +15,7 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
 from mmengine.hub import get_config
+from mmengine.logging import MMLogger
 from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 from rich.table import Table
@@ -123,6 +124,7 @@ def measure_detector(case: DetectorCase, rounds: int, seed: int = 0) -> dict[str
     """
     torch.manual_seed(seed)
     init_default_scope('mmdet')
+    MMLogger.get_current_instance().setLevel('WARNING')  # init_weights tells of every tensor
     stock: Any = build_detector(case.config())
     stock.init_weights()
     stock.eval()

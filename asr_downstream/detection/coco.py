@@ -22,6 +22,7 @@ __all__ = [
     'check_annotations',
     'check_datasets',
     'check_tree',
+    'evaluators',
     'leaves',
     'path_of',
     'read_annotations',
@@ -50,6 +51,12 @@ def leaves(dataset: Any) -> Iterator[Any]:
             yield from leaves(inner)
     else:
         yield dataset
+
+
+def evaluators(config: Config, loader: str) -> list[Any]:
+    """Configs of the metrics that belong to a loader."""
+    found = config.get(loader.replace('_dataloader', '_evaluator')) or []
+    return list(found) if isinstance(found, list | tuple) else [found]
 
 
 def path_of(leaf: Any) -> Split:
@@ -87,6 +94,10 @@ def read_annotations(path: Path) -> dict[str, Any]:
             absent = [f for f in fields if f not in entry]
             if absent:
                 raise DataError(f'{path}: {key}[{index}] has no {", ".join(absent)}')
+    names = [category['name'] for category in content['categories']]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise DataError(f'{path}: has several categories named {some(twice)}; remove or rename those without boxes')
     return content
 
 
@@ -114,6 +125,13 @@ def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = 
             f'{path}: has no category {some(unknown, 3)}; it has {some(sorted(names), 10)}. '
             f'Set metainfo=dict(classes=...) in the config to the names of the file'
         )
+    if classes is not None:
+        order = [c['name'] for c in content['categories'] if c['name'] in set(classes)]
+        if order != list(classes):
+            raise DataError(
+                f'{path}: has the categories in the order {some(order, 10)}, the config in the order '
+                f'{some(list(classes), 10)}; labels are numbered by the order of the file: use that in metainfo'
+            )
     return f'{len(content["images"])} images, {len(content["annotations"])} boxes, {len(names)} classes'
 
 
@@ -124,6 +142,10 @@ def check_datasets(config: Config, *loaders: str) -> None:
             if dataset.get('type') == 'CocoDataset':
                 files = path_of(dataset)
                 check_annotations(files.annotations, files.images, (dataset.get('metainfo') or {}).get('classes'))
+        for evaluator in evaluators(config, loader):
+            truth = evaluator.get('ann_file')
+            if truth and not Path(truth).is_file():
+                raise DataError(f'{truth}: no such annotation file, but the evaluator of {loader} names it')
 
 
 def check_tree(root: Path) -> list[str]:

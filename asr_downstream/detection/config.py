@@ -20,6 +20,8 @@ from asr_downstream.registry import ATTENTIONS, PLUGS, find
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
+# What belongs to one training and its machines.
+LAUNCH = ('fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
 
 
 def load_config(
@@ -63,7 +65,7 @@ def set_data_root(config: Config, root: Path) -> None:
     if not root.is_dir():
         raise DataError(f'{root}: no such data folder; give the folder that holds annotations/ with --data-root')
     old = config.get('data_root')
-    if old is None:
+    if not old:
         raise DataError(f'{config.filename}: has no top-level data_root, so --data-root cannot be applied')
     new = f'{root}/'
 
@@ -87,13 +89,17 @@ def set_data_root(config: Config, root: Path) -> None:
 def stock_config(config: Config) -> Config:
     """Return a copy that names nothing of this package: its types become those they extend, ``plug`` is dropped."""
     stock = copy.deepcopy(config)
-    stock.pop('fold_eval', None)
+    for key in LAUNCH:
+        stock.pop(key, None)
 
     def strip(node: Any) -> None:
         if isinstance(node, dict):
             kind = node.get('type')
             if isinstance(kind, str) and kind.startswith(SCOPE):
                 node['type'] = kind.removeprefix(SCOPE)
+                node.pop('plug', None)
+            elif isinstance(kind, type) and hasattr(kind, 'stock_class'):
+                node['type'] = kind.stock_class
                 node.pop('plug', None)
             for value in node.values():
                 strip(value)
@@ -119,10 +125,14 @@ def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
     partly = copy.deepcopy(config)
 
     def narrow(node: Any, path: str) -> None:
+        if isinstance(node, list | tuple):
+            for index, value in enumerate(node):
+                narrow(value, f'{path}.{index}')
         if not isinstance(node, dict):
             return
         if str(node.get('type')).startswith(SCOPE) and 'plug' in node:
-            own = [site.removeprefix(f'{path}.') for site in kept if site.startswith(f'{path}.')]
+            prefix = f'{path}.' if path else ''
+            own = [site.removeprefix(prefix) for site in kept if site.startswith(prefix)]
             specs = [node['plug']] if isinstance(node['plug'], dict) else list(node['plug'])
             specs = [spec for spec in (narrowed(dict(s), own) for s in specs) if spec]
             if specs:

@@ -164,7 +164,9 @@ def train_quietly(config: Config, work_dir: Path) -> Path:
     config.custom_hooks = [{'type': EpochLine}]
     prepare(config, work_dir)
     with redirect_stdout(io.StringIO()):
-        return train(config)[0]
+        checkpoint, _ = train(config)
+    assert checkpoint is not None, 'the configs of the demo write checkpoints'
+    return checkpoint
 
 
 def test_elsewhere(tools: Path, shipped: Path) -> tuple[dict[str, float], dict[Any, Detections]]:

@@ -14,6 +14,7 @@ from math import isnan
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+import numpy as np
 import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
@@ -139,8 +140,8 @@ def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
     Raises:
         DataError: the metrics are not those of COCO, and ``fast`` was asked for.
     """
-    metric = evaluator.metrics[0]
-    if len(evaluator.metrics) > 1 or not isinstance(metric, CocoMetric) or not set(metric.metrics) <= set(KINDS):
+    metric: Any = evaluator.metrics[0]
+    if not is_coco(evaluator):
         if fast:
             raise DataError(f'--fast is for COCO metrics of boxes and masks, not for {type(metric).__name__}')
         with redirect_stdout(io.StringIO()):
@@ -149,8 +150,22 @@ def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         metric.format_only, metric.outfile_prefix = True, f'{folder}/found'
         evaluator.evaluate(images)
-        found = {kind: json.loads(Path(f'{folder}/found.{kind}.json').read_bytes()) for kind in metric.metrics}
-    return score(metric._coco_api.dataset, found, evaluator.dataset_meta['classes'], metric.img_ids, fast)
+        files = {kind: Path(f'{folder}/found.{kind}.json') for kind in metric.metrics}
+        missing = [kind for kind, file in files.items() if not file.is_file()]
+        if missing:
+            raise DataError(f'the evaluator asks for {", ".join(missing)}, but the model finds no such thing')
+        found = {kind: json.loads(file.read_bytes()) for kind, file in files.items()}
+    classes, limits = evaluator.dataset_meta['classes'], metric.proposal_nums
+    return score(metric._coco_api.dataset, found, classes, metric.img_ids, fast, limits)
+
+
+def is_coco(evaluator: Evaluator) -> bool:
+    """Whether an evaluator is MMDetection's CocoMetric with the thresholds of COCO, and nothing else."""
+    metric: Any = evaluator.metrics[0]
+    if len(evaluator.metrics) > 1 or type(metric) is not CocoMetric or not set(metric.metrics) <= set(KINDS):
+        return False
+    usual = np.allclose(metric.iou_thrs, np.linspace(0.5, 0.95, 10)) if len(metric.iou_thrs) == 10 else False
+    return usual and len(metric.proposal_nums) == 3 and 100 in metric.proposal_nums
 
 
 def described(

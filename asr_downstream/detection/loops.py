@@ -5,6 +5,7 @@ The loops have the names of MMEngine's own, so that a shipped config, where ``as
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mmengine.runner import Runner, autocast
 from mmengine.runner.loops import _update_losses
 from torch import nn
 
-from asr_downstream.detection.processes import any_process
+from asr_downstream.detection.processes import largest
 from asr_downstream.errors import DataError
 from asr_downstream.files import write_atomically
 from asr_downstream.folding import fold
@@ -35,55 +36,67 @@ def bare(model: nn.Module) -> nn.Module:
     return model.module if is_model_wrapper(model) else model  # type: ignore[return-value]
 
 
+# Where a stopped training notes in its checkpoint how far the epoch was.
+STOPPED = 'asr_downstream_stopped'
+
+
 @LOOPS.register_module()
 class EpochBasedTrainLoop(engine.EpochBasedTrainLoop):
-    """MMEngine's loop, which after a resume within an epoch passes over the batches that the epoch has had.
+    """MMEngine's loop, which after a stop within an epoch passes over the batches that the epoch has had.
 
-    Their order is a function of seed and epoch; augmentations are drawn anew.
+    Their order is a function of seed and epoch; augmentations are drawn anew. Where an epoch has another number of
+    batches than before (another batch size, number of processes or data set), the epoch starts again.
     """
 
     def run_epoch(self) -> None:
         """Run one epoch, or the rest of it."""
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
-        done = self._iter - self._epoch * len(self.dataloader)
-        if not 0 < done <= len(self.dataloader):  # more or fewer batches an epoch than in the run that is resumed
-            done = 0
-        if done:
-            self.runner.logger.info(f'passing over the {done} batches that this epoch has had')
+        done = self.passed()
         for index, batch in enumerate(self.dataloader):
             if index >= done:
                 self.run_iter(index, batch)
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
+    def passed(self) -> int:
+        """Number of batches that this epoch has had before a stop."""
+        note = self.runner.message_hub.get_info(STOPPED, {})
+        if (note.get('epoch'), note.get('iter')) != (self._epoch, self._iter):
+            return 0
+        if note['length'] != len(self.dataloader):
+            self.runner.logger.warning(
+                f'stopped after {note["batches"]} of {note["length"]} batches of an epoch, which now has '
+                f'{len(self.dataloader)}: the epoch starts again'
+            )
+            return 0
+        self.runner.logger.info(f'passing over the {note["batches"]} batches that this epoch has had')
+        return note['batches']
+
 
 @LOOPS.register_module(name='ValLoop')
 class FoldedValLoop(engine.ValLoop):
-    """MMEngine's validation, of a folded copy (``fold_eval=True``); the live model is not touched."""
+    """MMEngine's validation, of a folded copy (``fold_eval=True``); the live model is not touched.
 
-    folded: nn.Module
+    Hooks see the live model; with EMAHook, which puts the averaged weights into it, those are folded.
+    """
+
+    folded: nn.Module | None = None
     val_loss: dict[str, Any]
 
     def run(self) -> dict[str, Any]:
-        """Validate; hooks see the live model, and with EMAHook its averaged weights are folded."""
-        self.runner.call_hook('before_val')
-        self.runner.call_hook('before_val_epoch')
-        self.runner.model.eval()
-        self.folded, report = fold(bare(self.runner.model))
-        self.runner.logger.info(f'validating a folded copy: {report}')
-        self.val_loss.clear()
-        for index, batch in enumerate(self.dataloader):
-            self.run_iter(index, batch)
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
-        del self.folded
-        self.runner.call_hook('after_val_epoch', metrics=metrics)
-        self.runner.call_hook('after_val')
-        return metrics
+        """Validate."""
+        try:
+            return super().run()
+        finally:
+            self.folded = None
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: Any) -> None:
         """Validate one batch."""
+        if self.folded is None:
+            self.folded, report = fold(bare(self.runner.model))
+            self.runner.logger.info(f'validating a folded copy: {report}')
         self.runner.call_hook('before_val_iter', batch_idx=idx, data_batch=data_batch)
         with autocast(enabled=self.fp16):
             outputs = self.folded.val_step(data_batch)  # type: ignore[operator]
@@ -107,14 +120,18 @@ class ValFirst(Hook):
 class StopHook(Hook):
     """Writes a checkpoint and ends the training when it was asked to stop.
 
-    Several processes ask each other every ``interval`` steps, so that all stop after the same one.
+    Several processes ask each other, so that all stop after the same step: as often as costs nothing, but at least
+    every ``patience`` seconds, since a launcher waits half a minute before it kills them.
     """
 
     priority = 'LOWEST'  # after schedules and averages have made their step
 
-    def __init__(self, signal: StopSignal, interval: int = 10) -> None:
+    def __init__(self, signal: StopSignal, patience: float = 2.0) -> None:
         self.signal = signal
-        self.interval = interval
+        self.patience = patience
+        self.interval = 1
+        self.next = 0
+        self.last = time.monotonic()
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
         """Stop, if asked to.
@@ -123,12 +140,28 @@ class StopHook(Hook):
             Stopped: with the path of the checkpoint.
         """
         step = runner.iter + 1
-        if runner.world_size > 1 and step % self.interval:
+        if runner.world_size > 1 and step < self.next:
             return
-        if not any_process(self.signal.is_set):
-            return
+        seconds = (time.monotonic() - self.last) / self.interval
+        stop, slowest = largest(float(self.signal.is_set), seconds)
+        self.interval = max(1, min(10, int(self.patience / max(slowest, 1e-3))))
+        self.next = step + self.interval
+        self.last = time.monotonic()
+        if stop:
+            self.stop(runner, batch_idx + 1, epoch=runner.epoch, step=step)
+
+    def after_train_epoch(self, runner: Runner) -> None:
+        """Stop before a validation, which may take longer than a launcher waits."""
+        if largest(float(self.signal.is_set))[0]:
+            self.stop(runner, 0, epoch=runner.epoch + 1, step=runner.iter)
+
+    def stop(self, runner: Runner, batches: int, epoch: int, step: int) -> None:
+        """Write the checkpoint, note it as the last one, and end the training."""
+        length = len(runner.train_dataloader)
+        note = {'epoch': epoch, 'iter': step, 'batches': batches, 'length': length}
+        runner.message_hub.update_info(STOPPED, note)
         name = f'stopped_iter_{step}.pth'
-        runner.save_checkpoint(runner.work_dir, name, by_epoch=False)
+        runner.save_checkpoint(runner.work_dir, name, by_epoch=False, meta={'epoch': epoch, 'iter': step})
         path = Path(runner.work_dir) / name
         if runner.rank == 0:
             write_atomically(Path(runner.work_dir) / 'last_checkpoint', lambda p: p.write_text(str(path)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from asr_downstream.detection.evaluation import Detections, Evaluation
+from asr_downstream.errors import DataError
 from asr_downstream.files import write_atomically
 from asr_downstream.progress import bar
 
@@ -70,11 +72,19 @@ def show_each(
     """Write a picture for each image that the evaluations have kept, with a column for each of them.
 
     Returns:
-        The files, named as the images are.
+        The files, named as the images are; with their id in front where several have one name.
+
+    Raises:
+        DataError: the folder is that of the images.
     """
     written = []
-    for image, seen in bar(list(evaluations[0].seen.items()), 'pictures'):
-        out = folder / f'{seen.path.stem}.png'
+    shown = evaluations[0].seen
+    stems = Counter(seen.path.stem for seen in shown.values())
+    for image, seen in bar(list(shown.items()), 'pictures'):
+        name = seen.path.stem if stems[seen.path.stem] == 1 else f'{image}-{seen.path.stem}'
+        out = folder / f'{name}.png'
+        if out.resolve() == seen.path.resolve():
+            raise DataError(f'{out}: is an image of the data set; give another folder')
         arms = {e.name: {image: e.detections[image]} for e in evaluations}
         masks = {e.name: {image: m} for e in evaluations if (m := e.seen[image].masks) is not None}
         draw_detections(out, {image: seen.path}, arms, classes, threshold, masks=masks, width=6.4)

@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['LAUNCHERS', 'any_process', 'join']
+__all__ = ['LAUNCHERS', 'join', 'largest']
 
 LAUNCHERS = ('none', 'pytorch', 'slurm')
 
@@ -44,7 +44,7 @@ def join(config: Config, launcher: str) -> None:
         raise AsrError('--launcher slurm: needs GPUs; on CPU use tools/dist_train.sh')
     if not torch.distributed.is_initialized():
         torch.distributed.init_process_group('gloo')
-    config.env_cfg.dist_cfg = {'backend': 'gloo'}
+    config.env_cfg = {**(config.get('env_cfg') or {}), 'dist_cfg': {'backend': 'gloo'}}
     config.model_wrapper_cfg = {
         'type': 'MMDistributedDataParallel',
         'broadcast_buffers': False,
@@ -53,11 +53,11 @@ def join(config: Config, launcher: str) -> None:
     }
 
 
-def any_process(flag: bool) -> bool:
-    """Whether ``flag`` is set on any process; all of them must ask."""
+def largest(*values: float) -> list[float]:
+    """Largest of each value over all processes; all of them must ask."""
     if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return flag
+        return list(values)
     device = 'cuda' if torch.distributed.get_backend() == 'nccl' else 'cpu'
-    found = torch.tensor(int(flag), device=device)
+    found = torch.tensor(values, device=device)
     torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+    return found.tolist()

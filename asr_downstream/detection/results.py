@@ -82,11 +82,16 @@ def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def markdown(records: list[dict[str, Any]]) -> str:
-    """Table with one row a config: mean and standard deviation over its seeds."""
+    """Table with one row a config: mean and standard deviation over its seeds.
+
+    The difference to the first config is taken seed by seed: runs of one seed have the same stock weights at the start,
+    and the same order of the data.
+    """
     lines = [
-        '| config | seeds | AP | AP50 | folded AP | of that by calibration | parameters | folded |',
-        '|---|---|---|---|---|---|---|---|',
+        '| config | seeds | AP | AP50 | AP - AP of the first, by seed | folded AP | calibrated | parameters | folded |',
+        '|---|---|---|---|---|---|---|---|---|',
     ]
+    base = {r['seed']: r['trained']['AP'] for r in records if r['config'] == records[0]['config']}
     for name in dict.fromkeys(record['config'] for record in records):
         runs = [record for record in records if record['config'] == name]
         trained = [run['trained'] for run in runs]
@@ -97,8 +102,9 @@ def markdown(records: list[dict[str, Any]]) -> str:
             ', '.join(str(run['seed']) for run in runs),
             spread([m['AP'] for m in trained]),
             spread([m['AP50'] for m in trained]),
+            '' if runs[0] is records[0] else difference(runs, base),
             spread([m['AP'] for m in folded]) if folded else '',
-            ('yes' if calibrated else 'no, exact') if folded else '',
+            ('yes' if calibrated else 'no: exact') if folded else '',
             f'{trained[0]["parameters"]:,}',
             f'{folded[0]["parameters"]:,}' if folded else '',
         ]
@@ -106,6 +112,12 @@ def markdown(records: list[dict[str, Any]]) -> str:
     return '\n'.join(lines)
 
 
-def spread(values: list[float]) -> str:
+def difference(runs: list[dict[str, Any]], base: dict[Any, float]) -> str:
+    """AP minus that of the run of the same seed."""
+    found = [run['trained']['AP'] - base[run['seed']] for run in runs if run['seed'] in base]
+    return spread(found, '+.3f') if found else ''
+
+
+def spread(values: list[float], form: str = '.3f') -> str:
     """Mean and standard deviation; without the latter for one value."""
-    return f'{mean(values):.3f} ± {stdev(values):.3f}' if len(values) > 1 else f'{values[0]:.3f}'
+    return f'{mean(values):{form}} ± {stdev(values):.3f}' if len(values) > 1 else f'{values[0]:{form}}'

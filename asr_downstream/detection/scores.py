@@ -20,7 +20,7 @@ KINDS = {'bbox': '', 'segm': 'segm_'}
 # Places in the summary of pycocotools. AP50 and AP75 and those by size: of all detections that are scored; AR: of the
 # first 100 of an image, ARs, ARm, ARl of all.
 NAMES = {'AP': 0, 'AP50': 1, 'AP75': 2, 'APs': 3, 'APm': 4, 'APl': 5, 'AR': 6, 'ARs': 9, 'ARm': 10, 'ARl': 11}
-MAX_DETECTIONS = (100, 300, 1000)  # as MMDetection scores
+MAX_DETECTIONS = (100, 300, 1000)  # the default of MMDetection's CocoMetric
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ def score(
     classes: Sequence[str] | None = None,
     images: Sequence[Any] | None = None,
     fast: bool = False,
+    max_detections: Sequence[int] = MAX_DETECTIONS,
 ) -> Scores:
     """Score detections.
 
@@ -51,6 +52,7 @@ def score(
         classes: names of the categories that count; default: all.
         images: ids of the images that count; default: all.
         fast: with faster-coco-eval.
+        max_detections: three numbers of detections of an image that count, 100 among them.
 
     Raises:
         AsrError: faster-coco-eval is not installed.
@@ -76,12 +78,13 @@ def score(
             evaluation = evaluation_class(known, known.loadRes(entries), kind)
             evaluation.params.catIds = list(categories.values())
             evaluation.params.imgIds = list(known.imgs if images is None else images)
-            evaluation.params.maxDets = list(MAX_DETECTIONS)
+            evaluation.params.maxDets = sorted(max_detections)
             evaluation.evaluate()
             evaluation.accumulate()
             evaluation.summarize()
         stats = np.asarray(evaluation.stats)
-        summary.update({prefix + name: round(float(stats[place]), 3) for name, place in NAMES.items()})
+        places = {**NAMES, 'AR': NAMES['AR'] + sorted(max_detections).index(100)}
+        summary.update({prefix + name: round(float(stats[place]), 3) for name, place in places.items()})
         precision = evaluation.eval['precision']  # (thresholds, recalls, classes, areas, detections)
         order = list(evaluation.params.catIds)
         for name, number in categories.items():

@@ -20,8 +20,9 @@ from asr_downstream.detection.comparing import compare
 from asr_downstream.detection.detectors import load_detector
 from asr_downstream.detection.evaluation import Evaluation, evaluate, first_image, measure_latency, metric
 from asr_downstream.detection.pictures import show_each
+from asr_downstream.detection.scores import tools as scoring_tools
 from asr_downstream.errors import CheckpointError
-from asr_downstream.files import sha256, write_json
+from asr_downstream.files import check_writable, sha256, write_json
 from asr_downstream.folding import fold
 from asr_downstream.versions import versions
 
@@ -68,7 +69,14 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         AsrError: data or checkpoint are missing or unsound, or the model does not fold.
     """
     check_datasets(config, 'test_dataloader', *(['train_dataloader'] if plan.folding == 'calibrated' else []))
+    check_writable(out.parent)
+    if plan.show_dir:
+        check_writable(plan.show_dir)
+    if plan.fast:
+        scoring_tools(fast=True)
     model, _ = load_detector(config, checkpoint, plan.trust)
+    if plan.tta:
+        augmented(config, model)  # refuses now, not after the test
     pictures = plan.show_images if plan.show_dir else 0
     texts: list[str] = []
     content: dict[str, Any] = {}

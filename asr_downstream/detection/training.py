@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -49,16 +50,28 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
     check_datasets(config, 'train_dataloader', 'val_dataloader')
     check_writable(work_dir)
     config.work_dir = str(work_dir)
+    if resume is None and config.get('resume') and not config.get('load_from'):
+        resume = 'auto'  # MMEngine would look for the newest by itself, unchecked
     if resume == 'auto' and not (work_dir / 'last_checkpoint').is_file():
         resume = None
     if resume is not None:
         config.load_from = str(latest(work_dir) if resume in ('latest', 'auto') else Path(resume))
         config.resume = True
     loop = config.train_cfg
-    if loop.get('type') == 'EpochBasedTrainLoop' or ('type' not in loop and loop.pop('by_epoch', True)):
+    if loop.get('type', 'EpochBasedTrainLoop') == 'EpochBasedTrainLoop' and loop.get('by_epoch', True) is not False:
+        loop.pop('by_epoch', None)
         loop['type'] = 'asr_downstream.EpochBasedTrainLoop'
-    if config.get('fold_eval') and config.get('val_cfg') is not None:
-        config.val_cfg.type = 'asr_downstream.ValLoop'
+    if config.get('fold_eval'):
+        validation = config.get('val_cfg')
+        if validation is None or validation.get('type', 'ValLoop') not in ('ValLoop', 'asr_downstream.ValLoop'):
+            what = 'no val_cfg' if validation is None else f'val_cfg of type {validation.type}'
+            raise AsrError(f"{config.filename}: fold_eval=True needs MMEngine's ValLoop, the config has {what}")
+        validation['type'] = 'asr_downstream.ValLoop'
+    if '://' in (config.get('load_from') or '') and not trust:
+        raise CheckpointError(
+            f'{config.load_from}: MMEngine unpickles what it fetches, which can run code; fetch it yourself and give '
+            f'the file, or add --trust'
+        )
     for name in [config.get('load_from'), *pretrained(config.model)]:
         if name and '://' not in name:  # what is fetched by name is mmengine's to read
             read_checkpoint(Path(name), trust)
@@ -113,7 +126,7 @@ def report_to(config: Config, names: Sequence[str]) -> None:
     config.visualizer = {**visualizer, 'vis_backends': backends}
 
 
-def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path, bool]:
+def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path | None, bool]:
     """Train; prints the plugged sites first.
 
     Ctrl-C, or a termination, ends it after the step, with a checkpoint to resume from.
@@ -123,7 +136,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path, bool]:
         hooks: for the Runner, besides those of the config.
 
     Returns:
-        The last checkpoint, and whether the training is complete.
+        The last checkpoint (None if the config writes none), and whether the training is complete.
 
     Raises:
         AsrError: ``fold_eval=True`` of a model that does not fold.
@@ -135,6 +148,8 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path, bool]:
     if config.get('fold_eval') and not (description.sites and all(site.folds for site in description.sites)):
         what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no plug'
         raise AsrError(f'{config.filename}: fold_eval=True, but the model has {what}')
+    note = Path(config.work_dir) / 'last_checkpoint'
+    began = time.time_ns()
     with StopSignal() as signal:
         for hook in (*hooks, StopHook(signal)):
             runner.register_hook(hook)
@@ -143,7 +158,8 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path, bool]:
         except Stopped as stopped:
             return Path(stopped.args[0]), False
     barrier()  # the first process is still writing
-    return latest(Path(config.work_dir)), True
+    written = note.is_file() and note.stat().st_mtime_ns >= began  # not by an earlier run in this folder
+    return latest(Path(config.work_dir)) if written else None, True
 
 
 def plan(config: Config) -> str:

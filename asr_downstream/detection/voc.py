@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 from asr_downstream.errors import DataError
 from asr_downstream.files import write_json
 from asr_downstream.progress import bar
+from asr_downstream.sites import some
 
 __all__ = ['CLASSES', 'convert_voc']
 
@@ -19,19 +20,26 @@ CLASSES = (
 TREE = 'ROOT/ { VOC2007/ { Annotations/*.xml  JPEGImages/*.jpg  ImageSets/Main/{train,val,trainval,test}.txt }  ... }'
 
 
-def convert_voc(root: Path) -> list[str]:
+def convert_voc(root: Path, overwrite: bool = False) -> list[str]:
     """Convert every year in ``root`` (a VOCdevkit), or ``root`` itself if it is a year.
 
     With a test set in one of the years, training is on trainval of all years and validation on test, as the literature
     does with 2007 and 2012; without, on train and val. Boxes are pixels that start at 1, both ends included; objects
     marked difficult are to be ignored (``iscrowd``).
 
+    Args:
+        root: VOCdevkit or one of its years.
+        overwrite: replace ``annotations/{train,val}.json``.
+
     Returns:
         One line a split.
 
     Raises:
-        DataError: something is missing or is no such annotation.
+        DataError: something is missing or is no such annotation, or the files are there already.
     """
+    there = [p for p in (root / 'annotations' / f'{split}.json' for split in ('train', 'val')) if p.exists()]
+    if there and not overwrite:
+        raise DataError(f'{some([str(p) for p in there])}: is there already; --overwrite replaces it')
     years = [p.parent.parent for p in sorted({*root.glob('*/ImageSets/Main'), *root.glob('ImageSets/Main')})]
     if not years:
         raise DataError(f'{root}: has no ImageSets/Main; expected {TREE}')
@@ -55,9 +63,10 @@ def convert_voc(root: Path) -> list[str]:
 
 
 def names_of(year: Path, split: str) -> list[str]:
-    """Images of a split; none where there is no such list."""
+    """Images of a split; none where there is no such list, or its annotations are not public (test of 2012)."""
     path = year / 'ImageSets' / 'Main' / f'{split}.txt'
-    return [line.split()[0] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    names = [line.split()[0] for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
+    return names if split != 'test' or any((year / 'Annotations' / f'{name}.xml').is_file() for name in names) else []
 
 
 def read(year: Path, name: str, root: Path) -> dict[str, Any]:
