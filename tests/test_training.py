@@ -89,7 +89,7 @@ class Seen(Hook):
         self.seen.append((runner.iter, [s.img_id for s in data_batch['data_samples']]))
 
 
-@pytest.mark.parametrize('step', [3, 5, 8])
+@pytest.mark.parametrize('step', [3, 5, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_stopped_training_continues_within_the_epoch_as_if_it_had_not_been(
     digits: Path, tmp_path: Path, step: int
 ) -> None:
@@ -205,7 +205,7 @@ def test_averaged_weights_are_what_is_written_and_folds(digits: Path, tmp_path: 
     assert report['feature_map_difference']['float64']['relative'] < 1e-10
 
 
-@pytest.mark.parametrize('path', [ASR, DIA])
+@pytest.mark.parametrize('path', [ASR, pytest.param(DIA, marks=pytest.mark.slow)])
 def test_a_stock_checkpoint_fine_tunes_from_exactly_where_it_stands(digits: Path, tmp_path: Path, path: str) -> None:
     last = Detections()
     keep = {'model.test_cfg.score_thr': 0.0}  # two epochs find nothing with more
