@@ -53,6 +53,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
+    from mmengine.dist import is_main_process
+
     from asr_downstream.detection import evaluation, processes, training
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.loops import ValFirst
@@ -82,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     processes.join(config, args.launcher)
     training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
     checkpoint, complete = training.train(config, [ValFirst()] if args.val_first else [])
+    if not is_main_process():
+        return
     if not complete:
         print(f'stopped; --resume continues from {checkpoint}')
     else:
