@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,16 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomise
 from mmengine.config import Config
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from asr_downstream.files import sha256
 from asr_downstream.generation.config import load_config
 from asr_downstream.generation.reporting import read_log
+from asr_downstream.generation.runs import load_run
+from asr_downstream.generation.training import train
 
 UNET = dict(
     sample_size=8,
@@ -172,3 +176,30 @@ def launch(*arguments: object, processes: int = 1) -> subprocess.CompletedProces
         words[:3] = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+
+
+def trained(folder: Path, **settings: Any) -> Path:
+    """A run of one step whose weights, average and gates are random."""
+    last = train(config_for(folder, **{'max_train_steps': 1, 'plug': None, **settings}))
+    run = load_run(last)
+    for name in ('model', 'ema'):
+        randomise(run.parts.model)
+        for parameter in run.parts.model.parameters():
+            parameter.data.mul_(0.7)  # random networks amplify
+        rewrite(last, name, run.parts.model.state_dict())
+    return last.parent
+
+
+def rewrite(checkpoint: Path, name: str, state: dict[str, torch.Tensor]) -> None:
+    """Replace a file of weights, and its entry in the manifest."""
+    path = checkpoint / f'{name}.safetensors'
+    save_file(state, path)
+    manifest = json.loads((checkpoint / 'manifest.json').read_text())
+    manifest['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
+    (checkpoint / 'manifest.json').write_text(json.dumps(manifest))
+
+
+def script(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run a script of diffusion/."""
+    command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
