@@ -14,7 +14,7 @@ from typing import Any
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['check_writable', 'sha256', 'writable_folder', 'write_atomically', 'write_json']
+__all__ = ['check_could_write', 'check_writable', 'sha256', 'writable_folder', 'write_atomically', 'write_json']
 
 
 def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
@@ -53,6 +53,17 @@ def writable_folder(path: Path) -> Path:
             f'{path}: cannot be written ({error}); choose another folder or check the permissions'
         ) from error
     return path
+
+
+def check_could_write(folder: Path) -> None:
+    """Look whether ``folder`` could be written, or made, without making it.
+
+    Raises:
+        AsrError: it could not.
+    """
+    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise AsrError(f'{folder}: cannot be written ({nearest} does not allow it); choose another folder')
 
 
 def check_writable(folder: Path) -> None:

@@ -23,6 +23,7 @@ import asr_downstream
 from asr_downstream import describe, fold, plug, verify
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
 from asr_downstream.detection.detectors import build_detector
+from asr_downstream.detection.digits import make_digits
 from asr_downstream.detection.evaluation import metrics_of
 from asr_downstream.detection.plugged import PluggedModel
 from asr_downstream.errors import DataError
@@ -253,7 +254,7 @@ def test_data_root_reaches_loaders_and_evaluators(tmp_path: Path) -> None:
 
 def test_asr_data_root_holds_the_sets_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('ASR_DATA_ROOT', str(tmp_path))
-    (tmp_path / 'digits').mkdir()
+    make_digits(tmp_path / 'digits', sizes={'train': 1, 'val': 1})
     config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py')
     assert config.train_dataloader.dataset.data_root == f'{tmp_path}/digits/'
 

@@ -28,6 +28,7 @@ from asr_downstream.detection.evaluation import Evaluation, Seen, evaluate, scor
 from asr_downstream.detection.pictures import show_each
 from asr_downstream.detection.results import markdown, read_run
 from asr_downstream.detection.scores import NAMES, score
+from asr_downstream.detection.testing import TestPlan, evaluate_checkpoint
 from asr_downstream.errors import AsrError, DataError
 
 CONFIG = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
@@ -207,6 +208,17 @@ def finished_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
     made = {**arms, 'checkpoint': str(folder / 'epoch_2.pth'), 'sha256': 'x', 'versions': {}}
     (folder / 'test.json').write_text(json.dumps(made))
     return folder
+
+
+def test_what_cannot_be_done_is_said_before_the_test(digits: Path, tmp_path: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits, {'test_dataloader.num_workers': 0})
+    torch.save({'state_dict': build_detector(config).state_dict()}, tmp_path / 'a.pth')
+    config.test_evaluator.metric = ['bbox', 'segm']
+    with pytest.raises(DataError, match='--tta merges boxes only'):
+        evaluate_checkpoint(config, tmp_path / 'a.pth', tmp_path / 'out' / 'test.json', TestPlan(tta=True))
+    with pytest.raises(AsrError, match='a.pth does not allow it'):
+        evaluate_checkpoint(config, tmp_path / 'a.pth', tmp_path / 'a.pth' / 'x' / 'test.json', TestPlan())
+    assert not (tmp_path / 'out').exists()
 
 
 def test_results_of_seeds_are_gathered(tmp_path: Path, tool: Tool) -> None:

@@ -22,7 +22,7 @@ from asr_downstream.detection.evaluation import Evaluation, evaluate, first_imag
 from asr_downstream.detection.pictures import show_each
 from asr_downstream.detection.scores import tools as scoring_tools
 from asr_downstream.errors import CheckpointError
-from asr_downstream.files import check_writable, sha256, write_json
+from asr_downstream.files import check_could_write, sha256, write_json
 from asr_downstream.folding import fold
 from asr_downstream.versions import versions
 
@@ -69,9 +69,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         AsrError: data or checkpoint are missing or unsound, or the model does not fold.
     """
     check_datasets(config, 'test_dataloader', *(['train_dataloader'] if plan.folding == 'calibrated' else []))
-    check_writable(out.parent)
-    if plan.show_dir:
-        check_writable(plan.show_dir)
+    for folder in filter(None, (out.parent, plan.show_dir)):
+        check_could_write(folder)
     if plan.fast:
         scoring_tools(fast=True)
     model, _ = load_detector(config, checkpoint, plan.trust)
