@@ -118,6 +118,9 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
         loader = Runner.build_dataloader(config.test_dataloader)
         evaluator = Evaluator(config.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
+    if fast and not is_coco(evaluator):
+        given = type(evaluator.metrics[0]).__name__
+        raise DataError(f'--fast is for COCO metrics of boxes and masks, not for {given}')
     detections: dict[Any, Detections] = {}
     seen: dict[Any, Seen] = {}
     for batch in bar(loader, f'testing {name}'):
@@ -135,15 +138,13 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
 
 
 def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
-    """Score what an evaluator has gathered.
+    """Score what an evaluator has gathered; ``fast`` counts for COCO metrics only.
 
     Raises:
-        DataError: the metrics are not those of COCO, and ``fast`` was asked for.
+        DataError: the evaluator asks for something that the model does not find.
     """
     metric: Any = evaluator.metrics[0]
     if not is_coco(evaluator):
-        if fast:
-            raise DataError(f'--fast is for COCO metrics of boxes and masks, not for {type(metric).__name__}')
         with redirect_stdout(io.StringIO()):
             found = evaluator.evaluate(images)
         return Scores({key.rpartition('/')[2]: float(value) for key, value in found.items()}, {})

@@ -9,9 +9,7 @@ from mmengine.config import Config
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['LAUNCHERS', 'join', 'largest']
-
-LAUNCHERS = ('none', 'pytorch', 'slurm')
+__all__ = ['join', 'largest']
 
 
 def join(config: Config, launcher: str) -> None:
