@@ -9,7 +9,7 @@ from mmengine.config import Config
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['override', 'read_config']
+__all__ = ['override', 'plain', 'read_config']
 
 
 def read_config(path: Path, where: str) -> Config:
@@ -40,3 +40,10 @@ def override(config: Config, options: dict[str, Any] | None, path: Path) -> None
         config.merge_from_dict(options or {})
     except Exception as error:
         raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error
+
+
+def plain(value: Any) -> Any:
+    """Copy a config into plain dicts and lists."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    return [plain(item) for item in value] if isinstance(value, list | tuple) else value

@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--show', action='store_true', help='print earlier results and stop')
     args = parser.parse_args(argv)
 
-    from asr_downstream.generation.checkpoints import run_of
+    from asr_downstream.engine.checkpoints import run_of
     from asr_downstream.generation.evaluation import Plan, evaluate_runs
     from asr_downstream.generation.results import read_results, tables
 

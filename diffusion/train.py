@@ -7,8 +7,8 @@
     accelerate launch diffusion/train.py CONFIG --resume         # from the newest complete checkpoint of the run
     accelerate launch --multi_gpu --num_processes 8 diffusion/train.py CONFIG
 
-Keys of a config and their defaults: asr_downstream/generation/defaults.py. Data: --data, or ASR_DATA_ROOT=/data for a
-config whose data.path is data/NAME.
+Keys of a config and their defaults: asr_downstream/generation/defaults.py and asr_downstream/engine/defaults.py. Data:
+--data, or ASR_DATA_ROOT=/data for a config whose data.path is data/NAME.
 """
 
 from __future__ import annotations

@@ -17,9 +17,9 @@ from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from asr_downstream.engine.reporting import read_log
 from asr_downstream.files import sha256
 from asr_downstream.generation.config import load_config
-from asr_downstream.generation.reporting import read_log
 from asr_downstream.generation.runs import load_run
 from asr_downstream.generation.training import train
 

@@ -12,11 +12,11 @@ import torch
 from generation import ASR, DIT, UNET, conditional_arguments, config_for, write_images, write_text_encoder
 from torch import nn
 
+from asr_downstream.engine.draws import mix
+from asr_downstream.engine.ema import EMA
 from asr_downstream.errors import AsrError
-from asr_downstream.generation.draws import mix
-from asr_downstream.generation.ema import EMA
+from asr_downstream.generation.denoising import Denoising
 from asr_downstream.generation.models import build_model
-from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.sampling import SAMPLERS, build_sampler, generate
 
@@ -125,7 +125,8 @@ def conditioned(folder: Path, kind: str) -> Any:
 
 @pytest.mark.parametrize('kind', ['unet', 'dit', 'text'])
 def test_conditions_reach_the_model_and_are_dropped(tmp_path: Path, kind: str) -> None:
-    parts = build_parts(conditioned(tmp_path, kind))
+    config = conditioned(tmp_path, kind)
+    parts = build_parts(config)
     samples = parts.samples()
     items = [samples[i, i] for i in range(4)]
     batch = {k: torch.stack([item[k] for item in items]) for k in ('image', 'noise', 'timestep', 'label', 'chance')}
@@ -138,8 +139,10 @@ def test_conditions_reach_the_model_and_are_dropped(tmp_path: Path, kind: str) -
         assert torch.equal(value[2:], kept[key][2:])
         assert torch.equal(value[:2], without[key][:2])
         assert not torch.equal(kept[key], without[key])
-    loss = denoising_loss(parts.model, parts.scheduler, batch, arguments, None)
+    task = Denoising(config, parts)
+    loss, others = task.loss(parts.model, task.prepare(batch))
     assert loss.isfinite()
+    assert others == {}
     model = parts.model.eval()
     sampler = build_sampler('DDIM', parts.scheduler)
     plain = generate(model, parts, sampler, range(2), 4)

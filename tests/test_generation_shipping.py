@@ -27,8 +27,8 @@ from generation import (
 from safetensors.torch import load_file
 
 from asr_downstream import describe
+from asr_downstream.engine.draws import mix
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
-from asr_downstream.generation.draws import mix
 from asr_downstream.generation.encoder import train_encoder
 from asr_downstream.generation.folding import fold_run
 from asr_downstream.generation.runs import load_run

@@ -9,9 +9,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 
+from asr_downstream.engine.reporting import read_log
 from asr_downstream.errors import AsrError
 from asr_downstream.files import write_atomically, write_json
-from asr_downstream.generation.reporting import read_log
 from asr_downstream.generation.results import read_results, tables
 
 matplotlib.use('Agg')
@@ -34,7 +34,7 @@ def compare_runs(runs: Sequence[Path], out: Path) -> str:
     Raises:
         AsrError: a run has no log.
     """
-    logs = {run.name: read_log(run / 'log.jsonl') for run in runs}
+    logs = {run.name: read_log(run / 'log.jsonl', having='loss') for run in runs}
     for run in runs:
         if not logs[run.name]:
             raise AsrError(f'{run}: has no log.jsonl with a line; is it a run of diffusion/train.py?')

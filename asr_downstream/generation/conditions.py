@@ -13,9 +13,9 @@ import torch
 from mmengine.registry import Registry
 from torch import Tensor
 
+from asr_downstream.configs import plain
+from asr_downstream.engine.sources import Source
 from asr_downstream.errors import AsrError, did_you_mean
-from asr_downstream.generation.models import plain
-from asr_downstream.generation.sources import Source
 
 __all__ = ['CONDITIONS', 'ClassLabels', 'Condition', 'Text', 'build_condition']
 

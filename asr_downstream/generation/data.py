@@ -1,101 +1,18 @@
-"""Training data: images as tensors, with the noise and timestep of each sample; files that cannot be decoded."""
+"""Training data of a denoiser: images with the noise and timestep of each sample."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from asr_downstream.errors import AsrError, DataError, did_you_mean
-from asr_downstream.generation.draws import generator
-from asr_downstream.generation.models import plain
-from asr_downstream.generation.sources import SOURCES, Source
-from asr_downstream.sites import some
+from asr_downstream.engine.draws import generator
+from asr_downstream.engine.images import Images
 
-__all__ = ['BadFiles', 'Images', 'Samples', 'build_images']
-
-MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
-
-
-class Images(Dataset[Tensor]):
-    """Images of a source as ``(C, resolution, resolution)`` tensors in [-1, 1].
-
-    The shorter side is resized, the middle is cut out. Item ``i`` raises DataError if it cannot be decoded.
-
-    Args:
-        source: see `asr_downstream.generation.sources`.
-        resolution: height and width, pixels.
-        channels: 1 (grey), 3 (RGB) or 4 (RGBA).
-        random_flip: whether a training may mirror them.
-        max_bad_share: see `BadFiles`.
-    """
-
-    def __init__(
-        self,
-        source: Source,
-        resolution: int,
-        channels: int = 3,
-        random_flip: bool = False,
-        max_bad_share: float = 0.01,
-    ) -> None:
-        if channels not in MODES:
-            raise AsrError(f'data: channels={channels} should be one of {", ".join(map(str, MODES))}')
-        self.source = source
-        self.resolution = resolution
-        self.mode = MODES[channels]
-        self.random_flip = random_flip
-        self.max_bad_share = max_bad_share
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> Tensor:
-        try:
-            image = ImageOps.exif_transpose(eight_bits(self.source.read(index))).convert(self.mode)
-        except MemoryError:
-            raise
-        except Exception as error:  # decoders and archives raise anything for damaged files
-            raise DataError(f'{self.source.name(index)}: cannot be decoded ({error})') from error
-        size = (self.resolution, self.resolution)
-        if image.size != size:
-            image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
-
-
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey values of 16 bits, which PIL would cut off at 255."""
-    if not image.mode.startswith('I;16'):
-        return image
-    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
-
-
-def build_images(spec: dict[str, Any], channels: int) -> Images:
-    """Build ``data`` of a config.
-
-    Raises:
-        AsrError: a name or an argument is not known.
-        DataError: the images are not there.
-    """
-    arguments = plain(spec)
-    own = {k: arguments.pop(k) for k in ('resolution', 'random_flip', 'max_bad_share') if k in arguments}
-    if 'resolution' not in own:
-        raise AsrError('data: has no resolution; add resolution=32, the height and width in pixels')
-    name = arguments.pop('type', '')
-    cls = SOURCES.get(name) if name else None
-    if cls is None:
-        raise AsrError(f'data: type={name!r} is not known; {did_you_mean(name, SOURCES.module_dict)}')
-    try:
-        source = cls(**arguments)
-    except TypeError as error:
-        raise AsrError(f'data: {name} cannot be made from {arguments} ({error})') from error
-    return Images(source, channels=channels, **own)
+__all__ = ['Samples']
 
 
 class Samples(Dataset[dict[str, Any]]):
@@ -133,7 +50,7 @@ class Samples(Dataset[dict[str, Any]]):
     def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
         index, number = draw
         stream = generator(self.seed, 'sample', number)
-        image, used = self.decodable(index)
+        image, used = self.images.decodable(index)
         if self.images.random_flip and torch.rand((), generator=stream) < 0.5:
             image = image.flip(-1)
         return {
@@ -144,56 +61,3 @@ class Samples(Dataset[dict[str, Any]]):
             'label': torch.tensor(-1) if self.describe is None else self.describe(used),
             'bad': index if used != index else -1,
         }
-
-    def decodable(self, index: int) -> tuple[Tensor, int]:
-        """Return the image ``index``, or the next one that can be decoded, and which it is."""
-        for offset in range(min(len(self.images), 100)):
-            used = (index + offset) % len(self.images)
-            try:
-                return self.images[used], used
-            except DataError:
-                continue
-        raise DataError(
-            f'{self.images.source.name(index)} and the 99 files after it cannot be decoded: are these images?'
-        )
-
-
-class BadFiles:
-    """Files that could not be decoded: each is reported once, and too many of them stop the run.
-
-    Args:
-        images: the images.
-        report: called with a line for each new one.
-    """
-
-    def __init__(self, images: Images, report: Callable[[str], None]) -> None:
-        self.images = images
-        self.report = report
-        self.found: set[int] = set()
-
-    def add(self, indices: list[int]) -> None:
-        """Note the ``bad`` entries of a batch, and report the new ones."""
-        for index in sorted(set(indices) - self.found - {-1}):
-            self.found.add(index)
-            self.report(f'{self.images.source.name(index)}: cannot be decoded and was replaced by the next image')
-
-    def check(self) -> None:
-        """Raise if there are too many.
-
-        Raises:
-            DataError: more than the stated share of the files is bad.
-        """
-        allowed = self.images.max_bad_share * len(self.images)
-        if len(self.found) > allowed:
-            names = [self.images.source.name(index) for index in sorted(self.found)]
-            raise DataError(
-                f'{len(names)} of {len(self.images)} images cannot be decoded, more than '
-                f'max_bad_share={self.images.max_bad_share:g} allows: {some(names)}; mend or remove them, or raise it '
-                f'with --cfg-options data.max_bad_share=...'
-            )
-
-    def __str__(self) -> str:
-        if not self.found:
-            return ''
-        names = [self.images.source.name(index) for index in sorted(self.found)]
-        return f'{len(names)} of {len(self.images)} images could not be decoded: {some(names)}'

@@ -20,10 +20,11 @@ from torch import Tensor
 
 from asr_downstream import cost
 from asr_downstream.description import describe, render
+from asr_downstream.engine.config import CONFIG_FILE
+from asr_downstream.engine.draws import mix
 from asr_downstream.errors import AsrError
 from asr_downstream.files import write_json
 from asr_downstream.generation.config import load_config
-from asr_downstream.generation.draws import mix
 from asr_downstream.generation.encoder import train_encoder
 from asr_downstream.generation.evaluation import forward_gmacs, real_batches
 from asr_downstream.generation.folding import stock_of
@@ -32,7 +33,7 @@ from asr_downstream.generation.pictures import draw_arms
 from asr_downstream.generation.runs import Run, load_run
 from asr_downstream.generation.sampling import build_sampler, generate
 from asr_downstream.generation.shipping import fold_and_ship
-from asr_downstream.generation.training import CONFIG_FILE, train
+from asr_downstream.generation.training import train
 from asr_downstream.versions import versions
 
 __all__ = ['run_demo']

@@ -19,10 +19,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from asr_downstream.engine.draws import Draws, generator
+from asr_downstream.engine.images import Images
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files import sha256, write_atomically
-from asr_downstream.generation.data import Images
-from asr_downstream.generation.draws import Draws, generator
 from asr_downstream.models.resnet_cifar import BasicBlock, ResNet
 from asr_downstream.progress import bar
 

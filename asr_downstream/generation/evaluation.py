@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from asr_downstream import cost
+from asr_downstream.configs import plain
 from asr_downstream.description import describe
+from asr_downstream.engine.draws import generator
+from asr_downstream.engine.images import Images
 from asr_downstream.errors import DataError
-from asr_downstream.generation.data import Images
-from asr_downstream.generation.draws import generator
 from asr_downstream.generation.encoder import FILE as ENCODER_FILE
 from asr_downstream.generation.encoder import train_encoder
 from asr_downstream.generation.folding import fold_run
 from asr_downstream.generation.metrics import KID_SUBSETS, Distances, build_extractor, features_of, subset_size
-from asr_downstream.generation.models import plain
 from asr_downstream.generation.parts import Parts
 from asr_downstream.generation.pictures import save_grid
 from asr_downstream.generation.results import Result, save_results

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from asr_downstream.checkpoint import load_state
 from asr_downstream.description import describe
+from asr_downstream.engine.draws import generator
 from asr_downstream.errors import CheckpointError, FoldError
 from asr_downstream.folding import FoldReport, fold
-from asr_downstream.generation.draws import generator
 from asr_downstream.generation.models import build_model
 from asr_downstream.generation.runs import Run
 from asr_downstream.generation.sampling import build_sampler, generate

@@ -10,10 +10,11 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from mmengine.config import Config
 
+from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.plugging import plug
 
-__all__ = ['build_model', 'build_scheduler', 'plain', 'sample_shape']
+__all__ = ['build_model', 'build_scheduler', 'sample_shape']
 
 MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
 PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
@@ -85,13 +86,6 @@ def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:
     except (OSError, ValueError, TypeError, NotImplementedError) as error:
         first = str(error).strip().splitlines()[0][:200]
         raise AsrError(f'{what}: {name} cannot be made from {pretrained or arguments} ({first})') from error
-
-
-def plain(value: Any) -> Any:
-    """Copy a config into plain dicts and lists."""
-    if isinstance(value, dict):
-        return {key: plain(item) for key, item in value.items()}
-    return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,23 +38,19 @@ def snr_weights(scheduler: Any, timesteps: Tensor, gamma: float) -> Tensor:
     return least / divisors[scheduler.config.prediction_type]
 
 
-def denoising_loss(
-    model: Callable[..., Any], scheduler: Any, batch: dict[str, Tensor], condition: dict[str, Any], gamma: float | None
-) -> Tensor:
-    """Mean squared error of the prediction, in float32.
+def denoising_loss(scheduler: Any, predicted: Tensor, batch: dict[str, Tensor], gamma: float | None) -> Tensor:
+    """Mean squared error of a prediction, in float32.
 
     Args:
-        model: called as ``model(noisy, timesteps, **condition)``; returns an object with ``sample``.
         scheduler: a noise scheduler of diffusers.
+        predicted: by the model, for what ``scheduler.add_noise`` makes of the batch.
         batch: ``image`` and ``noise`` ``(B, C, H, W)``, ``timestep`` ``(B,)``.
-        condition: further arguments of the model.
         gamma: of the min-SNR weights; None: all weights are 1.
 
     Returns:
         A scalar.
     """
     clean, noise, timesteps = batch['image'], batch['noise'], batch['timestep']
-    predicted = model(scheduler.add_noise(clean, noise, timesteps), timesteps, **condition).sample
     target = target_of(scheduler, clean, noise, timesteps)
     losses = (predicted.float() - target.float()).square().mean((1, 2, 3))
     if gamma is not None:

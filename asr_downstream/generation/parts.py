@@ -10,11 +10,13 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
+from asr_downstream.configs import plain
+from asr_downstream.engine.draws import generator
+from asr_downstream.engine.images import Images, build_images
 from asr_downstream.errors import AsrError
 from asr_downstream.generation.conditions import Condition, build_condition
-from asr_downstream.generation.data import Images, Samples, build_images
-from asr_downstream.generation.draws import generator
-from asr_downstream.generation.models import build_model, build_scheduler, plain, sample_shape
+from asr_downstream.generation.data import Samples
+from asr_downstream.generation.models import build_model, build_scheduler, sample_shape
 
 __all__ = ['Parts', 'build_parts']
 
@@ -34,6 +36,11 @@ class Parts:
     def shape(self) -> tuple[int, int, int]:
         """Shape ``(C, H, W)`` of what the model denoises."""
         return sample_shape(self.model)
+
+    @property
+    def input_name(self) -> str:
+        """Name that the model gives what it denoises."""
+        return 'hidden_states' if type(self.model).__name__.startswith('DiT') else 'sample'
 
     def samples(self) -> Samples:
         """Training samples."""
@@ -69,8 +76,7 @@ class Parts:
         x = torch.randn(batch, *self.shape, generator=stream).to(device)
         timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, batch).long().to(device)
         condition = self.condition.arguments(self.condition.of_samples(range(batch)).to(device))
-        name = 'hidden_states' if type(self.model).__name__.startswith('DiT') else 'sample'
-        return {name: x, 'timestep': timesteps, **condition}
+        return {self.input_name: x, 'timestep': timesteps, **condition}
 
     def conditioned(self, batch: dict[str, Tensor]) -> dict[str, Any]:
         """Arguments of the model for a batch of training samples."""

@@ -8,9 +8,10 @@ from rich.table import Table
 
 from asr_downstream import cost
 from asr_downstream.description import describe, render
-from asr_downstream.generation.config import work_dir_of
-from asr_downstream.generation.draws import generator
-from asr_downstream.generation.objective import denoising_loss
+from asr_downstream.engine.config import work_dir_of
+from asr_downstream.engine.draws import generator
+from asr_downstream.engine.training import recompute_activations
+from asr_downstream.generation.denoising import Denoising
 from asr_downstream.generation.parts import Parts, build_parts
 
 __all__ = ['plan']
@@ -56,18 +57,17 @@ def memory(config: Config, parts: Parts) -> str:
     weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
     states = weights * (4 + config.use_ema)
     if config.gradient_checkpointing:
-        parts.model.enable_gradient_checkpointing()
+        recompute_activations(parts.model)
     parts.model.train()
     stream = generator('memory')
     batch = {
         'image': torch.randn(1, *parts.shape, generator=stream),
         'noise': torch.randn(1, *parts.shape, generator=stream),
         'timestep': torch.zeros(1, dtype=torch.long),
+        'condition': parts.condition.arguments(parts.condition.of_samples([0])),
     }
-    condition = parts.condition.arguments(parts.condition.of_samples([0]))
-    one = cost.saved_bytes(
-        parts.model, lambda: denoising_loss(parts.model, parts.scheduler, batch, condition, config.snr_gamma)
-    )
+    task = Denoising(config, parts)
+    one = cost.saved_bytes(parts.model, lambda: task.loss(parts.model, batch)[0])
     frozen = [m for m in (parts.vae, parts.condition.encoder) if m is not None]
     states += sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())
     half = config.mixed_precision in ('fp16', 'bf16')

@@ -8,13 +8,13 @@ from pathlib import Path
 from mmengine.config import Config
 
 from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
+from asr_downstream.engine import checkpoints
+from asr_downstream.engine.config import CONFIG_FILE
+from asr_downstream.engine.resuming import AVERAGE, WEIGHTS
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files import sha256
-from asr_downstream.generation import checkpoints
 from asr_downstream.generation.config import load_config
 from asr_downstream.generation.parts import Parts, build_parts
-from asr_downstream.generation.resuming import AVERAGE, WEIGHTS
-from asr_downstream.generation.training import CONFIG_FILE
 
 __all__ = ['Run', 'load_run']
 

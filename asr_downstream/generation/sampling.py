@@ -9,8 +9,8 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.engine.draws import mix
 from asr_downstream.errors import AsrError, did_you_mean
-from asr_downstream.generation.draws import mix
 from asr_downstream.generation.parts import Parts
 from asr_downstream.progress import bar
 

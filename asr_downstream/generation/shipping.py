@@ -13,13 +13,13 @@ from typing import Any
 import diffusers
 import torch
 
+from asr_downstream.configs import plain
 from asr_downstream.cost import parameters
 from asr_downstream.errors import AsrError
 from asr_downstream.files import sha256, writable_folder, write_json
 from asr_downstream.generation.card import model_card
 from asr_downstream.generation.conditions import Text
 from asr_downstream.generation.folding import compare, fold_run
-from asr_downstream.generation.models import plain
 from asr_downstream.generation.pictures import save_grid
 from asr_downstream.generation.pipelines import folder_of, pipeline_of
 from asr_downstream.generation.results import read_results

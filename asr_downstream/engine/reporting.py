@@ -21,15 +21,21 @@ __all__ = ['Reporter', 'read_log']
 LINE_SECONDS = 10.0  # between lines where there is no terminal
 
 
-def read_log(path: Path, last_step: int | None = None) -> list[dict[str, Any]]:
-    """Read ``log.jsonl``: one dict a line, up to ``last_step``; a line cut short by a crash ends it."""
+def read_log(path: Path, last_step: int | None = None, having: str | None = None) -> list[dict[str, Any]]:
+    """Read ``log.jsonl``: one dict a line; a line cut short by a crash ends it.
+
+    Args:
+        path: the file; without it there are no lines.
+        last_step: leave out later ones.
+        having: leave out lines without this key: validations have no ``loss``, and others nothing else of theirs.
+    """
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.is_file() else ():
         try:
             row = json.loads(line)
         except ValueError:
             break
-        if last_step is None or row['step'] <= last_step:
+        if (last_step is None or row['step'] <= last_step) and (having is None or having in row):
             rows.append(row)
     return rows
 
@@ -90,7 +96,24 @@ class Reporter:
         self.next_line = self.clock
 
     def log(self, row: dict[str, Any]) -> None:
-        """Write the numbers of a step; ``row`` has ``step``."""
+        """Write the line of a step of training; ``row`` has ``step``, ``loss``, ``lr`` and ``images_per_second``."""
+        self.write(row)
+        step = row['step']
+        text = f'loss {row["loss"]:.4f}  lr {row["lr"]:.2e}  {row["images_per_second"]:.1f} images/s'
+        self.bar.set_postfix_str(text)
+        now = time.monotonic()
+        if not self.terminal and (now >= self.next_line or step == self.total):
+            left = (now - self.clock) / max(1, step - self.start) * (self.total - step)
+            print(f'step {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left', flush=True)
+            self.next_line = now + LINE_SECONDS
+
+    def numbers(self, step: int, numbers: dict[str, float]) -> None:
+        """Write and say what a validation measured, ``{'val/accuracy': 0.93}``."""
+        self.write({'step': step, **numbers})
+        self.say(f'step {step}: {", ".join(f"{name} {value:.4g}" for name, value in numbers.items())}')
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a line of the log, and its numbers to the back ends."""
         self.file.write(json.dumps(row) + '\n')
         self.file.flush()
         step = row['step']
@@ -99,13 +122,6 @@ class Reporter:
             self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
-        text = f'loss {row["loss"]:.4f}  lr {row["lr"]:.2e}  {row["images_per_second"]:.1f} images/s'
-        self.bar.set_postfix_str(text)
-        now = time.monotonic()
-        if not self.terminal and (now >= self.next_line or step == self.total):
-            left = (now - self.clock) / max(1, step - self.start) * (self.total - step)
-            print(f'step {step}/{self.total}  {text}  {timedelta(seconds=round(left))} left', flush=True)
-            self.next_line = now + LINE_SECONDS
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Show a grid of samples in the back ends."""

@@ -19,11 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asr_downstream.checkpoint import load_state
+from asr_downstream.configs import plain
+from asr_downstream.engine import checkpoints
+from asr_downstream.engine.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files import write_json
-from asr_downstream.generation import checkpoints
-from asr_downstream.generation.ema import EMA
-from asr_downstream.generation.models import plain
 from asr_downstream.sites import some
 from asr_downstream.versions import versions
 
@@ -42,13 +42,11 @@ WEIGHTS, AVERAGE, PROGRESS = 'model.safetensors', 'ema.safetensors', 'progress.j
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
-# What the weights of a checkpoint were trained for: another value would be another training.
-FIXED = ('model', 'plug', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
 # What may change; the run then goes on, but not as without the stop.
 COURSE = (
     'seed', 'processes', 'images', 'train_batch_size', 'gradient_accumulation_steps', 'max_train_steps',
-    'learning_rate', 'lr_scheduler', 'lr_warmup_steps', 'max_grad_norm', 'mixed_precision', 'gradient_checkpointing',
-    'adam_beta1', 'adam_beta2', 'adam_weight_decay', 'adam_epsilon',
+    'learning_rate', 'lr_scheduler', 'lr_scheduler_kwargs', 'lr_warmup_steps', 'max_grad_norm', 'mixed_precision',
+    'gradient_checkpointing', 'adam_beta1', 'adam_beta2', 'adam_weight_decay', 'adam_epsilon',
     'use_ema', 'ema_max_decay', 'ema_inv_gamma', 'ema_power',
 )  # fmt: skip
 
@@ -70,11 +68,11 @@ class Progress:
     bad: list[int] = field(default_factory=list)
 
     @classmethod
-    def of(cls, config: Config, processes: int, images: int) -> Progress:
-        """Start of a training."""
+    def of(cls, config: Config, processes: int, images: int, fixed: tuple[str, ...]) -> Progress:
+        """Start of a training; ``fixed`` are the keys that its checkpoints are bound to."""
         known = {'processes': processes, 'images': images}
-        settings = {key: known[key] if key in known else plain(config[key]) for key in (*FIXED, *COURSE)}
-        return cls(step=0, scheduled=0, settings=json.loads(json.dumps(settings)))
+        settings = {key: known[key] if key in known else plain(config[key]) for key in (*fixed, *COURSE)}
+        return cls(step=0, scheduled=0, settings=as_json(settings))
 
 
 def save_training(
@@ -143,7 +141,12 @@ def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, 
 
     sharded = accelerator.distributed_type in SHARDED
     hook = None if sharded else accelerator.register_load_state_pre_hook(load_weights)
-    accelerator.load_state(str(checkpoint))
+    try:
+        accelerator.load_state(str(checkpoint))
+    except AsrError:
+        raise
+    except ValueError as error:  # of the optimiser
+        raise CheckpointError(f'{checkpoint}: does not fit what the config trains ({error})') from error
     accelerator.step = 0  # forwards since the last optimiser step: checkpoints are written right after one
     if hook is not None:
         hook.remove()
@@ -156,14 +159,30 @@ def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, 
         ema.load(load_file(checkpoint / AVERAGE))
 
 
-def check_same_run(found: Progress, expected: Progress, checkpoint: Path, say: Callable[[str], None]) -> None:
+def check_same_run(
+    found: Progress,
+    expected: Progress,
+    checkpoint: Path,
+    fixed: tuple[str, ...],
+    defaults: dict[str, Any],
+    say: Callable[[str], None],
+) -> None:
     """Refuse a checkpoint of another training; say what makes the continuation differ from an uninterrupted run.
 
+    Args:
+        found: in the checkpoint.
+        expected: by the config.
+        checkpoint: for messages.
+        fixed: keys that a checkpoint is bound to.
+        defaults: of the keys; a checkpoint that is older than a key was made with its default.
+        say: called with the difference.
+
     Raises:
-        CheckpointError: model, plug, condition, latents or objective differ.
+        CheckpointError: the value of a fixed key differs.
     """
-    before, now = found.settings, expected.settings
-    for key in FIXED:
+    now = expected.settings
+    before = {key: as_json(defaults.get(key)) for key in now} | found.settings
+    for key in fixed:
         if before[key] != now[key]:
             raise CheckpointError(
                 f'{checkpoint}: was trained with {key}={before[key]}, the config says {now[key]}; use the config of '
@@ -172,3 +191,8 @@ def check_same_run(found: Progress, expected: Progress, checkpoint: Path, say: C
     if changed := [key for key in COURSE if before[key] != now[key]]:
         what = ', '.join(f'{key} {before[key]} -> {now[key]}' for key in changed)
         say(f'{checkpoint}: {what}; the run goes on, but not bit for bit as without the stop')
+
+
+def as_json(value: Any) -> Any:
+    """Copy a value as it will be read again from a checkpoint."""
+    return json.loads(json.dumps(plain(value)))

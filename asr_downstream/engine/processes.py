@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from mmengine.config import Config
 
+from asr_downstream.engine.images import BadFiles
+from asr_downstream.engine.resuming import SHARDED
 from asr_downstream.errors import AsrError
-from asr_downstream.generation.data import BadFiles
-from asr_downstream.generation.resuming import SHARDED
 from asr_downstream.stopping import StopSignal
 
 __all__ = ['agree', 'start_processes']

@@ -1,0 +1,179 @@
+"""Training configs: MMEngine Config files whose keys and defaults are those of a `Schema`."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.configs import override, read_config
+from asr_downstream.engine import defaults
+from asr_downstream.errors import AsrError, DataError, did_you_mean
+
+__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'work_dir_of']
+
+CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
+CHOICES: dict[str, tuple[str | None, ...]] = {
+    'mixed_precision': ('no', 'fp16', 'bf16', None),
+    'lr_scheduler': (
+        'constant', 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial',
+        'cosine_with_min_lr', 'cosine_warmup_with_min_lr',
+    ),
+}  # fmt: skip
+POSITIVE = (
+    'max_train_steps', 'train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'logging_steps',
+    'checkpointing_steps', 'checkpoints_total_limit', 'max_grad_norm',
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Schema:
+    """What a kind of config may say. The keys that every training has are part of it.
+
+    Attributes:
+        name: of the kind, for messages.
+        folder: with ready configs, for messages.
+        own: module whose annotated names are further keys with their defaults, or other defaults of known ones.
+        choices: values that further keys may have.
+        positive: further keys that should be greater than 0.
+        required: keys without a default, with an example.
+    """
+
+    name: str
+    folder: str
+    own: ModuleType
+    choices: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
+    positive: tuple[str, ...] = ()
+    required: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def kinds(self) -> dict[str, str]:
+        """Every key and the kinds its value may have: ``{'max_grad_norm': 'float | None'}``."""
+        own = inspect.get_annotations(self.own)
+        return {**own, **inspect.get_annotations(defaults), **own}  # its own ones come first
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Every key and its default."""
+        return {key: copy.deepcopy(getattr(self.own, key, getattr(defaults, key, None))) for key in self.kinds}
+
+    def load(self, path: Path, options: dict[str, Any] | None = None, data: Path | None = None) -> Config:
+        """Read a config, fill in the defaults and check it.
+
+        Args:
+            path: config file.
+            options: overrides, ``{'learning_rate': 1e-3, 'model.layers_per_block': 1}``.
+            data: image folder or zip, instead of the one in the config. Without it, a relative ``data.path`` that does
+                not exist is looked up under the environment variable ``ASR_DATA_ROOT``, if that is set.
+
+        Raises:
+            AsrError: the file is missing or no config, or has keys or values that are not known.
+            DataError: ``data`` does not exist.
+        """
+        path = Path(path)
+        given = read_config(path, self.folder)
+        return self.complete(Config(self.defaults, filename=str(path)), given, path, options, data)
+
+    def from_dict(
+        self,
+        content: Mapping[str, Any],
+        name: str,
+        options: dict[str, Any] | None = None,
+        data: Path | None = None,
+    ) -> Config:
+        """Make a config from a dict, as `load` does from a file; ``name`` stands for the name of that."""
+        config = Config(self.defaults, cfg_text='# made in code', filename=name)
+        return self.complete(config, content, Path(name), options, data)
+
+    def complete(
+        self,
+        config: Config,
+        given: Mapping[str, Any],
+        path: Path,
+        options: dict[str, Any] | None,
+        data: Path | None,
+    ) -> Config:
+        """Put what was given into the defaults, and check it all."""
+        for key, value in given.items():
+            self.check_known(key, path)
+            config[key] = copy.deepcopy(value)  # a dict replaces the default dict: its keys belong to its type
+        for key in options or {}:
+            self.check_known(key.partition('.')[0], Path('--cfg-options'))
+        override(config, options, path)
+        point_at_data(config.data, data)
+        self.check(config, path)
+        return config
+
+    def check_known(self, key: str, where: Path) -> None:
+        """Refuse a key that is not in the defaults."""
+        if key not in self.kinds:
+            raise AsrError(f'{where}: {key!r} is not a key of a {self.name} config; {did_you_mean(key, self.kinds)}')
+
+    def check(self, config: Config, path: Path) -> None:
+        """Refuse values of the wrong kind, before anything is built."""
+        for key, kinds in self.kinds.items():
+            value = config[key]
+            if not any(fits(value, kind.strip()) for kind in kinds.split('|')):
+                raise AsrError(f'{path}: {key}={value!r} should be {kinds.replace(" | ", " or ")}')
+        for key, allowed in {**CHOICES, **self.choices}.items():
+            if config[key] not in allowed:
+                raise AsrError(
+                    f'{path}: {key}={config[key]!r} is not known; '
+                    f'{did_you_mean(str(config[key]), filter(None, allowed))}'
+                )
+        for key in (*POSITIVE, *self.positive):
+            if config[key] is not None and not config[key] > 0:
+                raise AsrError(f'{path}: {key}={config[key]!r} should be greater than 0')
+        for key, example in {**self.required, 'max_train_steps': '10_000'}.items():
+            if config[key] is None:
+                raise AsrError(f'{path}: has no {key!r}; add {key} = {example}')
+        if unknown := set(config.report_to) - {'tensorboard', 'wandb'}:
+            raise AsrError(f"{path}: report_to={sorted(unknown)} is not known; use 'tensorboard', 'wandb' or both")
+
+
+def point_at_data(spec: Any, data: Path | None = None) -> None:
+    """Find the ``path`` of a ``data`` of a config, in place; see `Schema.load`.
+
+    Raises:
+        DataError: ``data`` does not exist.
+    """
+    shared = os.environ.get('ASR_DATA_ROOT')
+    if data is not None:
+        if not data.exists():
+            raise DataError(f'{data}: no such image folder or zip file; check --data')
+        spec['path'] = str(data)
+    elif shared and spec.get('path') and not Path(spec['path']).exists():
+        candidate = Path(shared) / Path(spec['path']).name
+        if candidate.exists():
+            spec['path'] = str(candidate)
+    path = Path(spec.get('path') or '')
+    if spec.get('type') in ('Digits', 'Zip', 'ImageFolder') and spec.get('path') and path.exists():
+        spec['type'] = 'Zip' if path.is_file() else 'ImageFolder'  # either will do
+
+
+def fits(value: Any, kind: str) -> bool:
+    """Whether a value is of an annotated kind; a whole number is a float as well, and True is no number."""
+    if kind == 'None':
+        return value is None
+    if kind == 'dict':
+        return isinstance(value, dict)
+    allowed = {'int': (int,), 'float': (int, float), 'bool': (bool,), 'str': (str,), 'list': (list, tuple)}[kind]
+    return isinstance(value, allowed) and (kind == 'bool' or not isinstance(value, bool))
+
+
+def work_dir_of(config: Config) -> Path:
+    """Folder of the run: ``output_dir``, or ``work_dirs/<config name>``."""
+    return Path(config.output_dir or f'work_dirs/{Path(config.filename).stem}')
+
+
+def portable(config: Config, **changes: Any) -> str:
+    """Text of a resolved config with some keys changed, and without the folder, which may be moved."""
+    content = {**config.to_dict(), 'output_dir': None, **changes}
+    return f'# Resolved config of a run.\n{Config(content).pretty_text}'

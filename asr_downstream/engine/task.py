@@ -1,0 +1,91 @@
+"""What a training learns: a model, its samples and its loss. The loop, `training.train`, knows nothing else of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from asr_downstream.engine.config import Schema
+from asr_downstream.engine.images import Images
+from asr_downstream.engine.reporting import Reporter
+
+__all__ = ['Task']
+
+
+class Task:
+    """Base class of the tasks.
+
+    Attributes:
+        model: is trained; its state dict is what a checkpoint holds. Parameters that do not require grad stay as they
+            are.
+        images: what `samples` are read from, to name and count files that cannot be decoded; None: nothing can be bad.
+        schema: of its config.
+        fixed: keys of the config that a checkpoint is bound to: with another value it would be another training.
+    """
+
+    model: nn.Module
+    images: Images | None = None
+    schema: Schema
+    fixed: tuple[str, ...] = ()
+
+    def samples(self) -> Dataset[dict[str, Any]]:
+        """Data set whose item ``(index, number)``, see `draws.Draws`, is a dict of tensors, and of ``bad``.
+
+        ``bad`` is the index of an image that could not be decoded, or -1; see `images.Images.decodable`.
+        """
+        raise NotImplementedError
+
+    def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
+        """Groups of parameters for AdamW, each with ``params`` and ``weight_decay``."""
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        return [{'params': trained, 'weight_decay': config.adam_weight_decay}]
+
+    def to(self, device: torch.device) -> None:
+        """Move what is frozen besides the model; the loop moves the model."""
+
+    def train_mode(self) -> None:
+        """Set the model to training mode."""
+        self.model.train()
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make of a batch, on the device, what `loss` takes: whatever should not run in half precision."""
+        return batch
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model for a batch of `prepare`; apart, so that two models can see the same."""
+        raise NotImplementedError
+
+    def objective(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Loss, a scalar, of what a model returned for `inputs`."""
+        raise NotImplementedError
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss of a batch, and further scalars for the log, by the same names for every batch.
+
+        Args:
+            model: `model`, wrapped for processes and half precision; call this one.
+            batch: of `prepare`.
+        """
+        return self.objective(model(**self.inputs(batch)), batch), {}
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimiser step, counted from 1, before weights are averaged."""
+
+    def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
+        """Measure or show what was learnt, on the main process.
+
+        Args:
+            model: `model`, in eval mode and with the averaged weights, if there are some; gradients are off.
+            step: optimiser steps done.
+            run: folder.
+            reporter: for `Reporter.numbers` and `Reporter.picture`.
+        """
+
+    def config_text(self) -> str:
+        """Text of ``config.py`` of the run: the resolved config, which can be read elsewhere; see `config.portable`."""
+        raise NotImplementedError
