@@ -1,0 +1,82 @@
+"""FAR configs: MMEngine Config files whose keys are those of `asr_downstream.far.defaults` and of every training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.configs import plain
+from asr_downstream.engine.config import Schema
+from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.far import defaults
+
+__all__ = ['LEARNS', 'SCHEMA', 'load_config', 'out_of', 'stage_config', 'with_epochs']
+
+LEARNS = ('teacher', 'replacements', 'blocks', 'all')
+SCHEMA = Schema(
+    name='FAR',
+    folder='tools/far_configs/',
+    own=defaults,
+    choices={'learns': LEARNS},
+    positive=('epochs',),
+    required={'teacher': "dict(type='ViTForImageClassification', image_size=32, patch_size=4, ...)"},
+)
+
+
+def load_config(path: Path, options: dict[str, Any] | None = None, data: Path | None = None) -> Config:
+    """Read a config and check all its stages.
+
+    Args:
+        path: config file.
+        options: overrides, ``{'learning_rate': 1e-3}``; ``{'stages.0.epochs': 1}`` for one stage.
+        data: image folder or zip, instead of the one in the config.
+
+    Raises:
+        AsrError: the file is missing or no config, or has keys or values that are not known.
+        DataError: ``data`` does not exist.
+    """
+    config = SCHEMA.load(path, options, data)
+    if not config.stages:
+        raise AsrError(f"{path}: has no stages; add stages = [dict(name='distill', learns='replacements', ...)]")
+    names = [stage.get('name') for stage in config.stages]
+    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
+        raise AsrError(f'{path}: every stage should have a name of its own, got {names}')
+    for name in names:
+        stage_config(config, name)
+    return config
+
+
+def stage_config(config: Config, name: str, **changes: Any) -> Config:
+    """Config of one stage: the whole config with what the stage says, and ``changes``, put over it.
+
+    Raises:
+        AsrError: there is no such stage, or it has keys or values that are not known.
+    """
+    known = {stage['name']: stage for stage in config.stages}
+    if name not in known:
+        raise AsrError(f'{config.filename}: has no stage {name!r}; {did_you_mean(name, known)}')
+    return derived(config, name, {k: v for k, v in known[name].items() if k != 'name'} | changes)
+
+
+def derived(config: Config, name: str, changes: dict[str, Any]) -> Config:
+    """A config that differs from another in some keys."""
+    content = plain(config.to_dict()) | {'stages': []} | plain(changes)
+    return SCHEMA.from_dict(content, f'{config.filename}, stage {name}')
+
+
+def with_epochs(config: Config, samples: int, world: int) -> Config:
+    """Turn epochs into optimiser steps, in place."""
+    a_step = config.train_batch_size * config.gradient_accumulation_steps * world
+    for epochs, steps in (('epochs', 'max_train_steps'), ('warmup_epochs', 'lr_warmup_steps')):
+        if config[epochs] is not None:
+            config[steps] = max(1, math.ceil(config[epochs] * samples / a_step))
+            config[epochs] = None
+    return config
+
+
+def out_of(config: Config) -> Path:
+    """Folder of the stages: ``output_dir``, or ``work_dirs/far/<config name>``."""
+    return Path(config.output_dir or f'work_dirs/far/{Path(config.filename).stem}')

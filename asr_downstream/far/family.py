@@ -1,0 +1,204 @@
+"""A family of pruned models from one run: FAR-100 is the distilled student, FAR-50 has half of its hidden units.
+
+One training with the Hoyer-square regulariser makes units comparable; each member is then cut by one threshold of its
+own, made smaller, and fine-tuned.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import nn
+
+from asr_downstream import cost
+from asr_downstream.engine import checkpoints
+from asr_downstream.engine.resuming import read_progress
+from asr_downstream.engine.training import train
+from asr_downstream.errors import AsrError
+from asr_downstream.far.config import derived, with_epochs
+from asr_downstream.far.description import describe
+from asr_downstream.far.distillation import Distillation
+from asr_downstream.far.pruning import Groups, scores, shrink, smallest_within
+from asr_downstream.far.shipping import save_far
+from asr_downstream.far.stages import build_task, load_student, load_teacher, load_weights, replaced, students
+
+__all__ = ['Budget', 'cut', 'forward_time', 'prune_family', 'ship_trained']
+
+SHIPPED = 'shipped'
+LATENCY_ROUNDS = 7
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a pruned model may cost.
+
+    Attributes:
+        kind: ``'units'`` (share of the hidden units), ``'parameters'`` (of the whole model; up to 1: share),
+            ``'latency'`` (share of the time of a forward) or ``'threshold'`` (the threshold itself).
+        value: the bound.
+    """
+
+    kind: str
+    value: float
+
+    KINDS = ('units', 'parameters', 'latency', 'threshold')
+
+    def __post_init__(self) -> None:
+        if self.kind not in self.KINDS or not self.value > 0:
+            raise AsrError(f'budget: {self.kind}={self.value} should be one of {", ".join(self.KINDS)}, greater than 0')
+        if self.kind in ('units', 'latency') and self.value > 1:
+            raise AsrError(f'budget: {self.kind}={self.value} should be a share, at most 1')
+
+    @property
+    def name(self) -> str:
+        """Name of the member: FAR-50 has half of the hidden units."""
+        number = f'{100 * self.value:g}' if self.value <= 1 and self.kind != 'threshold' else f'{self.value:g}'
+        return f'FAR-{number}' if self.kind == 'units' else f'FAR-{self.kind}-{number}'
+
+
+def cut(model: nn.Module, budget: Budget, example: dict[str, Any] | None = None, relative: bool = True) -> float:
+    """Remove the units with the smallest norms until ``model`` is within a budget, in place.
+
+    Args:
+        model: with replaced attentions.
+        budget: what it may cost.
+        example: arguments of a forward, for latency.
+        relative: whether norms are compared relative to the largest of their head and direction.
+
+    Returns:
+        The threshold.
+
+    Raises:
+        AsrError: the budget cannot be met.
+    """
+    found = scores(model, relative)
+    if budget.kind == 'threshold':
+        shrink(model, {unit: values >= budget.value for unit, values in found.items()})
+        return budget.value
+    every = sum(values.numel() for values in found.values())
+    whole = cost.parameters(model)
+    example = example or {}
+    reference = forward_time(model, example) if budget.kind == 'latency' else 0.0
+
+    def price(kept: Groups) -> float:
+        if budget.kind == 'units':
+            return sum(int(stay.sum()) for stay in kept.values()) / every
+        smaller = copy.deepcopy(model)
+        shrink(smaller, kept)
+        if budget.kind == 'parameters':
+            return cost.parameters(smaller) / (whole if budget.value <= 1 else 1)
+        return forward_time(smaller, example) / reference
+
+    threshold, kept = smallest_within(found, price, budget.value)
+    shrink(model, kept)
+    return threshold
+
+
+@torch.inference_mode()
+def forward_time(model: nn.Module, example: dict[str, Any]) -> float:
+    """Median seconds of a forward."""
+    model.eval()
+    seconds = []
+    for _ in range(LATENCY_ROUNDS + 2):
+        begin = time.perf_counter()
+        model(**example)
+        seconds.append(time.perf_counter() - begin)
+    return median(seconds[2:])
+
+
+def ship_trained(config: Config, out: Path) -> list[Path]:
+    """Write ``out/shipped/teacher`` and ``out/shipped/FAR-100`` from the stages of a config; on the main process."""
+    if int(os.environ.get('RANK', '0')):
+        return []
+    found = [save_far(load_teacher(config, out), out / SHIPPED / 'teacher', {'name': 'teacher'})]
+    if after := students(config):
+        student = load_student(config, out, after[-1])
+        found.append(
+            save_far(student, out / SHIPPED / 'FAR-100', {'name': 'FAR-100', 'config': Path(config.filename).name})
+        )
+    return found
+
+
+def prune_family(
+    config: Config,
+    out: Path,
+    budgets: Sequence[Budget],
+    resume: bool = False,
+    relative: bool = True,
+    say: Callable[[str], None] = print,
+) -> list[Path]:
+    """Regularise the distilled student, then cut, fine-tune and ship a member for each budget.
+
+    Args:
+        config: a FAR config whose stages are finished; ``config.prune`` says how to train.
+        out: folder of the stages; adds ``sparse``, a folder a member, and ``shipped/<member>``.
+        budgets: of the members.
+        resume: whether to pass over what is finished and continue what was interrupted.
+        relative: see `cut`.
+        say: takes lines for the user.
+
+    Returns:
+        Folders of the shipped members.
+
+    Raises:
+        AsrError: the stages are not finished, a budget cannot be met, or the family was pruned before.
+    """
+    names = students(config)
+    if not names or not checkpoints.checkpoints_in(out / names[-1]):
+        raise AsrError(f'{out}: has no distilled student yet; run tools/distill_far.py {config.filename} first')
+    teacher = load_teacher(config, out)
+    sparse = derived(config, 'sparse', config.prune.get('sparse', {}))
+    say(f'sparse: Hoyer-square regulariser, weight {sparse.hoyer:g}')
+    student = load_student(config, out, names[-1])
+    run_once(config_task(sparse, student, teacher), out / 'sparse', resume, say)
+    shipped = []
+    for budget in budgets:
+        settings = derived(config, budget.name, config.prune.get('finetune', {}))
+        member = load_weights(replaced(config, teacher), out / 'sparse').eval()
+        threshold = cut(member, budget, example_of(settings, member), relative)
+        table = describe(member)
+        units, every = sum(row.units for row in table.rows), sum(row.full for row in table.rows)
+        say(f'{budget.name}: threshold {threshold:.4g}, {units:,} of {every:,} hidden units stay')
+        run_once(config_task(settings, member, teacher), out / budget.name, resume, say)
+        load_weights(member, out / budget.name).eval()
+        about = {
+            'name': budget.name,
+            'budget': {budget.kind: budget.value},
+            'threshold': threshold,
+            'relative': relative,
+        }
+        if not int(os.environ.get('RANK', '0')):
+            shipped.append(save_far(member, out / SHIPPED / budget.name, about))
+    return shipped
+
+
+def config_task(settings: Config, student: nn.Module, teacher: nn.Module) -> Distillation:
+    """Task of a training of a student."""
+    task = Distillation(build_task(settings, student), copy.deepcopy(teacher), settings)
+    with_epochs(settings, len(task.samples()), int(os.environ.get('WORLD_SIZE', '1')))  # type: ignore[arg-type]
+    return task
+
+
+def example_of(settings: Config, model: nn.Module) -> dict[str, Any]:
+    """Arguments of a forward."""
+    return build_task(settings, model).example()
+
+
+def run_once(task: Distillation, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
+    """Train a task, or go on with it, or leave it if it is finished."""
+    if resume and checkpoints.checkpoints_in(folder):
+        if read_progress(checkpoints.find(folder)).step >= task.config.max_train_steps:
+            say(f'{folder.name}: finished before')
+            return
+        train(task, task.config, folder, 'latest')
+        return
+    train(task, task.config, folder)

@@ -1,0 +1,34 @@
+# A ViT for the 8x8 digits of scikit-learn, 16 patches of 2x2 and a class token; all its attention replaced.
+#   python tools/distill_far.py tools/far_configs/vit-w64_digits.py
+#   python tools/prune_far.py tools/far_configs/vit-w64_digits.py --keep 0.75 0.5 0.25
+teacher = dict(
+    type='ViTForImageClassification',
+    image_size=8,
+    patch_size=2,
+    num_channels=1,
+    hidden_size=64,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=128,
+    num_labels=10,
+    initializer_range=0.08,
+)
+replace = dict(type='FAR', variant='M3', layers='all')
+data = dict(type='Digits', resolution=8)
+holdout = 0.2
+augment = [dict(type='Crop', padding=1)]
+train_batch_size = 64
+learning_rate = 2e-3
+validation_steps = 100
+checkpointing_steps = 250
+dataloader_num_workers = 0
+report_to = []
+stages = [
+    dict(name='teacher', learns='teacher', epochs=30, warmup_epochs=2),
+    dict(name='distill', learns='replacements', distance=dict(type='MSE', feature='heads'), epochs=20, warmup_epochs=1),
+    dict(name='finetune', learns='all', learning_rate=5e-4, epochs=10, warmup_epochs=1),
+]
+prune = dict(
+    sparse=dict(learns='all', hoyer=1e-3, learning_rate=5e-4, epochs=10, warmup_epochs=1),
+    finetune=dict(learns='all', learning_rate=1e-3, epochs=15, warmup_epochs=1),
+)
