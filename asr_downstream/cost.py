@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+Size = Sequence[int]  # shape of a tensor
+
 __all__ = ['gmacs', 'parameters', 'saved_bytes']
+
+
+def onednn_lstm(x: Size, *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of one direction of one layer, from shapes ``(B, N, inputs)``, ``(4 width, inputs or width)``."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights[:2])
+
+
+def cudnn_lstm(x: Size, weights: Sequence[Size], *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of all layers and directions; matrices and biases are in one list."""
+    return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
+
+
+LSTMS = {torch.ops.aten.mkldnn_rnn_layer: onednn_lstm, torch.ops.aten._cudnn_rnn: cudnn_lstm}
 
 
 def parameters(model: nn.Module) -> int:
@@ -18,11 +34,12 @@ def parameters(model: nn.Module) -> int:
 
 
 def gmacs(call: Callable[[], Any]) -> float:
-    """Multiply-adds of convolutions, matrix products and attention in ``call()``, in units of 1e9.
+    """Multiply-adds of convolutions, matrix products, attention and LSTMs in ``call()``, in units of 1e9.
 
-    Half of the operations that torch.utils.flop_counter counts.
+    Half of the operations that torch.utils.flop_counter counts; it passes over the LSTMs of oneDNN and cuDNN, which
+    are counted here.
     """
-    counter = FlopCounterMode(display=False)
+    counter = FlopCounterMode(display=False, custom_mapping=LSTMS)
     with torch.no_grad(), counter:
         call()
     return counter.get_total_flops() / 2e9

@@ -4,6 +4,7 @@
     python tools/benchmark.py unet                 # the same on UNets of diffusers
     python tools/benchmark.py det                  # detectors, folded and fused; scoring of 5,000 images
     python tools/benchmark.py det --case Faster    # or RetinaNet, or scoring
+    python tools/benchmark.py far                  # multi-head LSTMs: ways to run them, and against attention
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -21,7 +22,7 @@ from asr_downstream import cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, write JSON."""
     parser = cli.parser(__doc__)
-    parser.add_argument('benchmark', choices=['plug', 'unet', 'det'], help='which one')
+    parser.add_argument('benchmark', choices=['plug', 'unet', 'det', 'far'], help='which one')
     parser.add_argument('--rounds', type=int, default=40, help='paired rounds (default: 40)')
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
@@ -31,6 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.files import write_json
     from asr_downstream.versions import versions
 
+    if args.benchmark == 'far':
+        from asr_downstream.benchmark import far
+
+        sizes = [case for case in far.CASES if not args.case or any(n.lower() in case.name.lower() for n in args.case)]
+        if not sizes:
+            parser.error(f'--case matches none of: {", ".join(case.name for case in far.CASES)}')
+        runs = [far.measure_execution(case, batch, args.rounds) for case in sizes for batch in (1, 16)]
+        print(far.execution_table(runs), flush=True)
+        shapes = [row for case in sizes for row in far.measure_tokens(case, max(3, args.rounds // 8))]
+        print(far.token_table(shapes))
+        write_json(args.out / 'far.json', {'execution': runs, 'tokens': shapes, 'versions': versions()})
+        return
     if args.benchmark == 'det':
         from asr_downstream.benchmark import coco, det
 

@@ -17,6 +17,7 @@ from asr_downstream.configs import plain
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.draws import generator
 from asr_downstream.engine.images import Images, build_images
+from asr_downstream.engine.optimising import decaying_groups
 from asr_downstream.engine.reporting import Reporter
 from asr_downstream.engine.task import Task
 from asr_downstream.errors import AsrError, DataError, did_you_mean
@@ -129,13 +130,8 @@ class Classification(Task):
         return Labelled(self.all_images, self.train_indices, augmentations, self.config.seed)
 
     def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
-        """Matrices decay, vectors (biases, norms) do not, as timm's optimisers have it."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        groups = [
-            {'params': [p for p in trained if p.ndim > 1], 'weight_decay': config.adam_weight_decay},
-            {'params': [p for p in trained if p.ndim <= 1], 'weight_decay': 0.0},
-        ]
-        return [group for group in groups if group['params']]
+        """Matrices decay, vectors (biases, norms) do not."""
+        return decaying_groups(self.model, config.adam_weight_decay)
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from rich.table import Table
 from torch import nn
 
@@ -26,7 +27,7 @@ class Row:
         channels: of a token.
         widths: hidden units of each head, (ahead, back).
         parameters: of the LSTMs and their projections, without a projection that is the teacher's.
-        execution: how the heads run; ``'auto -> threads'``.
+        execution: how the heads run without gradients; ``'auto -> threads'``.
     """
 
     path: str
@@ -83,6 +84,7 @@ def describe(model: nn.Module) -> Description:
     for path, mixer in mixers(model):
         execution = mixer.execution
         if execution == 'auto':
-            execution = f'auto -> {pick(mixer.pre_proj.weight.device, len(mixer.heads))}'
+            with torch.no_grad():
+                execution = f'auto -> {pick(mixer.pre_proj.weight.device)}'
         rows.append(Row(path, mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), execution))
     return Description(type(model).__name__, tuple(rows))

@@ -12,6 +12,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from asr_downstream.far.heads import Direction, HeadLSTM, run_direction, to_dense
 
@@ -111,12 +112,18 @@ def joined(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor], parts: list[Tens
 EXECUTIONS: dict[str, Run] = {'loop': run_loop, 'threads': run_threads, 'dense': run_dense, 'scan': run_scan}
 # Which one 'auto' means, by device. CPU: measured, see `tools/benchmark.py far`; elsewhere nothing was measured.
 RULES = {
-    'cpu': 'threads where torch has several threads and there are several heads, else loop',
-    'other devices': 'loop; not measured, far.tune(model, inputs) measures it',
+    'cpu': 'threads without gradients, where torch has several threads; else loop',
+    'other devices': 'loop; not measured: far.tune(model, inputs) measures',
 }
 
 
-def pick(device: torch.device, heads: int) -> str:
-    """What ``execution='auto'`` means here; see `RULES`."""
-    several = heads > 1 and torch.get_num_threads() > 1
-    return 'threads' if device.type == 'cpu' and several and not torch.compiler.is_compiling() else 'loop'
+def pick(device: torch.device) -> str:
+    """What ``execution='auto'`` means here; see `RULES`.
+
+    What watches or changes operations (hooks on saved tensors, counters, export) does so on its own thread only, so
+    with gradients, inside dispatch modes and when compiling the heads run one after the other.
+    """
+    if device.type != 'cpu' or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+        return 'loop'
+    watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
+    return 'loop' if watched else 'threads'

@@ -103,18 +103,17 @@ class MultiHeadLSTM(nn.Module):
         """Hidden units of each head, ``(ahead, back)``."""
         return [head.widths for head in self.heads]  # type: ignore[misc]
 
-    def states(self, x: Tensor) -> list[Tensor]:
-        """Hidden states of each head after the pre-projection, ``(B, N, ahead + back)``."""
-        tokens = self.pre_proj(x)
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens."""
         dtype = next(self.heads.parameters(), tokens).dtype
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(tokens.device.type, enabled=False):
             pieces = tokens.to(dtype).chunk(len(self.heads), -1)
-            name = pick(x.device, len(self.heads)) if self.execution == 'auto' else self.execution
+            name = pick(tokens.device) if self.execution == 'auto' else self.execution
             return EXECUTIONS[name](self.heads, pieces)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens ``(B, N, channels)``."""
-        states = self.states(x)
+        states = self.states(self.pre_proj(x))
         if self.head_proj is None:
             assert self.out_proj is not None
             return self.out_proj(torch.cat(states, -1))

@@ -1,0 +1,54 @@
+"""Compare a teacher and its FAR family: accuracy, parameters, multiply-adds, latency, token relations.
+
+    python tools/evaluate_far.py work_dirs/far/vit-w64_digits
+    python tools/evaluate_far.py OUT --data /data/cifar10-train.zip --rounds 50
+    python tools/evaluate_far.py OUT --sweep            # one attention over 64 to 4,096 tokens, batch 1 to 32
+    python tools/evaluate_far.py OUT --relations 16     # who looks at whom, on 16 images; writes OUT/relations.png
+
+OUT is the folder of tools/distill_far.py, and of tools/prune_far.py for pruned members. Accuracy is on the images that
+the config holds out. Latency is paired: every round runs each model once; ratios with their quartiles. Writes
+OUT/evaluation.json. UNets: diffusion/evaluate.py OUT/finetune.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from asr_downstream import cli
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print, write JSON."""
+    parser = cli.parser(__doc__)
+    parser.add_argument('folder', type=Path, help='what tools/distill_far.py wrote')
+    parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
+    parser.add_argument('--rounds', type=cli.count, default=20, help='paired rounds of latency (default: 20)')
+    parser.add_argument('--sweep', action='store_true', help='time one attention over numbers of tokens and batches')
+    parser.add_argument('--relations', type=cli.count, metavar='N', help='compare token relations on N images')
+    args = parser.parse_args(argv)
+
+    from asr_downstream.far import evaluation
+    from asr_downstream.files import write_json
+    from asr_downstream.versions import versions
+
+    models = evaluation.load_family(args.folder)
+    task = evaluation.task_of(args.folder, models[evaluation.TEACHER], args.data)
+    numbers = evaluation.measure_family(models, task, args.rounds)
+    print(evaluation.table(numbers, len(task.held_out)))
+    report: dict[str, Any] = {'models': numbers, 'images': len(task.held_out), 'versions': versions()}
+    if args.relations:
+        picture = args.folder / 'relations.png'
+        report['relations'] = evaluation.compare_relations(models, task, args.relations, picture)
+        for name, scores in report['relations'].items():
+            print(f'{name}: similarity to the attention of the teacher {sum(scores.values()) / len(scores):.3f}')
+        print(picture)
+    if args.sweep:
+        report['sweep'] = evaluation.sweep(models)
+        print(evaluation.sweep_table(report['sweep']))
+    write_json(args.folder / 'evaluation.json', report)
+
+
+if __name__ == '__main__':
+    cli.run(main)
