@@ -37,7 +37,7 @@ def randomise(model: nn.Module) -> nn.Module:
         if name.endswith('psi'):
             p.normal_(0, 1)
         elif p.dim() > 1:
-            p.normal_(0, (2 / p[0].numel()) ** 0.5)
+            p.normal_(0, (2 / max(1, p[0].numel())) ** 0.5)  # a pruned head may have no inputs
         else:
             p.normal_(0.5, 0.5)
     for name, b in model.named_buffers():

@@ -8,15 +8,26 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from torch import nn
 from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION, get_scheduler
 
 from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, did_you_mean
 
-__all__ = ['build_optimiser', 'build_schedule', 'decays_of', 'set_rates']
+__all__ = ['build_optimiser', 'build_schedule', 'decaying_groups', 'decays_of', 'set_rates']
 
 # What the config says elsewhere, or the loop itself.
 NOT_KWARGS = ('optimizer', 'num_warmup_steps', 'num_training_steps', 'last_epoch')
+
+
+def decaying_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters for AdamW: matrices decay, vectors (biases, norms) do not, as timm's optimisers have it."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {'params': [p for p in trained if p.ndim > 1], 'weight_decay': weight_decay},
+        {'params': [p for p in trained if p.ndim <= 1], 'weight_decay': 0.0},
+    ]
+    return [group for group in groups if group['params']]
 
 
 def build_optimiser(groups: list[dict[str, Any]], config: Config) -> torch.optim.AdamW:

@@ -12,7 +12,7 @@ task: dict = dict(type='Classification')
 # The model whose attention is replaced. Classification: a class of transformers and its arguments,
 #   dict(type='ViTForImageClassification', image_size=32, patch_size=4, hidden_size=96, ...), or
 #   dict(type='DeiTForImageClassification', pretrained_model_name_or_path='PATH or id').
-# Denoising: dict(run='work_dirs/unet-w32-attention_digits').
+# Denoising: dict(run='work_dirs/unet-w32-attn_digits').
 teacher: dict | None = None
 replace: dict = dict(type='FAR', variant='M3', layers='all')  # see asr_downstream.far.replace
 

@@ -171,7 +171,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
 def compare_relations(models: dict[str, nn.Module], task: Classification, images: int, path: Path) -> dict[str, Any]:
     """Compare attention maps of the teacher with the influence of tokens in the others, and draw both.
 
-    A FAR model that was never trained is measured as well: what the form alone gives.
+    Two controls are measured as well: a FAR model that was never trained, for what the form alone gives, and a map in
+    which every token looks at all others alike.
 
     Args:
         models: of `load_family`.
@@ -193,6 +194,7 @@ def compare_relations(models: dict[str, nn.Module], task: Classification, images
     }
     maps |= {name: mixer_maps(model, inputs) for name, model in models.items() if name != TEACHER}
     maps['not trained'] = mixer_maps(untrained, inputs)
+    maps['uniform'] = {layer: torch.ones_like(found) / found.shape[-1] for layer, found in maps[TEACHER].items()}
     scores = {
         name: {layer: similarity(found[layer], maps[TEACHER][layer]) for layer in found}
         for name, found in maps.items()

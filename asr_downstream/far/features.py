@@ -21,8 +21,8 @@ __all__ = ['DISTANCES', 'FEATURES', 'Features', 'block_of', 'check_feature']
 DISTANCES = Registry('distance', scope='asr_downstream')
 FEATURES = {
     'heads': 'outputs of the heads before the output projection, (B, N, C)',
-    'attention': 'output of the attention, after its projection',
-    'block': 'output of the block that the attention is in, after its MLP and shortcuts',
+    'attention': 'output of the attention, after its projection; in UNets, with its shortcut, (B, C, H, W)',
+    'block': 'output of the block that the attention is in, after its MLP and shortcuts; UNet2DModel: as attention',
 }
 
 

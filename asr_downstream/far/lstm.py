@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.execution import EXECUTIONS, pick
 from asr_downstream.far.heads import HeadLSTM
 
-__all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant']
+__all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,13 @@ VARIANTS = {
     'M2': Variant(True, 'fresh', 'pre-projection, heads, a projection a head, a fresh output projection'),
     'M3': Variant(True, 'kept', "pre-projection, heads, a projection a head, the teacher's output projection"),
 }
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer, which may have no inputs: then it is a bias."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Initializing zero-element')
+        return nn.Linear(inputs, outputs)
 
 
 class MultiHeadLSTM(nn.Module):
@@ -94,9 +102,9 @@ class MultiHeadLSTM(nn.Module):
         if VARIANTS[variant].head_proj:
             if out % heads:
                 raise PlugError(f'FAR: {out} channels of the projection cannot be split into {heads} heads')
-            self.head_proj = nn.ModuleList(nn.Linear(sum(pair), out // heads) for pair in widths)
+            self.head_proj = nn.ModuleList(linear(sum(pair), out // heads) for pair in widths)
         else:
-            self.out_proj = nn.Linear(sum(map(sum, widths)), out)
+            self.out_proj = linear(sum(map(sum, widths)), out)
 
     @property
     def widths(self) -> list[tuple[int, int]]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import AsrError
 from asr_downstream.far.description import Description, describe, mixers
 from asr_downstream.far.heads import Direction, HeadLSTM
-from asr_downstream.far.lstm import MultiHeadLSTM
+from asr_downstream.far.lstm import MultiHeadLSTM, linear
 
 __all__ = ['Groups', 'group_norms', 'hoyer_square', 'mask_units', 'scores', 'shrink', 'smallest_within', 'units_above']
 
@@ -66,7 +66,7 @@ def scores(model: nn.Module, relative: bool = True) -> Groups:
     """
     with torch.no_grad():
         found = {unit: norms.detach().clone() for unit, norms in group_norms(model).items()}
-    return {unit: norms / norms.max() for unit, norms in found.items()} if relative else found
+    return {unit: norms / norms.max().clamp(min=EPS) for unit, norms in found.items()} if relative else found
 
 
 def units_above(found: Groups, threshold: float) -> Groups:
@@ -190,7 +190,7 @@ def smaller(head: HeadLSTM, ahead: Tensor | None, back: Tensor | None) -> HeadLS
 def fewer_inputs(layer: nn.Linear, stay: Tensor) -> nn.Linear:
     """A linear layer without some of its inputs."""
     weight = layer.weight
-    found = nn.Linear(int(stay.sum()), layer.out_features, device=weight.device, dtype=weight.dtype)
+    found = linear(int(stay.sum()), layer.out_features).to(weight.device, weight.dtype)
     found.weight.copy_(weight[:, stay.to(weight.device)])
     found.bias.copy_(layer.bias)
     return found.requires_grad_(weight.requires_grad)

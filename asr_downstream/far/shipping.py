@@ -12,11 +12,13 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from asr_downstream import description as gates
 from asr_downstream.checkpoint import load_state
 from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.replacing import replace
 from asr_downstream.files import writable_folder, write_json
+from asr_downstream.folding import fold
 from asr_downstream.versions import versions
 
 __all__ = ['FAR_FILE', 'load_far', 'save_far']
@@ -26,7 +28,7 @@ WEIGHTS = {'transformers': 'model.safetensors', 'diffusers': 'diffusion_pytorch_
 
 
 def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> Path:
-    """Write a model of transformers or diffusers, replaced or stock, to a folder, whole or not at all.
+    """Write a model of transformers or diffusers, replaced or stock, gates folded, to a folder, whole or not at all.
 
     Args:
         model: the model; a stock one is written as its library does, and can be read by that alone.
@@ -35,6 +37,7 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
 
     Raises:
         AsrError: the model is of another library, or the folder is something else or cannot be written.
+        FoldError: gates depend on the input.
     """
     library = type(model).__module__.partition('.')[0]
     if library not in WEIGHTS:
@@ -44,6 +47,8 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
         )
     if folder.exists() and not (folder / FAR_FILE).is_file():
         raise AsrError(f'{folder}: exists and has no {FAR_FILE}; choose another folder')
+    if gates.describe(model).sites:
+        model = fold(model)[0]
     aside = writable_folder(folder.with_name(f'.{folder.name}.tmp'))
     model.config.save_pretrained(aside) if library == 'transformers' else model.save_config(aside)
     state = {name: value.contiguous() for name, value in model.state_dict().items()}

@@ -25,9 +25,13 @@ checkpoints_total_limit = 2
 logging_steps = 44
 report_to = []
 stages = [
-    dict(name='teacher', learns='teacher', learning_rate=2e-3, epochs=20, warmup_epochs=1),
+    dict(name='teacher', learns='teacher', learning_rate=2e-3, epochs=12, warmup_epochs=1),
     dict(
-        name='distill', learns='replacements', distance=dict(type='MSE', feature='heads'), epochs=8, warmup_epochs=0.5
+        name='distill', learns='replacements', distance=dict(type='MSE', feature='heads'), epochs=6, warmup_epochs=0.5
     ),
     dict(name='finetune', learns='all', learning_rate=5e-4, epochs=3, warmup_epochs=0.2),
 ]
+prune = dict(
+    sparse=dict(learns='all', hoyer=1e-3, learning_rate=5e-4, epochs=2, warmup_epochs=0.2),
+    finetune=dict(learns='all', learning_rate=5e-4, epochs=2, warmup_epochs=0.2),
+)
