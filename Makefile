@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 .PHONY: help setup demo test test-slow quality style clean
 help:
-	@echo "make demo       train, fold, compare: three detectors and two UNets on embedded data (about 9 minutes after set-up)"
+	@echo "make demo       train, fold, compare: detectors, UNets and a ViT on embedded data (about 15 minutes after set-up)"
 	@echo "make test       lint, types and the fast tests"
 	@echo "make test-slow  the rest of the tests"
 	@echo "make quality    ruff and mypy; make style: let ruff rewrite"

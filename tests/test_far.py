@@ -290,7 +290,7 @@ def test_describe_states_the_rule_and_tune_measures(monkeypatch: pytest.MonkeyPa
     times = tune(model, lambda: model(**inputs), rounds=1, names=('loop', 'scan'))
     best = min(times, key=lambda name: times[name])
     assert {row.execution for row in describe(model).rows} == {best}
-    assert model.replace_spec['execution'] == best
+    assert 'execution' not in model.replace_spec  # it is of this machine
     with pytest.raises(PlugError, match='nothing to tune'):
         tune(vit(), lambda: None)
 

@@ -16,8 +16,8 @@ from torch import nn
 from asr_downstream import cost
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import MultiHeadLSTM, describe, replace
+from asr_downstream.far.budgets import Budget, cut
 from asr_downstream.far.description import mixers
-from asr_downstream.far.family import Budget, cut
 from asr_downstream.far.pruning import group_norms, hoyer_square, mask_units, scores, shrink, units_above
 from asr_downstream.far.shipping import load_far, save_far
 
@@ -131,12 +131,12 @@ def test_a_budget_of_units_or_parameters_is_met_closely(share: float) -> None:
 
 
 def test_a_budget_of_latency_is_met_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asr_downstream.far import family
+    from asr_downstream.far import budgets
 
     def pretended(model: Any, example: Any) -> float:  # a clock that runs with the units, so that the test is exact
         return 1.0 + sum(row.units for row in describe(model).rows)
 
-    monkeypatch.setattr(family, 'forward_time', pretended)
+    monkeypatch.setattr(budgets, 'forward_time', pretended)
     model = student()
     cut(model, Budget('latency', 0.5))
     assert sum(row.units for row in describe(model).rows) == 47  # (1 + 47) / (1 + 96) <= 0.5
@@ -147,7 +147,7 @@ def test_a_budget_of_latency_is_met_or_refused(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_forward_time_is_measured() -> None:
-    from asr_downstream.far.family import forward_time
+    from asr_downstream.far.budgets import forward_time
 
     assert 0 < forward_time(student().float(), CASES['ViT'].inputs()) < 10
 

@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ROOT
 from far import CASES, FAR, command, vit, write_config
 from mmengine.config import Config
 from safetensors.torch import load_file
 
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.draws import generator
+from asr_downstream.engine.optimising import build_schedule
 from asr_downstream.engine.reporting import read_log
 from asr_downstream.errors import AsrError, PlugError
 from asr_downstream.far.augmenting import AUGMENTATIONS, build_augmentations
 from asr_downstream.far.classification import Classification, split
-from asr_downstream.far.config import load_config, stage_config, with_epochs
+from asr_downstream.far.config import derived, load_config, stage_config, with_epochs
 from asr_downstream.far.distillation import Distillation
 from asr_downstream.far.evaluation import load_family
 from asr_downstream.far.features import DISTANCES, Features, block_of, check_feature
@@ -171,7 +173,8 @@ def distillation(tmp_path: Path, replaced: dict[str, Any], **settings: Any) -> D
         ({}, {'distance': dict(type='MSE', feature='layer')}, "feature='layer' is not known"),
         ({}, {'distance': dict(type='Cosine', feature='block', axis='batch')}, "axis='batch'"),
         ({}, {'distance': dict(type='L1')}, 'unknown distance'),
-        ({}, {'gradient_checkpointing': True}, 'gradient_checkpointing'),
+        ({}, {'gradient_checkpointing': True}, 'gradient_checkpointing hides'),
+        ({}, {'torch_compile': True}, 'torch_compile hides'),
         ({}, {'distance': None, 'task_weight': 0.0}, 'nothing to learn'),
     ],
 )
@@ -263,6 +266,18 @@ def test_token_relations() -> None:
     one = maps[case.attentions[0]]
     assert similarity(one, one) == pytest.approx(1)
     assert similarity(one, influence[case.attentions[0]]) < 0.999
+
+
+@pytest.mark.parametrize('path', sorted((ROOT / 'tools' / 'far_configs').glob('*.py')), ids=lambda path: path.stem)
+def test_configs(path: Path) -> None:
+    config = load_config(path)
+    optimiser = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=config.learning_rate)
+    for settings in [stage_config(config, stage['name']) for stage in config.stages]:
+        build_schedule(optimiser, with_epochs(settings, 1000, 1))
+    for settings in config.prune.values():
+        derived(config, 'pruning', settings)
+    opening = path.read_text().partition('\n\n')[0].partition('=')[0]
+    assert f'tools/far_configs/{path.name}' in opening
 
 
 def test_a_pretrained_folder_is_a_teacher(tmp_path: Path) -> None:

@@ -42,8 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
+    from asr_downstream.far.budgets import Budget
     from asr_downstream.far.config import load_config, out_of
-    from asr_downstream.far.family import Budget, prune_family
+    from asr_downstream.far.family import prune_family
 
     budgets = [Budget('units' if kind == 'keep' else kind, value)
                for kind in ('keep', 'parameters', 'latency', 'threshold') for value in getattr(args, kind)]  # fmt: skip

@@ -144,7 +144,7 @@ def main(venv: Path) -> None:
         'packages',
         constraints + project,
         lambda: setup.run(
-            'packages', setup.pip('install', *map(str, wheels.glob('*.whl')), '--editable', '.[det,diffusion,dev]')
+            'packages', setup.pip('install', *map(str, wheels.glob('*.whl')), '--editable', '.[det,diffusion,far,dev]')
         ),
         network,
     )

@@ -30,7 +30,7 @@ task_weight: float = 1.0  # of the loss of the task
 # Cosine has axis='tokens' or 'channels'. None: no teacher.
 distance: dict | None = None
 # How tools/prune_far.py trains, as stages do: sparse, with the regulariser, and then finetune, each pruned member.
-prune: dict = dict(sparse=dict(learns='all', hoyer=1e-3), finetune=dict(learns='all'))
+prune: dict = dict(sparse=dict(learns='all', hoyer=1e-2), finetune=dict(learns='all'))
 hoyer: float = 0.0  # weight of the Hoyer-square regulariser over hidden units, before pruning
 max_train_steps: int | None = 1000  # optimiser steps
 epochs: float | None = None  # instead of max_train_steps

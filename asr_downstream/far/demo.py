@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from asr_downstream.engine.config import CONFIG_FILE
+from asr_downstream.far.budgets import Budget
 from asr_downstream.far.config import load_config
 from asr_downstream.far.evaluation import TEACHER, compare_relations, load_family, measure_family, table, task_of
-from asr_downstream.far.family import Budget, prune_family, ship_trained
+from asr_downstream.far.family import prune_family, ship_trained
 from asr_downstream.far.shipping import FAR_FILE
 from asr_downstream.far.stages import run_stages
 from asr_downstream.files import write_json
@@ -47,10 +48,11 @@ def run_demo(out: Path, configs: Path, options: dict[str, Any] | None = None) ->
     numbers = measure_family(models, task)
     relations = compare_relations(models, task, IMAGES, out / 'relations.png')
     half, teacher = numbers[HALF], numbers[TEACHER]
+    alike = {name: sum(scores.values()) / len(scores) for name, scores in relations.items()}
     summary = {
         'models': numbers,
         'images': len(task.held_out),
-        'relations': {name: sum(scores.values()) / len(scores) for name, scores in relations.items()},
+        'relations': alike,
         'checks': {
             'FAR_50_is_within_one_point_of_the_teacher': half['accuracy'] >= teacher['accuracy'] - POINT,
             'FAR_50_has_fewer_parameters_than_the_teacher': half['parameters'] < teacher['parameters'],
@@ -60,7 +62,7 @@ def run_demo(out: Path, configs: Path, options: dict[str, Any] | None = None) ->
     }
     write_json(out / 'summary.json', summary)
     print(table(numbers, len(task.held_out)))
-    found = ', '.join(f'{name} {value:.2f}' for name, value in summary['relations'].items())
+    found = ', '.join(f'{name} {value:.2f}' for name, value in alike.items())
     print(
         f'similarity of token relations to the attention of the teacher: {found}\n'
         f'{out / "relations.png"}: token relations\n{out / "shipped"}: the models\n'

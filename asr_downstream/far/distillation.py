@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from asr_downstream.configs import plain
@@ -26,7 +27,7 @@ from asr_downstream.far.pruning import hoyer_square
 from asr_downstream.far.replacing import find_attentions
 from asr_downstream.registry import build
 
-__all__ = ['Distillation', 'learning']
+__all__ = ['Distillation', 'keep_statistics', 'learning']
 
 
 class Distillation(Task):
@@ -55,10 +56,8 @@ class Distillation(Task):
             check_feature(self.feature, spec.get('variant', 'M3'), self.places)
             self.distance = build(DISTANCES, arguments)
             self.teacher = teacher.requires_grad_(False).eval()
-            if config.gradient_checkpointing:
-                raise AsrError(
-                    'gradient_checkpointing hides the features that distance compares; leave one of them out'
-                )
+            if hidden := [key for key in ('gradient_checkpointing', 'torch_compile') if config[key]]:
+                raise AsrError(f'{hidden[0]} hides the features that distance compares; leave one of them out')
         if not config.task_weight and self.distance is None and not config.hoyer:
             raise AsrError('task_weight=0 and no distance: there is nothing to learn')
         learning(self.model, config.learns)
@@ -76,6 +75,11 @@ class Distillation(Task):
         self.base.to(device)
         if self.distance is not None:
             self.teacher.to(device)
+
+    def train_mode(self) -> None:
+        """Set the student to training mode; batch norms that do not learn keep their statistics too."""
+        self.model.train()
+        keep_statistics(self.model)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
         """As the task does."""
@@ -128,6 +132,13 @@ def learning(model: Any, learns: str) -> None:
         mixer.requires_grad_(True)
         if VARIANTS[mixer.variant].projection == 'fresh':
             projection_of(model, path).requires_grad_(True)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Set batch norms whose weights do not learn to eval mode, so that what is frozen stays as it is."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
 
 
 def projection_of(model: nn.Module, path: str) -> nn.Module:

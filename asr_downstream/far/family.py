@@ -8,111 +8,27 @@ from __future__ import annotations
 
 import copy
 import os
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from torch import nn
 
-from asr_downstream import cost
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.resuming import read_progress
 from asr_downstream.engine.training import train
 from asr_downstream.errors import AsrError
+from asr_downstream.far.budgets import Budget, cut
 from asr_downstream.far.config import derived, with_epochs
 from asr_downstream.far.description import describe
 from asr_downstream.far.distillation import Distillation
-from asr_downstream.far.pruning import Groups, scores, shrink, smallest_within
 from asr_downstream.far.shipping import save_far
 from asr_downstream.far.stages import build_task, load_student, load_teacher, load_weights, replaced, students
 
-__all__ = ['Budget', 'cut', 'forward_time', 'prune_family', 'ship_trained']
+__all__ = ['prune_family', 'ship_trained']
 
 SHIPPED = 'shipped'
-LATENCY_ROUNDS = 7
-
-
-@dataclass(frozen=True)
-class Budget:
-    """What a pruned model may cost.
-
-    Attributes:
-        kind: ``'units'`` (share of the hidden units), ``'parameters'`` (of the whole model; up to 1: share),
-            ``'latency'`` (share of the time of a forward) or ``'threshold'`` (the threshold itself).
-        value: the bound.
-    """
-
-    kind: str
-    value: float
-
-    KINDS = ('units', 'parameters', 'latency', 'threshold')
-
-    def __post_init__(self) -> None:
-        if self.kind not in self.KINDS or not self.value > 0:
-            raise AsrError(f'budget: {self.kind}={self.value} should be one of {", ".join(self.KINDS)}, greater than 0')
-        if self.kind in ('units', 'latency') and self.value > 1:
-            raise AsrError(f'budget: {self.kind}={self.value} should be a share, at most 1')
-
-    @property
-    def name(self) -> str:
-        """Name of the member: FAR-50 has half of the hidden units."""
-        number = f'{100 * self.value:g}' if self.value <= 1 and self.kind != 'threshold' else f'{self.value:g}'
-        return f'FAR-{number}' if self.kind == 'units' else f'FAR-{self.kind}-{number}'
-
-
-def cut(model: nn.Module, budget: Budget, example: dict[str, Any] | None = None, relative: bool = True) -> float:
-    """Remove the units with the smallest norms until ``model`` is within a budget, in place.
-
-    Args:
-        model: with replaced attentions.
-        budget: what it may cost.
-        example: arguments of a forward, for latency.
-        relative: whether norms are compared relative to the largest of their head and direction.
-
-    Returns:
-        The threshold.
-
-    Raises:
-        AsrError: the budget cannot be met.
-    """
-    found = scores(model, relative)
-    if budget.kind == 'threshold':
-        shrink(model, {unit: values >= budget.value for unit, values in found.items()})
-        return budget.value
-    every = sum(values.numel() for values in found.values())
-    whole = cost.parameters(model)
-    example = example or {}
-    reference = forward_time(model, example) if budget.kind == 'latency' else 0.0
-
-    def price(kept: Groups) -> float:
-        if budget.kind == 'units':
-            return sum(int(stay.sum()) for stay in kept.values()) / every
-        smaller = copy.deepcopy(model)
-        shrink(smaller, kept)
-        if budget.kind == 'parameters':
-            return cost.parameters(smaller) / (whole if budget.value <= 1 else 1)
-        return forward_time(smaller, example) / reference
-
-    threshold, kept = smallest_within(found, price, budget.value)
-    shrink(model, kept)
-    return threshold
-
-
-@torch.inference_mode()
-def forward_time(model: nn.Module, example: dict[str, Any]) -> float:
-    """Median seconds of a forward."""
-    model.eval()
-    seconds = []
-    for _ in range(LATENCY_ROUNDS + 2):
-        begin = time.perf_counter()
-        model(**example)
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds[2:])
 
 
 def ship_trained(config: Config, out: Path) -> list[Path]:

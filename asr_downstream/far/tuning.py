@@ -28,7 +28,8 @@ def tune(model: nn.Module, call: Callable[[], Any], rounds: int = 5, names: tupl
         names: of `EXECUTIONS`, to try; default: all.
 
     Returns:
-        Median milliseconds of each; the fastest is kept in ``execution`` of the modules.
+        Median milliseconds of each; the fastest is kept in ``execution`` of the modules, and not in the spec of the
+        model, which may be loaded on another machine.
 
     Raises:
         PlugError: nothing is replaced.
@@ -49,8 +50,6 @@ def tune(model: nn.Module, call: Callable[[], Any], rounds: int = 5, names: tupl
     best = min(medians, key=lambda name: medians[name])
     for mixer in found:
         mixer.execution = best
-    if isinstance(spec := getattr(model, 'replace_spec', None), dict):
-        spec['execution'] = best
     return medians
 
 

@@ -11,6 +11,9 @@ from __future__ import annotations
 #   dict(type='UNet2DModel', pretrained_model_name_or_path='PATH or id', subfolder='unet').
 model: dict | None = None
 plug: dict | list | None = None  # which attention, such as dict(type='ASR', attention=dict(type='SE', reduction=16))
+# Which self-attention is replaced by LSTMs, after the plug: dict(type='FAR', variant='M3', layers='all'), see
+# asr_downstream.far.replace. tools/distill_far.py writes it into the configs of its stages.
+replace: dict | None = None
 
 # What the model is conditioned on: None, dict(type='ClassLabels', drop=0.1), or
 # dict(type='Text', pretrained_model_name_or_path=..., drop=0.1); drop is for classifier-free guidance.

@@ -31,7 +31,7 @@ class Denoising(Task):
     """
 
     schema = SCHEMA
-    fixed = ('model', 'plug', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
+    fixed: tuple[str, ...] = ('model', 'plug', 'replace', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
 
     def __init__(self, config: Config, parts: Parts) -> None:
         self.config = config

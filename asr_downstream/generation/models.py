@@ -11,10 +11,13 @@ from diffusers.models.embeddings import LabelEmbedding
 from mmengine.config import Config
 
 from asr_downstream.configs import plain
-from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.description import describe
+from asr_downstream.errors import AsrError, PlugError, did_you_mean
+from asr_downstream.far import replace
 from asr_downstream.plugging import plug
+from asr_downstream.sites import some
 
-__all__ = ['build_model', 'build_scheduler', 'sample_shape']
+__all__ = ['build_model', 'build_scheduler', 'check_gates', 'gated', 'sample_shape']
 
 MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
 PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
@@ -25,11 +28,11 @@ def build_model(config: Config, plugged: bool = True) -> Any:
 
     Args:
         config: a diffusion config.
-        plugged: whether to plug it as the config says.
+        plugged: whether to plug it as the config says. Attention is replaced in any case: LSTMs do not fold.
 
     Raises:
         AsrError: the class or an argument is not known, or a pretrained model is not there.
-        PlugError: the plug does not fit.
+        PlugError: plug or replacements do not fit, or not each other.
     """
     torch.manual_seed(config.seed)
     model = build(config.model, MODELS, 'model')
@@ -43,7 +46,33 @@ def build_model(config: Config, plugged: bool = True) -> Any:
             module.dropout_prob = 0.0  # each block of a DiT would drop other labels, on top of the condition's drop
     if plugged and config.plug is not None:
         plug(model, plain(config.plug))
+    if config.replace is not None:
+        before = gated(model)
+        replace(model, plain(config.replace))
+        check_gates(before, model)
     return model
+
+
+def gated(model: Any) -> set[str]:
+    """Paths of the layers that have gates."""
+    return {site.path for site in describe(model).sites}
+
+
+def check_gates(before: set[str], model: Any) -> None:
+    """Refuse a model of which a layer with gates went with its attention.
+
+    Args:
+        before: see `gated`; of the plugged model.
+        model: the same with its attention replaced.
+
+    Raises:
+        PlugError: see above.
+    """
+    if gone := sorted(before - gated(model)):
+        raise PlugError(
+            f"replace: the gates of {some(gone)} would go with the attention; use variant='M3', which keeps output "
+            f'projections, or leave these layers out of the sites of the plug'
+        )
 
 
 def build_scheduler(spec: dict[str, Any], latents: bool = False) -> Any:

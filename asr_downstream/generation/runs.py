@@ -16,7 +16,7 @@ from asr_downstream.files import sha256
 from asr_downstream.generation.config import load_config
 from asr_downstream.generation.parts import Parts, build_parts
 
-__all__ = ['Run', 'load_run']
+__all__ = ['Run', 'load_run', 'read_run_config']
 
 
 @dataclass
@@ -42,23 +42,38 @@ class Run:
     parts: Parts
 
 
-def load_run(path: Path, data: bool | Path = False, ema: bool | None = None) -> Run:
+def read_run_config(path: Path, data: Path | None = None) -> Config:
+    """Read the config of a run.
+
+    Args:
+        path: folder of the run, or of one of its checkpoints.
+        data: where the images are, instead of what it says.
+
+    Raises:
+        CheckpointError: this is no run.
+    """
+    folder = checkpoints.run_of(path)
+    if not (folder / CONFIG_FILE).is_file():
+        raise CheckpointError(f'{path}: is no run of diffusion/train.py (it has no {CONFIG_FILE})')
+    return load_config(folder / CONFIG_FILE, data=data)
+
+
+def load_run(path: Path, data: bool | Path = False, ema: bool | None = None, config: Config | None = None) -> Run:
     """Read a run.
 
     Args:
         path: folder of the run, for its newest complete checkpoint, or of one checkpoint.
         data: whether to open the images; or where they are.
         ema: whether to read the average of the weights; None: if the run has one.
+        config: instead of that of the run; for the same model.
 
     Raises:
         CheckpointError: this is no run, it has no complete checkpoint, or no average.
         DataError: the images are not there.
     """
     folder = checkpoints.run_of(path)
-    if not (folder / CONFIG_FILE).is_file():
-        raise CheckpointError(f'{path}: is no run of diffusion/train.py (it has no {CONFIG_FILE})')
+    config = config or read_run_config(path, data if isinstance(data, Path) else None)
     checkpoint = checkpoints.find(folder, 'latest' if folder == path.resolve() else str(path))
-    config = load_config(folder / CONFIG_FILE, data=data if isinstance(data, Path) else None)
     if ema is None:
         ema = (checkpoint / AVERAGE).is_file()
     weights = checkpoint / (AVERAGE if ema else WEIGHTS)

@@ -52,6 +52,11 @@ def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str
         CheckpointError, FoldError: the model does not fold, or the result differs.
         AsrError: ``out`` cannot be written or holds something else.
     """
+    if run.config.replace is not None:
+        raise AsrError(
+            f'{run.folder}: its attention is replaced by LSTMs, which plain diffusers cannot load; write it with '
+            f'asr_downstream.far.shipping.save_far'
+        )
     if strange := not_ours(out):
         raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
     start = time.perf_counter()

@@ -32,6 +32,6 @@ stages = [
     dict(name='finetune', learns='all', learning_rate=5e-4, epochs=3, warmup_epochs=0.2),
 ]
 prune = dict(
-    sparse=dict(learns='all', hoyer=1e-3, learning_rate=5e-4, epochs=2, warmup_epochs=0.2),
-    finetune=dict(learns='all', learning_rate=5e-4, epochs=2, warmup_epochs=0.2),
+    sparse=dict(learns='all', hoyer=1e-2, learning_rate=5e-4, epochs=1.5, warmup_epochs=0.2),
+    finetune=dict(learns='all', learning_rate=5e-4, epochs=1, warmup_epochs=0.2),
 )

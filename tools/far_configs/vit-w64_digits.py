@@ -37,6 +37,6 @@ stages = [
     dict(name='finetune', learns='all', learning_rate=2e-3, epochs=30, warmup_epochs=1),
 ]
 prune = dict(
-    sparse=dict(learns='all', hoyer=1e-3, learning_rate=1e-3, epochs=15, warmup_epochs=1),
+    sparse=dict(learns='all', hoyer=1e-2, learning_rate=1e-3, epochs=15, warmup_epochs=1),
     finetune=dict(learns='all', learning_rate=2e-3, epochs=30, warmup_epochs=1),
 )
