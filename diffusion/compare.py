@@ -2,7 +2,8 @@
 
     python diffusion/compare.py work_dirs/unet-w32_cifar10 work_dirs/unet-w32-asr-se_cifar10 --out work_dirs/compared
 
-Writes curves.png, samples.png and results.json. FID is there for the checkpoints that diffusion/evaluate.py was run on.
+Writes curves.png, results.json and, of steps that all runs have samples of, samples.png. FID is there for the checkpoints
+that diffusion/evaluate.py was run on.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.generation.comparison import compare_runs
 
     print(compare_runs(args.runs, args.out))
-    print(f'{args.out}: curves.png, samples.png, results.json')
+    written = [name for name in ('curves.png', 'samples.png', 'results.json') if (args.out / name).is_file()]
+    print(f'{args.out}: {", ".join(written)}')
 
 
 if __name__ == '__main__':

@@ -48,9 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print(plan(config))
         return
+    from asr_downstream.engine.processes import end_processes
     from asr_downstream.generation.training import train
 
     checkpoint = train(config, args.resume)
+    end_processes()
     if not sys.stdout.closed:
         print(f'last checkpoint: {checkpoint}')
 

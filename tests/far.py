@@ -170,8 +170,11 @@ def write_config(folder: Path, **settings: Any) -> Path:
     return path
 
 
-def command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def command(name: str, *arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a tool."""
-    words = [sys.executable, '-W', 'ignore', f'tools/{name}.py', *map(str, arguments)]
+    start = [sys.executable, '-W', 'ignore']
+    if processes > 1:
+        start = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
+    words = [*start, f'tools/{name}.py', *map(str, arguments)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)

@@ -290,3 +290,15 @@ def test_a_pretrained_folder_is_a_teacher(tmp_path: Path) -> None:
     missing = {**spec, 'pretrained_model_name_or_path': str(tmp_path / 'none')}
     with pytest.raises(AsrError, match='cannot be made from'):
         load_teacher(load_config(write_config(tmp_path, teacher=missing)), tmp_path / 'out')
+
+
+@pytest.mark.slow
+def test_two_processes_with_half_the_batch_distil_as_one_with_the_whole(tmp_path: Path) -> None:
+    for name, batch, processes in (('one', 16, 1), ('two', 8, 2)):
+        path = write_config(tmp_path / name, train_batch_size=batch, validation_steps=0)
+        done = command('distill_far', path, '--output-dir', tmp_path / name / 'out', processes=processes)
+        assert done.returncode == 0, done.stderr
+    for stage in ('teacher', 'distill', 'finetune'):
+        one, two = (weights(tmp_path / name / 'out' / stage) for name in ('one', 'two'))
+        assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one), stage
+    assert (tmp_path / 'two' / 'out' / 'shipped' / 'FAR-100' / 'far.json').is_file()

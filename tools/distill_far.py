@@ -34,6 +34,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
+    from asr_downstream.engine.processes import end_processes
     from asr_downstream.far.config import load_config, out_of
     from asr_downstream.far.family import ship_trained
     from asr_downstream.far.stages import plan, run_stages
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     run_stages(config, out, args.resume)
     ship_trained(config, out)
+    end_processes()
 
 
 if __name__ == '__main__':

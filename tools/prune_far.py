@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
+    from asr_downstream.engine.processes import end_processes
     from asr_downstream.far.budgets import Budget
     from asr_downstream.far.config import load_config, out_of
     from asr_downstream.far.family import prune_family
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     config = load_config(args.config, args.cfg_options, args.data)
     for folder in prune_family(config, args.output_dir or out_of(config), budgets, args.resume, not args.absolute):
         print(folder)
+    end_processes()
 
 
 if __name__ == '__main__':

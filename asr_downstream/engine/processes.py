@@ -6,6 +6,7 @@ import os
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, gather_object
 from mmengine.config import Config
 
@@ -14,7 +15,7 @@ from asr_downstream.engine.resuming import SHARDED
 from asr_downstream.errors import AsrError
 from asr_downstream.stopping import StopSignal
 
-__all__ = ['agree', 'start_processes']
+__all__ = ['agree', 'end_processes', 'start_processes']
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -24,6 +25,7 @@ def start_processes(config: Config) -> Accelerator:
         AsrError: several were launched, but accelerate sees one.
     """
     launched = int(os.environ.get('WORLD_SIZE', '1'))
+    AcceleratorState._reset_state()  # of a training before, in this process: it may have had another precision
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other
         mixed_precision=config.mixed_precision,
@@ -43,6 +45,12 @@ def start_processes(config: Config) -> Accelerator:
             f'on one process: add --cfg-options use_ema=False validation_steps=0'
         )
     return accelerator
+
+
+def end_processes() -> None:
+    """Let the processes part, after the last training of a program."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def agree(accelerator: Accelerator, stopping: StopSignal, bad: BadFiles) -> bool:

@@ -62,7 +62,6 @@ def train(task: Task, config: Config, run: Path, resume: str | None = None) -> P
     if start is not None:
         training.take_up(start)
     training.go_on()
-    accelerator.end_training()
     assert training.checkpoint is not None
     return training.checkpoint
 

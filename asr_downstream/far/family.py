@@ -24,7 +24,16 @@ from asr_downstream.far.config import derived, with_epochs
 from asr_downstream.far.description import describe
 from asr_downstream.far.distillation import Distillation
 from asr_downstream.far.shipping import save_far
-from asr_downstream.far.stages import build_task, load_student, load_teacher, load_weights, replaced, students
+from asr_downstream.far.stages import (
+    build_task,
+    load_student,
+    load_teacher,
+    load_weights,
+    replaced,
+    say_once,
+    students,
+    world,
+)
 
 __all__ = ['prune_family', 'ship_trained']
 
@@ -50,7 +59,7 @@ def prune_family(
     budgets: Sequence[Budget],
     resume: bool = False,
     relative: bool = True,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say_once,
 ) -> list[Path]:
     """Regularise the distilled student, then cut, fine-tune and ship a member for each budget.
 
@@ -100,7 +109,7 @@ def prune_family(
 def config_task(settings: Config, student: nn.Module, teacher: nn.Module) -> Distillation:
     """Task of a training of a student."""
     task = Distillation(build_task(settings, student), copy.deepcopy(teacher), settings)
-    with_epochs(settings, len(task.samples()), int(os.environ.get('WORLD_SIZE', '1')))  # type: ignore[arg-type]
+    with_epochs(settings, len(task.samples()), world())  # type: ignore[arg-type]
     return task
 
 

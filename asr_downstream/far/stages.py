@@ -25,8 +25,8 @@ from asr_downstream.far.distillation import Distillation
 from asr_downstream.far.replacing import replace
 
 __all__ = [
-    'TASKS', 'build_task', 'load_student', 'load_teacher', 'load_weights', 'plan', 'replaced', 'run_stages', 'students',
-    'train_stage',
+    'TASKS', 'build_task', 'load_student', 'load_teacher', 'load_weights', 'plan', 'replaced', 'run_stages', 'say_once',
+    'students', 'train_stage', 'world',
 ]  # fmt: skip
 
 # Type of a task -> where it is made: called with a config, and a model or None for the teacher. Imported when used,
@@ -50,7 +50,13 @@ def build_task(config: Config, model: nn.Module | None = None) -> Any:
     return pkgutil.resolve_name(TASKS[name])(config, model)
 
 
-def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[str], None] = print) -> Path:
+def say_once(line: str) -> None:
+    """Print a line, on the first process alone."""
+    if not int(os.environ.get('RANK', '0')):
+        print(line, flush=True)
+
+
+def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[str], None] = say_once) -> Path:
     """Train all stages, one after the other.
 
     Args:
