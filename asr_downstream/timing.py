@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 
 from asr_downstream.progress import bar
 
-__all__ = ['Ratio', 'paired_times', 'ratio']
+__all__ = ['Ratio', 'faster_from', 'paired_times', 'ratio']
 
 
 class Ratio(NamedTuple):
@@ -25,7 +25,7 @@ class Ratio(NamedTuple):
 
 
 def paired_times(
-    candidates: Mapping[str, Callable[[], Any]], rounds: int, text: str = 'timing', warmup: int = 2
+    candidates: Mapping[str, Callable[[], Any]], rounds: int, text: str = 'timing', warmup: int = 2, threads: int = 1
 ) -> dict[str, list[float]]:
     """Time each candidate once a round; the order turns from round to round.
 
@@ -34,11 +34,12 @@ def paired_times(
         rounds: number of rounds that count.
         text: what the progress line says.
         warmup: calls of each candidate before the first round.
+        threads: of PyTorch on the CPU.
 
     Returns:
         Milliseconds of each candidate, one number a round.
     """
-    timers = {name: Timer('call()', globals={'call': call}) for name, call in candidates.items()}
+    timers = {name: Timer('call()', globals={'call': call}, num_threads=threads) for name, call in candidates.items()}
     for timer in timers.values():
         timer.timeit(warmup)
     names = list(candidates)
@@ -55,3 +56,17 @@ def ratio(times: list[float], base: list[float]) -> Ratio:
     ratios = [a / b for a, b in zip(times, base, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
     return Ratio(median(ratios), low, high)
+
+
+def faster_from(ratios: Mapping[int, Ratio]) -> int | None:
+    """Size from which on all larger ones are faster, their upper quartiles below 1; None: the largest is not.
+
+    Args:
+        ratios: size, such as a number of tokens, -> ratio of times.
+    """
+    start = None
+    for size in sorted(ratios, reverse=True):
+        if ratios[size].high >= 1:
+            break
+        start = size
+    return start

@@ -22,6 +22,7 @@ from asr_downstream import describe, fold
 from asr_downstream.detection.config import load_config, stock_config
 from asr_downstream.detection.detectors import build_detector, compare_features
 from asr_downstream.errors import AsrError
+from asr_downstream.far.description import mixers
 
 CONFIGS = sorted(p for p in (ROOT / 'det_configs').rglob('*.py') if '_base_' not in p.parts)
 FAST = ('-asr-se', '_digits')  # of R18 only where there is no R50
@@ -96,6 +97,10 @@ def test_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = stock_config(config)
     assert 'asr_downstream' not in plain.pretty_text
     stock = build_detector(plain).double()
+    if 'replace' in config.model.backbone:  # see test_far_detection.py
+        assert not list(mixers(stock))
+        assert list(mixers(build_detector(config)))
+        return
     if 'plug' not in config.model.backbone:
         assert plain.model == config.model
         assert not describe(stock).sites

@@ -296,7 +296,7 @@ def test_describe_states_the_rule_and_tune_measures(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_moves_only_what_learns() -> None:
-    from asr_downstream.far.distillation import learning
+    from asr_downstream.far.learning import learning
 
     for learns, blocks in (('replacements', False), ('blocks', True)):
         model = vit()

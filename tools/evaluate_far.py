@@ -7,7 +7,7 @@
 
 OUT is the folder of tools/distill_far.py, and of tools/prune_far.py for pruned members. Accuracy is on the images that
 the config holds out. Latency is paired: every round runs each model once; ratios with their quartiles. Writes
-OUT/evaluation.json. UNets: diffusion/evaluate.py OUT/finetune.
+OUT/evaluation.json, with milliseconds. UNets: diffusion/evaluate.py OUT/finetune.
 """
 
 from __future__ import annotations
@@ -26,6 +26,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
     parser.add_argument('--rounds', type=cli.count, default=20, help='paired rounds of latency (default: 20)')
     parser.add_argument('--sweep', action='store_true', help='time one attention over numbers of tokens and batches')
+    parser.add_argument('--tokens', type=cli.count, nargs='+', help='of --sweep (default: 64 128 ... 4096)')
+    parser.add_argument('--batches', type=cli.count, nargs='+', help='of --sweep (default: 1 8 32)')
+    parser.add_argument('--device', default='cpu', help='cpu (default), cuda, ...')
     parser.add_argument('--relations', type=cli.count, metavar='N', help='compare token relations on N images')
     args = parser.parse_args(argv)
 
@@ -33,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.files import write_json
     from asr_downstream.versions import versions
 
-    models = evaluation.load_family(args.folder)
+    models = {name: model.to(args.device) for name, model in evaluation.load_family(args.folder).items()}
     task = evaluation.task_of(args.folder, models[evaluation.TEACHER], args.data)
     numbers = evaluation.measure_family(models, task, args.rounds)
     print(evaluation.table(numbers, len(task.held_out)))
@@ -45,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f'{name}: similarity to the attention of the teacher {sum(scores.values()) / len(scores):.3f}')
         print(picture)
     if args.sweep:
-        report['sweep'] = evaluation.sweep(models)
+        tokens, batches = args.tokens or evaluation.TOKENS, args.batches or evaluation.BATCHES
+        report['sweep'] = evaluation.sweep(models, tokens, batches)
         print(evaluation.sweep_table(report['sweep']))
     write_json(args.folder / 'evaluation.json', report)
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import DictAction
 
@@ -28,13 +29,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('config', type=Path, help='config that tools/distill_far.py was run with')
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
     parser.add_argument('--output-dir', type=Path, help='folder of the stages (default: work_dirs/far/<config>)')
-    for kind, text in (
-        ('keep', 'shares of the hidden units that stay'),
-        ('parameters', 'parameters of the whole model, shares or numbers'),
-        ('latency', 'shares of the time of a forward of one image'),
-        ('threshold', 'thresholds'),
-    ):
-        parser.add_argument(f'--{kind}', type=float, nargs='+', default=[], metavar='X', help=text)
+    shares: dict[str, Any] = dict(type=float, nargs='+', default=[], metavar='X')
+    parser.add_argument('--keep', help='shares of the hidden units that stay', **shares)
+    parser.add_argument('--parameters', help='parameters of the whole model, shares or numbers', **shares)
+    parser.add_argument('--latency', help='shares of the time of a forward of one image, on the CPU', **shares)
+    parser.add_argument('--threshold', help='thresholds', **shares)
     parser.add_argument(
         '--absolute', action='store_true', help='compare norms themselves, not relative to the largest of their head'
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from asr_downstream.description import render
+from asr_downstream.far.budgets import forward
 from asr_downstream.far.lstm import MultiHeadLSTM
-from asr_downstream.timing import paired_times, ratio
+from asr_downstream.timing import faster_from, paired_times, ratio
 
 __all__ = ['CASES', 'Attention', 'crossovers', 'execution_table', 'measure_execution', 'measure_tokens', 'token_table']
 
@@ -57,16 +57,6 @@ def build(case: FarCase, execution: str = AUTO) -> nn.Module:
     return nn.Sequential(mixer, nn.Linear(case.channels, case.channels)).eval()
 
 
-def inference(module: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """A forward without gradients."""
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return module(x)
-
-    return call
-
-
 def measure_execution(case: FarCase, batch: int, rounds: int, tokens: int = 197) -> dict[str, Any]:
     """Time a forward with each way to run the heads.
 
@@ -75,9 +65,9 @@ def measure_execution(case: FarCase, batch: int, rounds: int, tokens: int = 197)
     """
     x = torch.randn(batch, tokens, case.channels)
     modules = {name: build(case, name) for name in EXECUTED}
-    calls = {name: inference(module, x) for name, module in modules.items()}
+    calls = {name: forward(module, {'input': x}) for name, module in modules.items()}
     outputs = {name: call() for name, call in calls.items()}
-    times = paired_times(calls, rounds, f'{case.name}, batch {batch}')
+    times = paired_times(calls, rounds, f'{case.name}, batch {batch}', threads=torch.get_num_threads())
     return {
         'case': case.name,
         'heads': case.heads,
@@ -104,8 +94,9 @@ def measure_tokens(case: FarCase, rounds: int) -> list[dict[str, Any]]:
             if batch * tokens > MOST:
                 continue
             x = torch.randn(batch, tokens, case.channels)
-            calls = {'attention': inference(attention, x), 'lstm': inference(lstm, x)}
-            times = paired_times(calls, rounds, f'{case.name}, batch {batch}, {tokens} tokens', warmup=1)
+            calls = {'attention': forward(attention, {'x': x}), 'lstm': forward(lstm, {'input': x})}
+            text = f'{case.name}, batch {batch}, {tokens} tokens'
+            times = paired_times(calls, rounds, text, warmup=1, threads=torch.get_num_threads())
             found = ratio(times['lstm'], times['attention'])
             rows.append({'case': case.name, 'batch': batch, 'tokens': tokens, 'ratio': found})
     return rows
@@ -137,13 +128,8 @@ def crossovers(rows: list[dict[str, Any]]) -> list[str]:
     """Say, for each module and batch, from how many tokens on the LSTM is faster in all longer rows."""
     lines = []
     for case, batch in dict.fromkeys((row['case'], row['batch']) for row in rows):
-        own = [row for row in rows if row['case'] == case and row['batch'] == batch]
-        start = None
-        for row in reversed(own):
-            if row['ratio'].median >= 1:
-                break
-            start = row['tokens']
-        most = own[-1]['tokens']
-        what = f'faster from {start} tokens on' if start is not None else f'not faster up to {most} tokens'
+        own = {r['tokens']: r['ratio'] for r in rows if (r['case'], r['batch']) == (case, batch)}
+        start = faster_from(own)
+        what = f'faster from {start} tokens on' if start is not None else f'not faster at {max(own)} tokens'
         lines.append(f'{case}, batch {batch}: the LSTM is {what}')
     return lines

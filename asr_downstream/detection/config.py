@@ -23,6 +23,9 @@ SCOPE = 'asr_downstream.'
 # What belongs to one training and its machines.
 LAUNCH = ('fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
 
+# Arguments that models of this package take besides those of their stock classes.
+OWN = ('plug', 'replace', 'distil')
+
 
 def load_config(
     path: Path, data_root: Path | None = None, options: dict[str, Any] | None = None, needs_data: bool = True
@@ -87,7 +90,7 @@ def set_data_root(config: Config, root: Path) -> None:
 
 
 def stock_config(config: Config) -> Config:
-    """Return a copy that names nothing of this package: its types become those they extend, ``plug`` is dropped."""
+    """Return a copy that names nothing of this package: its types become those they extend, `OWN` is dropped."""
     stock = copy.deepcopy(config)
     for key in LAUNCH:
         stock.pop(key, None)
@@ -97,10 +100,10 @@ def stock_config(config: Config) -> Config:
             kind = node.get('type')
             if isinstance(kind, str) and kind.startswith(SCOPE):
                 node['type'] = kind.removeprefix(SCOPE)
-                node.pop('plug', None)
+                drop_own(node)
             elif isinstance(kind, type) and hasattr(kind, 'stock_class'):
                 node['type'] = kind.stock_class
-                node.pop('plug', None)
+                drop_own(node)
             for value in node.values():
                 strip(value)
         elif isinstance(node, list | tuple):
@@ -114,6 +117,12 @@ def stock_config(config: Config) -> Config:
         if not imports.imports:
             stock.pop('custom_imports')
     return stock
+
+
+def drop_own(node: dict[str, Any]) -> None:
+    """Take out of a model's config what its stock class does not take, in place."""
+    for key in OWN:
+        node.pop(key, None)
 
 
 def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:

@@ -1,8 +1,11 @@
-"""MMDetection models that take ``plug=dict(...)``: backbones, necks and detectors, as ``type='asr_downstream.NAME'``.
+"""MMDetection models that take ``plug`` or ``replace``: backbones, necks, detectors, as ``type='asr_downstream.NAME'``.
 
 A plugged model is its stock class with gates: same arguments, same keys, same initial stock weights for one seed.
 `asr_downstream.fold` gives back the stock class. A backbone's plug sees the backbone; a detector's plug sees all of it,
 so that necks and heads can be named: ``sites=['neck.fpn_convs.*.conv', 'bbox_head.retina_cls']``.
+
+``replace=dict(type='FAR', layers='all')`` puts LSTMs in the places of self-attentions (`asr_downstream.far.replace`);
+stock checkpoints load, and what they lack is said. Detectors also take ``distil=dict(...)``.
 """
 
 from __future__ import annotations
@@ -12,10 +15,14 @@ from contextlib import contextmanager
 from typing import Any, ClassVar
 
 from mmdet.models import backbones, detectors, necks
+from mmdet.models.detectors.base import BaseDetector
 from torch import nn
 
 from asr_downstream.detection import layers  # noqa: F401  (layers of mmengine and mmcv join the fold table)
 from asr_downstream.detection.checkpointing import use_non_reentrant
+from asr_downstream.detection.distilling import DistilledDetector
+from asr_downstream.detection.replaced import keep_fresh, put_lstms, refuse_both, report_load
+from asr_downstream.far.lstm import MultiHeadLSTM
 from asr_downstream.gates import Gate
 from asr_downstream.layers import Plugged, rebind
 from asr_downstream.plugging import Spec
@@ -27,15 +34,18 @@ __all__ = ['PluggedModel', 'plugged_class']
 
 
 class PluggedModel:
-    """Mixin: plugs the model once it is built, and keeps mmdet's mode switches and initialisation as they are."""
+    """Mixin: changes the model once it is built, and keeps mmdet's mode switches and initialisation as they are."""
 
     stock_class: ClassVar[type[nn.Module]]
 
-    def __init__(self, *args: Any, plug: Spec | None = None, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, plug: Spec | None = None, replace: Any = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        if replace is not None:
+            put_lstms(self, replace)  # type: ignore[arg-type]
         if plug is not None:
             to_dict = getattr(plug, 'to_dict', None)  # a config holds the spec as mmengine's own dicts
             attach_plug(self, to_dict() if to_dict else plug)  # type: ignore[arg-type]
+            refuse_both(self)  # type: ignore[arg-type]
             use_non_reentrant(self)  # type: ignore[arg-type]
             for module in self.modules():  # type: ignore[attr-defined]
                 if hasattr(module, '_freeze_stages'):  # sites that were named in frozen stages
@@ -55,21 +65,28 @@ class PluggedModel:
         return result
 
     def init_weights(self) -> None:
-        """Initialise as the stock class does; gates keep the start that their attention has chosen."""
-        with gates_aside(self):  # type: ignore[arg-type]
+        """Initialise as the stock class does; gates and LSTMs keep the start that they have chosen."""
+        with additions_aside(self):  # type: ignore[arg-type]
             super().init_weights()  # type: ignore[misc]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        """Load as before; a model with replacements says what a stock checkpoint lacks (MMEngine calls this too)."""
+        if self.__dict__.get('replace_spec') is not None:
+            keep_fresh(self, state_dict, prefix)  # type: ignore[arg-type]
+            report_load(self, state_dict, prefix)  # type: ignore[arg-type]
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[misc]
 
 
 @contextmanager
-def gates_aside(model: nn.Module) -> Iterator[None]:
-    """Hide gates from initialisations, some of which go through all linear layers; not where a checkpoint is loaded."""
+def additions_aside(model: nn.Module) -> Iterator[None]:
+    """Hide gates and LSTMs from initialisations, some of which go through all linear layers; not from checkpoints."""
     loading = [m for m in model.modules() if is_pretrained(getattr(m, 'init_cfg', None))]
     filled = {id(inner) for m in loading for inner in m.modules()}
     hidden: list[tuple[Any, str, nn.Module]] = []
     for module in model.modules():
-        for slot in ('gate', 'dynamic') if isinstance(module, Plugged) else (SLOT,):
+        for slot in ('gate', 'dynamic') if isinstance(module, Plugged) else (SLOT, 'mixer'):
             child = module._modules.get(slot)
-            if isinstance(child, nn.ModuleList | SharedAttentions) and id(module) not in filled:
+            if isinstance(child, nn.ModuleList | SharedAttentions | MultiHeadLSTM) and id(module) not in filled:
                 hidden.append((module, slot, child))
     for module, slot, _ in hidden:
         module._modules[slot] = None
@@ -88,8 +105,9 @@ def is_pretrained(init_cfg: Any) -> bool:
 
 def plugged_class(stock: type[nn.Module]) -> type[Any]:
     """Make and register the plugged class of a stock class of MMDetection."""
-    doc = f'`{stock.__name__}` of MMDetection with ``plug``.'
-    made = type(stock.__name__, (PluggedModel, stock), {'stock_class': stock, '__doc__': doc, '__module__': __name__})
+    doc = f'`{stock.__name__}` of MMDetection with ``plug`` and ``replace``.'
+    bases = (DistilledDetector, PluggedModel, stock) if issubclass(stock, BaseDetector) else (PluggedModel, stock)
+    made = type(stock.__name__, bases, {'stock_class': stock, '__doc__': doc, '__module__': __name__})
     MODELS.register_module(name=stock.__name__, module=made)
     return made
 

@@ -19,6 +19,7 @@ from asr_downstream.detection.calibrating import CalibrationPlan, fold_calibrate
 from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.detectors import build_detector, compare_features, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
+from asr_downstream.far.description import mixers
 from asr_downstream.files import sha256, write_atomically, write_json
 from asr_downstream.folding import FoldReport, fold
 from asr_downstream.verification import Verification
@@ -61,6 +62,11 @@ def fold_checkpoint(
         if source.resolve() in (out.resolve(), out.with_suffix('.py').resolve()):
             raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
     plugged, meta = load_detector(config, checkpoint, trust)
+    if any(True for _ in mixers(plugged)):
+        raise FoldError(
+            f'{checkpoint}: attention of this detector is replaced by LSTMs, which no stock detector has; use it with '
+            f'the config it was trained with'
+        )
     if calibrate is not None and calibrate.max_drop is not None:
         partly_stock_config(config, [row.path for row in describe(plugged).sites])  # refuses now, not after an hour
     start = time.perf_counter()

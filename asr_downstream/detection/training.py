@@ -21,6 +21,7 @@ from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.detectors import build_detector
 from asr_downstream.detection.loops import StopHook, Stopped, bare
 from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.far import describe as describe_far
 from asr_downstream.files import check_writable
 from asr_downstream.layers import rebind
 from asr_downstream.stopping import StopSignal
@@ -78,10 +79,12 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
 
 
 def pretrained(node: Any) -> Iterator[str]:
-    """Checkpoints that the ``init_cfg`` entries of a model's config name."""
+    """Checkpoints that the ``init_cfg`` entries of a model's config name, and that of its teacher."""
     if isinstance(node, dict):
         if node.get('type') == 'Pretrained' and 'checkpoint' in node:
             yield node['checkpoint']
+        if (node.get('distil') or {}).get('teacher'):
+            yield node['distil']['teacher'].get('checkpoint')
         for value in node.values():
             yield from pretrained(value)
     elif isinstance(node, list | tuple):
@@ -145,6 +148,9 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path | None, bool
     rebind(runner.model)  # sync_bn=... has rebuilt its batch norms by now
     description = describe(bare(runner.model))
     runner.logger.info(f'\n{description}')
+    replaced = describe_far(bare(runner.model))
+    if replaced.rows:
+        runner.logger.info(f'\n{replaced}')
     if config.get('fold_eval') and not (description.sites and all(site.folds for site in description.sites)):
         what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no plug'
         raise AsrError(f'{config.filename}: fold_eval=True, but the model has {what}')
@@ -172,9 +178,11 @@ def plan(config: Config) -> str:
     foldable = sum(row.parameters for row in describe(model).sites if row.folds)
     epochs = config.train_cfg.get('max_epochs')
     steps = f'{epochs} epochs of {len(loader)} steps' if epochs else f'{config.train_cfg.get("max_iters")} steps'
+    replaced = describe_far(model)
     return '\n'.join(
         [
             str(describe(model)),
+            *([str(replaced)] if replaced.rows else []),
             f'parameters: {total:,}, of which {foldable:,} fold away',
             f'data: {len(loader.dataset)} images in {config.get("data_root")}',
             f'steps: {steps}, batch size {config.train_dataloader.batch_size}',

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -13,11 +12,13 @@ from torch import nn
 
 from asr_downstream import cost
 from asr_downstream.errors import AsrError
+from asr_downstream.far.description import check_replaced
 from asr_downstream.far.pruning import Groups, scores, shrink, smallest_within
+from asr_downstream.timing import paired_times, ratio
 
-__all__ = ['Budget', 'cut', 'forward_time']
+__all__ = ['Budget', 'cut', 'forward', 'time_ratio']
 
-LATENCY_ROUNDS = 7
+LATENCY_ROUNDS = 15
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,8 @@ class Budget:
     @property
     def name(self) -> str:
         """Name of the member: FAR-50 has half of the hidden units."""
-        number = f'{100 * self.value:g}' if self.value <= 1 and self.kind != 'threshold' else f'{self.value:g}'
+        share = self.value <= 1 and self.kind != 'threshold'
+        number = f'{100 * self.value:g}' if share else f'{self.value:.0f}' if self.value > 1 else f'{self.value:g}'
         return f'FAR-{number}' if self.kind == 'units' else f'FAR-{self.kind}-{number}'
 
 
@@ -54,45 +56,59 @@ def cut(model: nn.Module, budget: Budget, example: dict[str, Any] | None = None,
     Args:
         model: with replaced attentions.
         budget: what it may cost.
-        example: arguments of a forward, for latency.
-        relative: whether norms are compared relative to the largest of their head and direction.
+        example: arguments of a forward, on the device of the model, for latency.
+        relative: whether norms are compared relative to the largest of their head and direction; then each direction
+            keeps at least one unit.
 
     Returns:
         The threshold.
 
     Raises:
-        AsrError: the budget cannot be met.
+        AsrError: the budget cannot be met, or nothing is replaced here.
     """
+    check_replaced(model)
     found = scores(model, relative)
     if budget.kind == 'threshold':
+        if relative and budget.value > 1:
+            raise AsrError(f'budget: threshold={budget.value:g} is of relative norms, which are at most 1')
         shrink(model, {unit: values >= budget.value for unit, values in found.items()})
         return budget.value
     every = sum(values.numel() for values in found.values())
     whole = cost.parameters(model)
-    example = example or {}
-    reference = forward_time(model, example) if budget.kind == 'latency' else 0.0
 
     def price(kept: Groups) -> float:
-        if budget.kind == 'units':
-            return sum(int(stay.sum()) for stay in kept.values()) / every
+        units = sum(int(stay.sum()) for stay in kept.values())
+        if budget.kind == 'units' or (budget.kind == 'latency' and units == every):
+            return units / every
         smaller = copy.deepcopy(model)
         shrink(smaller, kept)
         if budget.kind == 'parameters':
             return cost.parameters(smaller) / (whole if budget.value <= 1 else 1)
-        return forward_time(smaller, example) / reference
+        return time_ratio(smaller, model, example or {})
 
     threshold, kept = smallest_within(found, price, budget.value)
     shrink(model, kept)
     return threshold
 
 
-@torch.inference_mode()
-def forward_time(model: nn.Module, example: dict[str, Any]) -> float:
-    """Median seconds of a forward."""
-    model.eval()
-    seconds = []
-    for _ in range(LATENCY_ROUNDS + 2):
-        begin = time.perf_counter()
-        model(**example)
-        seconds.append(time.perf_counter() - begin)
-    return median(seconds[2:])
+def time_ratio(model: nn.Module, whole: nn.Module, example: dict[str, Any]) -> float:
+    """Median time of a forward of ``model`` over that of ``whole``, in paired rounds."""
+    calls = {name: forward(m, example) for name, m in {'model': model, 'whole': whole}.items()}
+    modes = model.training, whole.training
+    model.eval(), whole.eval()
+    times = paired_times(calls, LATENCY_ROUNDS, 'timing', threads=torch.get_num_threads())
+    model.train(modes[0]), whole.train(modes[1])
+    return ratio(times['model'], times['whole']).median
+
+
+def forward(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
+    """A forward without gradients, for timing; waits for the accelerator."""
+
+    def call() -> Any:
+        with torch.inference_mode():
+            out = model(**inputs)
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        return out
+
+    return call

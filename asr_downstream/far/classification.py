@@ -12,6 +12,7 @@ from mmengine.config import Config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
+from transformers.image_processing_base import ImageProcessingMixin
 
 from asr_downstream.configs import plain
 from asr_downstream.engine.config import portable
@@ -23,6 +24,7 @@ from asr_downstream.engine.task import Task
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.far.augmenting import Augmentation, build_augmentations
 from asr_downstream.far.config import SCHEMA
+from asr_downstream.sites import some
 
 __all__ = ['CLASSIFIERS', 'Classification', 'Labelled', 'accuracy', 'build_classifier']
 
@@ -44,7 +46,10 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
     torch.manual_seed(seed)
     try:
         if pretrained is not None:
-            return cls.from_pretrained(pretrained, **arguments).eval()
+            model, found = cls.from_pretrained(pretrained, output_loading_info=True, **arguments)
+            if lost := sorted(key for key in found['missing_keys'] if not key.startswith('classifier.')):
+                raise AsrError(f'teacher: {pretrained} has no {some(lost)}: is it a {name}? Its config.json says')
+            return model.eval()
         known = vars(cls.config_class())
         for key in arguments:
             if key not in known and key != 'num_labels':
@@ -52,7 +57,7 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
         return cls(cls.config_class(**arguments)).eval()
     except AsrError:
         raise
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0][:200]
         raise AsrError(f'teacher: {name} cannot be made from {pretrained or arguments} ({first})') from error
 
@@ -120,8 +125,11 @@ class Classification(Task):
         self.train_indices, self.held_out = split(len(self.all_images), config.holdout)
         found = Labelled(self.all_images, self.train_indices)
         classes = max(found.labels) + 1
-        if classes > settings.num_labels:
-            raise AsrError(f'teacher: num_labels={settings.num_labels}, but the data has {classes} classes')
+        if classes != settings.num_labels:
+            raise AsrError(
+                f'teacher: num_labels={settings.num_labels}, but the data has {classes} classes; a pretrained teacher '
+                f'gets a new head with num_labels={classes}, ignore_mismatched_sizes=True, and a stage to learn it'
+            )
         self.normal = normal(config, settings.num_channels)
 
     def samples(self) -> Labelled:
@@ -185,6 +193,16 @@ def split(images: int, holdout: float) -> tuple[list[int], list[int]]:
 def normal(config: Config, channels: int) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation, of images in [-1, 1], that the model wants to be taken out."""
     mean, std = config.image_mean, config.image_std
+    pretrained = config.teacher.get('pretrained_model_name_or_path')
+    if mean is None and std is None and pretrained is not None:
+        try:
+            stored = ImageProcessingMixin.get_image_processor_dict(pretrained)[0]
+        except OSError as error:
+            raise AsrError(
+                f'teacher: {pretrained} has no preprocessor_config.json; say how its images are normalised, such as '
+                f'image_mean=[0.485, 0.456, 0.406], image_std=[0.229, 0.224, 0.225]'
+            ) from error
+        mean, std = stored.get('image_mean'), stored.get('image_std')
     if (mean is None) != (std is None) or any(len(v) != channels for v in (mean, std) if v is not None):
         raise AsrError(f'image_mean={mean}, image_std={std}: give both, with {channels} numbers each, or neither')
     if mean is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,15 @@ from asr_downstream.configs import plain
 from asr_downstream.engine.config import Schema
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far import defaults
+from asr_downstream.far.learning import STUDENTS
 
 __all__ = ['LEARNS', 'SCHEMA', 'load_config', 'out_of', 'stage_config', 'with_epochs']
 
-LEARNS = ('teacher', 'replacements', 'blocks', 'all')
+LEARNS = ('teacher', *STUDENTS)
+NAME = re.compile(r'[A-Za-z][\w-]*')
+RESERVED = ('shipped', 'sparse', 'FAR-')  # how folders beside those of the stages begin
+# What teacher, student and pruned members have in common.
+WHOLE = ('task', 'teacher', 'replace', 'data', 'holdout', 'image_mean', 'image_std', 'stages', 'prune')
 SCHEMA = Schema(
     name='FAR',
     folder='tools/far_configs/',
@@ -42,8 +48,17 @@ def load_config(path: Path, options: dict[str, Any] | None = None, data: Path | 
     if not config.stages:
         raise AsrError(f"{path}: has no stages; add stages = [dict(name='distill', learns='replacements', ...)]")
     names = [stage.get('name') for stage in config.stages]
-    if len(set(names)) < len(names) or not all(isinstance(name, str) and name for name in names):
-        raise AsrError(f'{path}: every stage should have a name of its own, got {names}')
+    fine = [name for name in names if isinstance(name, str) and NAME.fullmatch(name) and not name.startswith(RESERVED)]
+    if len(set(fine)) < len(names):
+        raise AsrError(
+            f'{path}: every stage should have a name of its own, of letters, digits, _ and -, and not beginning '
+            f'with {", ".join(RESERVED)}; got {names}'
+        )
+    if unknown := set(config.prune) - {'sparse', 'finetune'}:
+        raise AsrError(f'{path}: prune has {sorted(unknown)}; it has sparse=dict(...) and finetune=dict(...)')
+    for name, given in [*((stage['name'], stage) for stage in config.stages), *config.prune.items()]:
+        if shared := [key for key in given if key in WHOLE]:
+            raise AsrError(f'{path}: {name}: {shared[0]} holds for all stages; give it beside them')
     for name in names:
         stage_config(config, name)
     return config

@@ -11,10 +11,11 @@ from torch import nn
 
 from asr_downstream.cost import parameters
 from asr_downstream.description import render
+from asr_downstream.errors import PlugError
 from asr_downstream.far.execution import RULES, pick
 from asr_downstream.far.lstm import MultiHeadLSTM
 
-__all__ = ['Description', 'Row', 'describe', 'mixers']
+__all__ = ['Description', 'Row', 'check_replaced', 'describe', 'mixers']
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def mixers(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:
     for path, module in model.named_modules():
         if isinstance(module, MultiHeadLSTM):
             yield path.removesuffix('mixer').rstrip('.').removesuffix('.processor'), module
+
+
+def check_replaced(model: nn.Module) -> None:
+    """Refuse a model on which `replace` was not called itself.
+
+    Raises:
+        PlugError: nothing is replaced, or a part of it was, whose spec the model does not know.
+    """
+    if getattr(model, 'replace_spec', None) is None:
+        paths = [path for path, _ in mixers(model)]
+        what = f'{paths[0]} was replaced in a part of it; give that part' if paths else 'no attention is replaced'
+        raise PlugError(f'{type(model).__name__}: {what}, or call replace(model, spec) on the whole model')
 
 
 def describe(model: nn.Module) -> Description:

@@ -12,22 +12,17 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
-from asr_downstream.configs import plain
 from asr_downstream.engine.reporting import Reporter
 from asr_downstream.engine.task import Task
 from asr_downstream.errors import AsrError
-from asr_downstream.far.description import mixers
-from asr_downstream.far.features import DISTANCES, Features, block_of, check_feature
-from asr_downstream.far.hosts import StandIn
-from asr_downstream.far.lstm import VARIANTS
+from asr_downstream.far.features import Distance, Features, check_feature
+from asr_downstream.far.learning import keep_statistics, learning
 from asr_downstream.far.pruning import hoyer_square
 from asr_downstream.far.replacing import find_attentions
-from asr_downstream.registry import build
 
-__all__ = ['Distillation', 'keep_statistics', 'learning']
+__all__ = ['Distillation']
 
 
 class Distillation(Task):
@@ -48,13 +43,10 @@ class Distillation(Task):
         self.schema, self.fixed = base.schema, base.fixed
         spec = base.model.replace_spec
         self.places = find_attentions(teacher, spec['layers'], spec.get('heads'), spec.get('projection'))
-        self.distance: Any = None
+        self.distance: Distance | None = None
         if config.distance is not None:
-            arguments = plain(config.distance)
-            self.feature = arguments.pop('feature', 'heads')
-            self.weight = arguments.pop('weight', 1.0)
-            check_feature(self.feature, spec.get('variant', 'M3'), self.places)
-            self.distance = build(DISTANCES, arguments)
+            self.distance = Distance(config.distance, spec.get('variant', 'M3'))
+            check_feature(self.distance.feature, self.distance.variant, self.places)
             self.teacher = teacher.requires_grad_(False).eval()
             if hidden := [key for key in ('gradient_checkpointing', 'torch_compile') if config[key]]:
                 raise AsrError(f'{hidden[0]} hides the features that distance compares; leave one of them out')
@@ -92,17 +84,17 @@ class Distillation(Task):
         if self.distance is None:
             output = model(**inputs)
         else:
-            with torch.no_grad(), Features(self.teacher, self.places, self.feature) as wanted:
+            with torch.no_grad(), Features(self.teacher, self.places, self.distance.feature) as wanted:
                 self.teacher(**inputs)
-            with Features(self.model, self.places, self.feature) as own:
+            with Features(self.model, self.places, self.distance.feature) as own:
                 output = model(**inputs)
-            for place in self.places:
-                parts[f'distance/{place.path}'] = self.distance(own.found[place.path], wanted.found[place.path])
+            found = self.distance.between(own, wanted)
+            parts |= {f'distance/{path}': value for path, value in found.items()}
+            parts['distance'] = torch.stack([*found.values()]).sum()
         parts['task'] = self.base.objective(output, batch)
         total = self.config.task_weight * parts['task']
         if self.distance is not None:
-            parts['distance'] = torch.stack([v for k, v in parts.items() if k.startswith('distance/')]).sum()
-            total = total + self.weight * parts['distance']
+            total = total + self.distance.weight * parts['distance']
         if self.config.hoyer:
             parts['hoyer'] = hoyer_square(self.model)
             total = total + self.config.hoyer * parts['hoyer']
@@ -115,33 +107,3 @@ class Distillation(Task):
     def config_text(self) -> str:
         """As the task does."""
         return self.base.config_text()
-
-
-def learning(model: Any, learns: str) -> None:
-    """Set which parameters of a student learn.
-
-    Args:
-        model: with replaced attentions.
-        learns: ``'replacements'`` (LSTMs and their projections; the teacher's output projections stay), ``'blocks'``
-            (all of the blocks they are in) or ``'all'``.
-    """
-    model.requires_grad_(learns == 'all')
-    for path, mixer in mixers(model):
-        if learns == 'blocks':
-            model.get_submodule(block_of(model, path)).requires_grad_(True)
-        mixer.requires_grad_(True)
-        if VARIANTS[mixer.variant].projection == 'fresh':
-            projection_of(model, path).requires_grad_(True)
-
-
-def keep_statistics(model: nn.Module) -> None:
-    """Set batch norms whose weights do not learn to eval mode, so that what is frozen stays as it is."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-            module.eval()
-
-
-def projection_of(model: nn.Module, path: str) -> nn.Module:
-    """Output projection of a replaced attention."""
-    stand_in = model.get_submodule(path)
-    return stand_in.get_submodule(stand_in.kept[0] if isinstance(stand_in, StandIn) else 'to_out.0')

@@ -6,6 +6,7 @@ import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from asr_downstream import cost
 from asr_downstream.description import render
 from asr_downstream.errors import CheckpointError
+from asr_downstream.far.budgets import forward
 from asr_downstream.far.classification import Classification, accuracy
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.far.description import mixers
@@ -22,7 +24,7 @@ from asr_downstream.far.relations import attention_maps, draw_relations, mixer_m
 from asr_downstream.far.replacing import find_attentions
 from asr_downstream.far.shipping import FAR_FILE, load_far
 from asr_downstream.far.stages import replaced
-from asr_downstream.timing import paired_times, ratio
+from asr_downstream.timing import faster_from, paired_times, ratio
 
 __all__ = ['compare_relations', 'load_family', 'measure_family', 'sweep', 'sweep_table', 'table', 'task_of']
 
@@ -36,7 +38,7 @@ def load_family(folder: Path) -> dict[str, nn.Module]:
     Raises:
         CheckpointError: there is no teacher, or nothing else.
     """
-    folders = sorted(path.parent for path in (folder / 'shipped').glob(f'*/{FAR_FILE}'))
+    folders = sorted(path.parent for path in (folder / 'shipped').glob(f'[!.]*/{FAR_FILE}'))
     models = {json.loads((f / FAR_FILE).read_text()).get('name', f.name): load_far(f) for f in folders}
     if TEACHER not in models or len(models) < 2:
         raise CheckpointError(f'{folder}: has no shipped teacher and FAR model; run tools/distill_far.py first')
@@ -62,34 +64,33 @@ def measure_family(models: dict[str, nn.Module], task: Classification, rounds: i
     """Measure all models of a family on the images held out.
 
     Returns:
-        Name -> ``accuracy`` in [0, 1], ``parameters``, ``gmacs`` of one image, and ``latency``: batch -> ratio to the
-        teacher, from paired rounds.
+        Name -> ``accuracy`` in [0, 1], ``parameters``, ``gmacs`` of one image, ``units``, and, by batch, ``latency``
+        (ratio to the teacher, from paired rounds) and ``milliseconds`` (median).
     """
     numbers: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         numbers[name] = {
             'accuracy': accuracy(model, task),
             'parameters': cost.parameters(model),
-            'gmacs': cost.gmacs(forward(model, task.example())),
+            'gmacs': cost.gmacs(forward(model, on_device(task.example(), model))),
             'units': sum(sum(map(sum, mixer.widths)) for _, mixer in mixers(model)),
             'latency': {},
+            'milliseconds': {},
         }
     for batch in (1, 32):
-        calls = {name: forward(model, task.example(batch)) for name, model in models.items()}
-        times = paired_times(calls, rounds, f'latency, batch {batch}')
+        inputs = on_device(task.example(batch), models[TEACHER])
+        calls = {name: forward(model, inputs) for name, model in models.items()}
+        times = paired_times(calls, rounds, f'latency, batch {batch}', threads=torch.get_num_threads())
         for name in models:
             numbers[name]['latency'][batch] = ratio(times[name], times[TEACHER])
+            numbers[name]['milliseconds'][batch] = median(times[name])
     return numbers
 
 
-def forward(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any]:
-    """A forward without gradients."""
-
-    def call() -> Any:
-        with torch.inference_mode():
-            return model(**inputs)
-
-    return call
+def on_device(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:
+    """Arguments of a forward, where the model is."""
+    device = next(model.parameters()).device
+    return {name: value.to(device) for name, value in inputs.items()}
 
 
 def table(numbers: dict[str, dict[str, Any]], images: int) -> str:
@@ -111,31 +112,31 @@ def sweep(
     tokens: Sequence[int] = TOKENS,
     batches: Sequence[int] = BATCHES,
     rounds: int = 5,
-    most: int = 1 << 16,
 ) -> list[dict[str, Any]]:
     """Time the first attention of the teacher against what stands in for it, over random tokens.
+
+    Other attentions of a pruned member may have other widths.
 
     Args:
         models: of `load_family`.
         tokens: numbers of tokens.
         batches: numbers of images.
         rounds: paired rounds.
-        most: larger products of tokens and batch are left out.
 
     Returns:
         A row a shape: ``tokens``, ``batch``, and ``ratios``: name -> ratio to the teacher.
     """
     place = find_attentions(models[TEACHER])[0]
     modules = {name: model.get_submodule(place.path) for name, model in models.items()}
+    device = next(models[TEACHER].parameters()).device
     channels = next(mixers(next(m for name, m in models.items() if name != TEACHER)))[1].channels
     rows = []
     for batch in batches:
         for count in tokens:
-            if batch * count > most:
-                continue
-            x = torch.randn(batch, count, channels)
+            x = torch.randn(batch, count, channels, device=device)
             calls = {name: on_tokens(module, x) for name, module in modules.items()}
-            times = paired_times(calls, rounds, f'{count} tokens, batch {batch}', warmup=1)
+            text = f'{count} tokens, batch {batch}'
+            times = paired_times(calls, rounds, text, warmup=1, threads=torch.get_num_threads())
             ratios = {name: ratio(times[name], times[TEACHER]) for name in modules if name != TEACHER}
             rows.append({'tokens': count, 'batch': batch, 'ratios': ratios})
     return rows
@@ -143,12 +144,19 @@ def sweep(
 
 def on_tokens(module: nn.Module, x: Tensor) -> Callable[[], Any]:
     """A forward of an attention."""
+    return forward(Alone(module), {'x': x})
 
-    def call() -> Any:
-        with torch.inference_mode():
-            return module(x)
 
-    return call
+class Alone(nn.Module):
+    """An attention, whose tokens go by another name in each library."""
+
+    def __init__(self, attention: nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, x: Tensor) -> Any:
+        """Mix tokens."""
+        return self.attention(x)
 
 
 def sweep_table(rows: list[dict[str, Any]]) -> str:
@@ -162,8 +170,8 @@ def sweep_table(rows: list[dict[str, Any]]) -> str:
     lines = [render(out)]
     for batch in dict.fromkeys(row['batch'] for row in rows):
         for name in names:
-            faster = [r['tokens'] for r in rows if r['batch'] == batch and r['ratios'][name].median < 1]
-            found = f'faster from {min(faster)} tokens on' if faster else 'never faster in this table'
+            start = faster_from({r['tokens']: r['ratios'][name] for r in rows if r['batch'] == batch})
+            found = f'faster from {start} tokens on' if start is not None else 'not faster at the most tokens'
             lines.append(f'batch {batch}, {name}: {found}')
     return '\n'.join(lines)
 

@@ -6,9 +6,11 @@ Each takes the heads and the tokens of each head, a list of ``(B, N, inputs)``, 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from threading import Barrier
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ def run_loop(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Tensor
 
 def run_threads(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Tensor]:
     """Directions of all heads side by side, each on a thread of its own: an LSTM of 64 units cannot use two."""
+    if watched():
+        return run_loop(heads, tokens)
     jobs = [(d, x) for head, x in zip(heads, tokens, strict=True) for d in head.directions]
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
 
@@ -41,7 +45,29 @@ def run_threads(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Ten
 @cache
 def threads(count: int) -> ThreadPoolExecutor:
     """Threads on which an operation does not start threads of its own."""
-    return ThreadPoolExecutor(count, 'far', initializer=lambda: torch.set_num_threads(1))
+    pool, all_there = ThreadPoolExecutor(count, 'far'), Barrier(count)
+
+    def start(_: int) -> None:
+        all_there.wait()  # so that each thread starts once
+        torch.set_num_threads(1)
+
+    before = torch.get_num_threads()
+    list(pool.map(start, range(count)))
+    torch.set_num_threads(before)  # the threads have also set what others start with
+    return pool
+
+
+os.register_at_fork(after_in_child=threads.cache_clear)  # a forked process has none of the threads
+
+
+def watched() -> bool:
+    """Whether operations are recorded or changed on this thread, which others would not be: tracing, export, vmap."""
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
 
 
 def run_dense(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Tensor]:
@@ -120,10 +146,9 @@ RULES = {
 def pick(device: torch.device) -> str:
     """What ``execution='auto'`` means here; see `RULES`.
 
-    What watches or changes operations (hooks on saved tensors, counters, export) does so on its own thread only, so
-    with gradients, inside dispatch modes and when compiling the heads run one after the other.
+    Hooks on saved tensors, as of activation checkpointing, work on their own thread only, so with gradients the heads
+    run one after the other; and so they do where operations are `watched`.
     """
     if device.type != 'cpu' or torch.is_grad_enabled() or torch.get_num_threads() == 1:
         return 'loop'
-    watched = torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None
-    return 'loop' if watched else 'threads'
+    return 'loop' if watched() else 'threads'

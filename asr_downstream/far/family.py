@@ -7,6 +7,7 @@ own, made smaller, and fine-tuned.
 from __future__ import annotations
 
 import copy
+import json
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,16 +17,18 @@ from mmengine.config import Config
 from torch import nn
 
 from asr_downstream.engine import checkpoints
-from asr_downstream.engine.resuming import read_progress
 from asr_downstream.engine.training import train
 from asr_downstream.errors import AsrError
 from asr_downstream.far.budgets import Budget, cut
 from asr_downstream.far.config import derived, with_epochs
 from asr_downstream.far.description import describe
 from asr_downstream.far.distillation import Distillation
+from asr_downstream.far.pruning import scores, shrink, units_above
 from asr_downstream.far.shipping import save_far
 from asr_downstream.far.stages import (
     build_task,
+    finished,
+    is_finished,
     load_student,
     load_teacher,
     load_weights,
@@ -34,10 +37,11 @@ from asr_downstream.far.stages import (
     students,
     world,
 )
+from asr_downstream.files import write_json
 
 __all__ = ['prune_family', 'ship_trained']
 
-SHIPPED = 'shipped'
+SHIPPED, CUT_FILE = 'shipped', 'cut.json'
 
 
 def ship_trained(config: Config, out: Path) -> list[Path]:
@@ -78,8 +82,15 @@ def prune_family(
         AsrError: the stages are not finished, a budget cannot be met, or the family was pruned before.
     """
     names = students(config)
-    if not names or not checkpoints.checkpoints_in(out / names[-1]):
-        raise AsrError(f'{out}: has no distilled student yet; run tools/distill_far.py {config.filename} first')
+    if not names or not all(finished(config, out, stage['name']) for stage in config.stages):
+        raise AsrError(
+            f'{out}: has no distilled student, or its stages are not finished; run tools/distill_far.py '
+            f'{config.filename} first'
+        )
+    if len({budget.name for budget in budgets}) < len(budgets):
+        raise AsrError(f'budgets: {", ".join(budget.name for budget in budgets)}: each can be given once')
+    if world() > 1 and any(budget.kind == 'latency' for budget in budgets):
+        raise AsrError('budgets: latency is measured on one process; run this without a launcher of several')
     teacher = load_teacher(config, out)
     sparse = derived(config, 'sparse', config.prune.get('sparse', {}))
     say(f'sparse: Hoyer-square regulariser, weight {sparse.hoyer:g}')
@@ -89,7 +100,10 @@ def prune_family(
     for budget in budgets:
         settings = derived(config, budget.name, config.prune.get('finetune', {}))
         member = load_weights(replaced(config, teacher), out / 'sparse').eval()
-        threshold = cut(member, budget, example_of(settings, member), relative)
+        threshold = cut_once(member, budget, settings, relative, out / budget.name / CUT_FILE if resume else None)
+        if not int(os.environ.get('RANK', '0')):
+            content = {'threshold': threshold, 'relative': relative, 'widths': member.replace_spec['widths']}
+            write_json(out / budget.name / CUT_FILE, content)
         table = describe(member)
         units, every = sum(row.units for row in table.rows), sum(row.full for row in table.rows)
         say(f'{budget.name}: threshold {threshold:.4g}, {units:,} of {every:,} hidden units stay')
@@ -113,15 +127,20 @@ def config_task(settings: Config, student: nn.Module, teacher: nn.Module) -> Dis
     return task
 
 
-def example_of(settings: Config, model: nn.Module) -> dict[str, Any]:
-    """Arguments of a forward."""
-    return build_task(settings, model).example()
+def cut_once(model: Any, budget: Budget, settings: Config, relative: bool, file: Path | None) -> float:
+    """Cut a model, or do as ``file`` says that it was cut before: a latency measured again would give other widths."""
+    if file is not None and file.is_file():
+        content = json.loads(file.read_text())
+        found = scores(model, content['relative'])
+        shrink(model, units_above(found, content['threshold']))
+        return content['threshold']
+    return cut(model, budget, build_task(settings, model).example(), relative)
 
 
 def run_once(task: Distillation, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
     """Train a task, or go on with it, or leave it if it is finished."""
     if resume and checkpoints.checkpoints_in(folder):
-        if read_progress(checkpoints.find(folder)).step >= task.config.max_train_steps:
+        if is_finished(task, folder):
             say(f'{folder.name}: finished before')
             return
         train(task, task.config, folder, 'latest')

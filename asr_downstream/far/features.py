@@ -11,12 +11,14 @@ from mmengine.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asr_downstream.configs import plain
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.hosts import has
 from asr_downstream.far.lstm import VARIANTS
 from asr_downstream.far.replacing import Place
+from asr_downstream.registry import build
 
-__all__ = ['DISTANCES', 'FEATURES', 'Features', 'block_of', 'check_feature']
+__all__ = ['DISTANCES', 'FEATURES', 'Distance', 'Features', 'block_of', 'check_feature']
 
 DISTANCES = Registry('distance', scope='asr_downstream')
 FEATURES = {
@@ -72,6 +74,33 @@ class Features(AbstractContextManager['Features']):
     def __exit__(self, *error: object) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+class Distance:
+    """What is compared at every replaced attention, how, and how much it weighs in the loss.
+
+    Args:
+        spec: ``dict(type='MSE', feature='heads', weight=1.0)``: a key of `DISTANCES` with its arguments.
+        variant: of the replacements.
+        feature: if the spec has none.
+
+    Raises:
+        PlugError: a name is not known, or the variant has no such feature.
+    """
+
+    def __init__(self, spec: dict[str, Any], variant: str = 'M3', feature: str = 'heads') -> None:
+        arguments = plain(spec)
+        self.feature: str = arguments.pop('feature', feature)
+        self.weight: float = arguments.pop('weight', 1.0)
+        self.variant = variant
+        check_feature(self.feature, variant, ())
+        self.measure: Any = build(DISTANCES, arguments)
+
+    def between(self, student: Features, teacher: Features) -> dict[str, Tensor]:
+        """Distance at each place, unweighted."""
+        return {
+            place.path: self.measure(student.found[place.path], teacher.found[place.path]) for place in teacher.places
+        }
 
 
 def block_of(model: nn.Module, path: str) -> str:

@@ -44,8 +44,8 @@ class StandIn(nn.Module):
         return x
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Mix tokens ``(B, N, C)``."""
-        refuse_masks(args, kwargs)
+        """Mix tokens ``(B, N, C)``; further tensors are refused, but for boolean masks that keep all tokens."""
+        refuse_others(args, kwargs, keep=True)
         return self.mix(x)
 
 
@@ -53,8 +53,8 @@ class TransformersStandIn(StandIn):
     """Returns what attentions of transformers return: the tokens, and None for the attention weights."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
-        """Mix tokens ``(B, N, C)``."""
-        refuse_masks(args, kwargs)
+        """Mix tokens ``(B, N, C)``; further tensors are refused, but for masks that keep all tokens."""
+        refuse_others(args, kwargs, keep=True)
         return self.mix(hidden_states), None
 
 
@@ -74,8 +74,11 @@ class TorchStandIn(StandIn):
     def forward(  # type: ignore[override]
         self, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        """Mix tokens ``(B, N, C)``, or ``(N, B, C)`` if not ``batch_first``; the tokens are those of the query."""
-        refuse_masks(args, kwargs)
+        """Mix tokens ``(B, N, C)``, or ``(N, B, C)`` if not ``batch_first``; the tokens are those of the query.
+
+        Compares query and key, and looks into masks: on an accelerator both wait for it.
+        """
+        refuse_others(args, kwargs, keep=False)
         if key is not query and (key.shape != query.shape or not torch.equal(key, query)):
             raise PlugError(
                 'a multi-head LSTM stands in for self-attention, but query and key differ: this is cross-attention; '
@@ -124,7 +127,7 @@ class Processor(nn.Module):
         temb: Tensor | None = None,
     ) -> Tensor:
         """Mix tokens ``(B, N, C)`` or pixels ``(B, C, H, W)``, row by row."""
-        refuse_masks((attention_mask,), {})
+        refuse_others((), {'attention_mask': attention_mask}, keep=True)
         if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
             raise PlugError('a multi-head LSTM stands in for self-attention, but was called with encoder states')
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
@@ -151,17 +154,38 @@ def place_at(module: nn.Module, path: str, child: nn.Module) -> None:
     module.add_module(name, child)
 
 
-def refuse_masks(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise where a mask would hide tokens: LSTMs read all of them."""
-    named = [value for name, value in kwargs.items() if 'mask' in name]
-    for value in (*args, *named):
-        if isinstance(value, Tensor) and bool(value.any()):
-            raise PlugError(
-                'an attention mask that hides tokens was given, which a multi-head LSTM would ignore: use inputs of '
-                'one size without padding, or leave this attention out of layers=[...]'
-            )
+def refuse_others(args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool) -> None:
+    """Refuse what an LSTM over one sequence would ignore: a second sequence, positions, masks that hide tokens.
+
+    Args:
+        args: further positional arguments.
+        kwargs: further arguments by name.
+        keep: what True means in a boolean mask: that a token is kept, or hidden.
+
+    Raises:
+        PlugError: there is one.
+    """
+    for name, value in [*((f'argument {n + 2}', v) for n, v in enumerate(args)), *kwargs.items()]:
+        parts = value if isinstance(value, tuple | list) else (value,)
+        tensors = [part for part in parts if isinstance(part, Tensor)]
+        if not tensors:
+            continue
+        if len(tensors) == 1 and is_open(tensors[0], 'mask' in name, keep):
+            continue
+        what = 'a mask that hides tokens' if 'mask' in name else 'a further input'
+        raise PlugError(
+            f'{name}: {what} was given, which a multi-head LSTM would ignore: use inputs of one size without padding, '
+            f'or leave this attention out of layers=[...]'
+        )
     if kwargs.get('is_causal'):
         raise PlugError('is_causal=True was given, but a bidirectional LSTM reads later tokens too')
+
+
+def is_open(mask: Tensor, named: bool, keep: bool) -> bool:
+    """Whether a tensor is a mask that hides nothing: boolean, or, if it is named so, added to the scores."""
+    if mask.dtype == torch.bool:
+        return bool((mask == keep).all())
+    return named and not bool(mask.any())
 
 
 def stand_in(kind: type[StandIn]) -> Callable[[nn.Module, MultiHeadLSTM, Host], nn.Module]:
@@ -186,6 +210,7 @@ class Host:
         projection: path of the output projection inside the attention.
         heads: attribute with the number of heads.
         after: paths of what follows the projection inside the attention.
+        seen: whether all parts of the class are accounted for; else weights that are not q, k or v are refused.
         hooked: whether the projection is called as a module, so that its input can be seen.
         note: for the documentation.
     """
@@ -194,11 +219,12 @@ class Host:
     projection: str
     heads: str
     after: tuple[str, ...] = ()
+    seen: bool = False
     hooked: bool = True
     note: str = ''
 
 
-VIT = Host(stand_in(TransformersStandIn), 'o_proj', 'num_attention_heads')
+VIT = Host(stand_in(TransformersStandIn), 'o_proj', 'num_attention_heads', seen=True)
 TIMM = Host(stand_in(StandIn), 'proj', 'num_heads', ('proj_drop',))
 
 # Qualified name of a class, so that nothing is imported for it -> its data; subclasses inherit the entry.
@@ -206,16 +232,22 @@ HOSTS: dict[str, Host] = {
     'transformers.models.vit.modeling_vit.ViTAttention': VIT,
     'transformers.models.deit.modeling_deit.DeiTAttention': VIT,
     'diffusers.models.attention_processor.Attention': Host(
-        set_processor, 'to_out.0', 'heads', note='self-attention of UNets and DiTs; not attn2'
+        set_processor, 'to_out.0', 'heads', seen=True, note='self-attention of UNets and DiTs; not attn2'
     ),
     'torch.nn.modules.activation.MultiheadAttention': Host(
-        stand_in(TorchStandIn), 'out_proj', 'num_heads', hooked=False, note='also inside mmcv and MMDetection'
+        stand_in(TorchStandIn),
+        'out_proj',
+        'num_heads',
+        seen=True,
+        hooked=False,
+        note='also inside mmcv and MMDetection',
     ),
     'mmdet.models.backbones.pvt.SpatialReductionAttention': Host(
         stand_in(SpatialReductionStandIn),
         'attn.out_proj',
         'num_heads',
         ('proj_drop', 'dropout_layer'),
+        seen=True,
         hooked=False,
         note='PVT, PVTv2: the LSTMs read all tokens, unreduced',
     ),

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError
-from asr_downstream.far.description import Description, describe, mixers
+from asr_downstream.far.description import Description, check_replaced, describe, mixers
 from asr_downstream.far.heads import Direction, HeadLSTM
 from asr_downstream.far.lstm import MultiHeadLSTM, linear
 
@@ -89,13 +89,12 @@ def smallest_within(
         The threshold, and which units stay.
 
     Raises:
-        AsrError: even without any unit it costs more.
+        AsrError: even with the largest units alone it costs more.
     """
     values = torch.cat([v.flatten() for v in found.values()]).sort().values.unique()
-    candidates = [0.0, *values.tolist(), float(values[-1]) * 2]  # the last one removes all
-    if cost(units_above(found, candidates[-1])) > budget:
-        least = cost(units_above(found, candidates[-1]))
-        raise AsrError(f'budget {budget:g}: cannot be met by removing hidden units, without any it is {least:g}')
+    candidates = [0.0, *values.tolist()]  # the last one keeps the largest units
+    if (least := cost(units_above(found, candidates[-1]))) > budget:
+        raise AsrError(f'budget {budget:g}: cannot be met by removing hidden units; the least is {least:.3g}')
     low, high = 0, len(candidates) - 1
     if cost(units_above(found, candidates[0])) <= budget:
         return candidates[0], units_above(found, candidates[0])
@@ -133,6 +132,7 @@ def shrink(model: Any, kept: Groups) -> Description:
     Returns:
         The table of the replacements. The widths are added to ``model.replace_spec``.
     """
+    check_replaced(model)
     widths = {}
     for path, mixer in mixers(model):
         columns = columns_of(path, mixer, kept)

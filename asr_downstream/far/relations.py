@@ -134,7 +134,7 @@ def draw_relations(path: Path, columns: dict[str, dict[str, Tensor]], scores: di
     for row, name in enumerate(teacher):
         for column, (title, maps) in enumerate(columns.items()):
             axis = axes[row][column]
-            shown = maps[name][0]
+            shown = maps[name][0].cpu()
             axis.imshow((shown / shown.amax(-1, keepdim=True)).numpy(), cmap='magma', vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import replace as changed
@@ -13,7 +14,7 @@ from torch import nn
 
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.description import Description, describe
-from asr_downstream.far.hosts import HOSTS, Host, StandIn, find_host, has, stand_in
+from asr_downstream.far.hosts import HOSTS, Host, StandIn, TransformersStandIn, find_host, has, stand_in
 from asr_downstream.far.lstm import VARIANTS, MultiHeadLSTM
 from asr_downstream.plugging import own_random_stream
 from asr_downstream.sites import some
@@ -21,6 +22,9 @@ from asr_downstream.sites import some
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
 
 TAKES = ('type', 'variant', 'layers', 'heads', 'projection', 'execution', 'widths')
+# Parts of an attention that stand for queries, keys and values, and go with them.
+QKV = re.compile(r'(to_)?(q|k|v|qkv|kv|query|key|value|c_attn)(_proj|_bias|_norm)?|norm_[qk]|attn_drop.*')
+DROPOUTS = ('proj_drop', 'resid_dropout', 'dropout')
 PROJECTIONS = ('proj', 'out_proj', 'o_proj', 'to_out.0', 'to_out', 'c_proj', 'output.dense')
 HEADS = ('num_heads', 'heads', 'num_attention_heads', 'n_heads', 'nhead')
 
@@ -128,6 +132,9 @@ def find_attentions(
     Raises:
         PlugError: there is none, or one cannot be replaced; the message says why.
     """
+    numbered = not isinstance(layers, str) and isinstance(layers, Sequence) and all(type(n) is int for n in layers)
+    if (layers == 'all' or numbered) and (heads is not None or projection is not None):
+        raise PlugError('FAR: heads and projection go with patterns, layers=[...]; those of known classes are seen')
     if layers == 'all':
         found = places(model)
         if not found:
@@ -135,7 +142,7 @@ def find_attentions(
         return found
     if isinstance(layers, str) or not isinstance(layers, Sequence) or not layers:
         raise PlugError(f"FAR: layers={layers!r} should be 'all', numbers of layers, or patterns")
-    if all(isinstance(item, int) and not isinstance(item, bool) for item in layers):
+    if numbered:
         found = places(model)
         if wrong := [n for n in layers if not 0 <= n < len(found)]:
             raise PlugError(f'FAR: layers has {wrong}, but there are {len(found)} self-attentions, from 0 on')
@@ -197,6 +204,8 @@ def place_of(path: str, module: nn.Module, heads: int | None, projection: str | 
     layer = module.get_submodule(host.projection)
     if not isinstance(layer, nn.Linear):
         raise PlugError(f'{path}: its output projection {host.projection} is {type(layer).__name__}, not Linear')
+    if rest := left_behind(module, host):
+        raise PlugError(f'{path}: {name} has {some(rest)}, which would be lost with it; leave it out of layers=[...]')
     if getattr(module, 'added_kv_proj_dim', None) is not None or getattr(module, 'is_causal', False):
         raise PlugError(f'{path}: {name} reads added or only earlier tokens, which a bidirectional LSTM cannot do')
     return Place(path, module, host, count)
@@ -212,14 +221,28 @@ def generic(path: str, module: nn.Module, projection: str | None) -> Host:
             f"the module, projection='...' (linear layers there: {there})"
         )
     known_host = find_host(module)
-    return changed(known_host, projection=name) if known_host else Host(stand_in(StandIn), name, 'num_heads')
+    if known_host is not None:
+        return changed(known_host, projection=name)
+    kind = TransformersStandIn if type(module).__module__.startswith('transformers.') else StandIn
+    after = tuple(n for n in DROPOUTS if isinstance(getattr(module, n, None), nn.Dropout))
+    return Host(stand_in(kind), name, 'num_heads', after)
+
+
+def left_behind(module: nn.Module, host: Host) -> list[str]:
+    """Names of weights, in attentions that are only known by their names, that are neither kept nor of q, k or v."""
+    if host.seen:
+        return []
+    kept = tuple(f'{path}.' for path in (host.projection, *host.after))
+    names = [name for name, _ in module.named_parameters()]
+    return [name for name in names if not name.startswith(kept) and not QKV.fullmatch(name.partition('.')[0])]
 
 
 def is_cross(path: str, module: nn.Module) -> bool:
     """Whether an attention reads two sequences, by what its class or its name says."""
     last = path.rpartition('.')[2]
     parents = path.split('.')
-    return bool(getattr(module, 'is_cross_attention', False)) or last == 'attn2' or 'cross' in ' '.join(parents[-2:])
+    named = last in ('attn2', 'multihead_attn') or 'cross' in ' '.join(parents[-2:])
+    return named or bool(getattr(module, 'is_cross_attention', False))
 
 
 def why_none(model: nn.Module) -> str:

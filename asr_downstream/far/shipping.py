@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -16,6 +17,7 @@ from asr_downstream import description as gates
 from asr_downstream.checkpoint import load_state
 from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.far.description import check_replaced, mixers
 from asr_downstream.far.replacing import replace
 from asr_downstream.files import writable_folder, write_json
 from asr_downstream.folding import fold
@@ -45,6 +47,8 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
             f'{type(model).__name__}: is neither of transformers nor of diffusers; save its state_dict() and '
             f'model.replace_spec, and call replace(model, spec) before loading them'
         )
+    if any(True for _ in mixers(model)):
+        check_replaced(model)
     if folder.exists() and not (folder / FAR_FILE).is_file():
         raise AsrError(f'{folder}: exists and has no {FAR_FILE}; choose another folder')
     if gates.describe(model).sites:
@@ -56,14 +60,17 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
     content = {
         'library': library,
         'class': type(model).__name__,
+        'dtype': str(next(model.parameters()).dtype).removeprefix('torch.'),
         'replace': plain(getattr(model, 'replace_spec', None)),
         **(about or {}),
         'versions': versions(),
     }
     write_json(aside / FAR_FILE, content)
+    old = folder.with_name(f'.{folder.name}.old')
     if folder.exists():
-        shutil.rmtree(folder)
+        os.replace(folder, old)
     os.replace(aside, folder)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
@@ -96,5 +103,9 @@ def load_far(folder: Path) -> Any:
     weights = folder / WEIGHTS[library]
     if not weights.is_file():
         raise CheckpointError(f'{folder}: has no {weights.name}')
+    dtype = getattr(torch, content.get('dtype', 'float32'), None)
+    if not isinstance(dtype, torch.dtype):
+        raise CheckpointError(f'{folder}: dtype {content["dtype"]!r} is not known')
+    nn.Module.to(model, dtype)
     load_state(model, load_file(weights), weights)
     return model.eval()

@@ -16,7 +16,7 @@ from asr_downstream import cost
 from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
 from asr_downstream.configs import plain
 from asr_downstream.engine import checkpoints
-from asr_downstream.engine.resuming import AVERAGE, WEIGHTS, read_progress
+from asr_downstream.engine.resuming import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
 from asr_downstream.engine.training import check_folder, train
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far.config import stage_config, with_epochs
@@ -25,8 +25,8 @@ from asr_downstream.far.distillation import Distillation
 from asr_downstream.far.replacing import replace
 
 __all__ = [
-    'TASKS', 'build_task', 'load_student', 'load_teacher', 'load_weights', 'plan', 'replaced', 'run_stages', 'say_once',
-    'students', 'train_stage', 'world',
+    'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights', 'plan',
+    'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
 ]  # fmt: skip
 
 # Type of a task -> where it is made: called with a config, and a model or None for the teacher. Imported when used,
@@ -119,8 +119,20 @@ def finished(config: Config, out: Path, name: str) -> bool:
     """Whether a stage was trained to its end."""
     if not checkpoints.checkpoints_in(out / name):
         return False
-    settings = stage_task(config, name, out).config
-    return read_progress(checkpoints.find(out / name)).step >= settings.max_train_steps
+    return is_finished(stage_task(config, name, out), out / name)
+
+
+def is_finished(task: Any, run: Path) -> bool:
+    """Whether a run with checkpoints is a training of this task, to its end.
+
+    Raises:
+        CheckpointError: it is of another one.
+    """
+    checkpoint = checkpoints.find(run)
+    found = read_progress(checkpoint)
+    expected = Progress.of(task.config, world(), len(task.samples()), task.fixed)
+    check_same_run(found, expected, checkpoint, task.fixed, task.schema.defaults, lambda line: None)
+    return found.step >= task.config.max_train_steps
 
 
 def load_teacher(config: Config, out: Path) -> Any:

@@ -5,7 +5,7 @@
 # images are cut to 224 px before the random crop; no RandAugment, no repeated augmentation, no fp16 loss scaling rules
 # beyond accelerate's; the Small and Base settings (batch 64 on each of four processes, second stage 2e-5 x 64/512) are
 # options: --cfg-options train_batch_size=64 stages.1.learning_rate=2.5e-6
-teacher = dict(type='DeiTForImageClassification', pretrained_model_name_or_path='facebook/deit-tiny-patch16-224')
+teacher = dict(type='ViTForImageClassification', pretrained_model_name_or_path='facebook/deit-tiny-patch16-224')
 replace = dict(type='FAR', variant='M3', layers='all')
 data = dict(type='ImageFolder', path='data/imagenet/train', resolution=224)
 holdout = 0.01
