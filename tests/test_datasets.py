@@ -166,6 +166,7 @@ def voc(root: Path, year: str, splits: dict[str, list[str]]) -> None:
             )
 
 
+@pytest.mark.slow
 def test_voc_is_converted_and_trains_like_any_set(tmp_path: Path, tool: Tool) -> None:
     voc(tmp_path, 'VOC2007', {'trainval': ['1', '2'], 'train': ['1'], 'val': ['2'], 'test': ['3']})
     voc(tmp_path, 'VOC2012', {'trainval': ['2012_1'], 'train': ['2012_1'], 'val': []})

@@ -152,6 +152,7 @@ def test_fold_calibrates_and_ships_the_stock_model(tool: Tool, digits: Path, che
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_what_a_budget_keeps_fits_a_config_with_those_sites_only(tool: Tool, digits: Path, checkpoint: Path) -> None:
     config = load_config(ROOT / CONFIG, digits)
     model = build_detector(config)
@@ -228,6 +229,7 @@ def test_calibration_images_come_from_inside_of_wrappers(digits: Path) -> None:
         CalibrationPlan(images=0)
 
 
+@pytest.mark.slow
 def test_test_det_shows_what_calibration_costs(tool: Tool, digits: Path, checkpoint: Path, tmp_path: Path) -> None:
     options = ('--data-root', digits, '--work-dir', tmp_path)
     done = tool('test_det', CONFIG, checkpoint, '--fold', 'calibrated', '--calibrate', 8, '--refine-norms', *options)

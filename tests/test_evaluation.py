@@ -221,6 +221,7 @@ def test_what_cannot_be_done_is_said_before_the_test(digits: Path, tmp_path: Pat
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_results_of_seeds_are_gathered(tmp_path: Path, tool: Tool) -> None:
     runs = [finished_run(tmp_path / str(seed), seed, 0.2 + 0.1 * seed, folded=True) for seed in (0, 1, 2)]
     done = tool('results_det', *runs, '--out', tmp_path / 'results.jsonl')

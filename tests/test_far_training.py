@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT
-from far import CASES, FAR, command, vit, write_config
+from far import CASES, FAR, command, launch, vit, write_config
 from mmengine.config import Config
 from safetensors.torch import load_file
 
@@ -39,7 +39,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tool trained all stages."""
     folder = tmp_path_factory.mktemp('far')
-    done = command('distill_far', write_config(folder), '--output-dir', folder / 'out')
+    done = launch('distill_far', write_config(folder), '--output-dir', folder / 'out')
     assert done.returncode == 0, done.stderr
     assert 'stage 3/3, finetune: all learn' in done.stdout
     assert 'val/accuracy' in done.stdout
@@ -190,9 +190,9 @@ def test_teacher_and_student_that_are_equal_have_no_distance(feature: str) -> No
     case = CASES['ViT']
     teacher = case.model()
     places = find_attentions(teacher)
-    with Features(teacher, places, feature) as a:
+    with torch.no_grad(), Features(teacher, places, feature) as a:
         case.output(teacher)
-    with Features(teacher, places, feature) as b:
+    with torch.no_grad(), Features(teacher, places, feature) as b:
         case.output(teacher)
     assert a.found.keys() == {'vit.layers.0.attention', 'vit.layers.1.attention'}
     for spec in (dict(type='MSE'), dict(type='Cosine', axis='tokens'), dict(type='Cosine', axis='channels')):
@@ -284,7 +284,8 @@ def test_a_pretrained_folder_is_a_teacher(tmp_path: Path) -> None:
     model = vit('DeiT')
     model.save_pretrained(tmp_path / 'deit')
     spec = dict(type='DeiTForImageClassification', pretrained_model_name_or_path=str(tmp_path / 'deit'))
-    config = load_config(write_config(tmp_path, teacher=spec, stages=[dict(name='distill')]))
+    half = {'image_mean': [0.5], 'image_std': [0.5]}
+    config = load_config(write_config(tmp_path, teacher=spec, stages=[dict(name='distill')], **half))
     teacher = load_teacher(config, tmp_path / 'out')
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), model.parameters(), strict=True))
     missing = {**spec, 'pretrained_model_name_or_path': str(tmp_path / 'none')}
@@ -296,9 +297,23 @@ def test_a_pretrained_folder_is_a_teacher(tmp_path: Path) -> None:
 def test_two_processes_with_half_the_batch_distil_as_one_with_the_whole(tmp_path: Path) -> None:
     for name, batch, processes in (('one', 16, 1), ('two', 8, 2)):
         path = write_config(tmp_path / name, train_batch_size=batch, validation_steps=0)
-        done = command('distill_far', path, '--output-dir', tmp_path / name / 'out', processes=processes)
+        done = launch('distill_far', path, '--output-dir', tmp_path / name / 'out', processes=processes)
         assert done.returncode == 0, done.stderr
     for stage in ('teacher', 'distill', 'finetune'):
         one, two = (weights(tmp_path / name / 'out' / stage) for name in ('one', 'two'))
         assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one), stage
     assert (tmp_path / 'two' / 'out' / 'shipped' / 'FAR-100' / 'far.json').is_file()
+
+
+def test_averages_half_precision_and_accumulation(tmp_path: Path) -> None:
+    options = {'mixed_precision': 'bf16', 'use_ema': True, 'gradient_accumulation_steps': 2, 'max_train_steps': 3}
+    config = load_config(write_config(tmp_path, **options, validation_steps=0))
+    run_stages(config, tmp_path / 'out')
+    last = checkpoints.find(tmp_path / 'out' / 'finetune')
+    average, raw = load_file(last / 'ema.safetensors'), weights(tmp_path / 'out' / 'finetune')
+    assert {value.dtype for value in raw.values()} == {torch.float32}
+    student = load_student(config, tmp_path / 'out', 'finetune').state_dict()
+    assert all(torch.equal(student[name], average[name]) for name in raw)
+    assert any(not torch.equal(average[name], raw[name]) for name in raw)
+    with pytest.raises(AsrError, match='has checkpoints of an earlier run'):
+        run_stages(config, tmp_path / 'out')

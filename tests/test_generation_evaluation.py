@@ -103,6 +103,7 @@ def test_folded_and_unfolded_have_the_same_numbers(run: Path, encoder: Path, tmp
     assert 'seed 1' in text
 
 
+@pytest.mark.slow
 def test_stock_and_plugged_runs_are_evaluated_together(run: Path, encoder: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(run, tmp_path / 'run'))
     plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'exact'})
@@ -111,6 +112,7 @@ def test_stock_and_plugged_runs_are_evaluated_together(run: Path, encoder: Path,
     assert len({str(result.provenance) for result in found}) == 1
 
 
+@pytest.mark.slow
 def test_other_images_are_another_provenance(tmp_path: Path, encoder: Path) -> None:
     model = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
     paths = []

@@ -101,6 +101,7 @@ def test_killed_at_any_step_it_ends_with_the_same_losses_and_weights(tmp_path: P
     assert [p.name for p in checkpoints.checkpoints_in(run)] == ['checkpoint-36', 'checkpoint-40']
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
     one = train(config_for(tmp_path / 'one', plug=[ASR], **{**SPLIT, 'train_batch_size': 8}))
     path = write_config(tmp_path / 'two', plug=[ASR], **SPLIT)

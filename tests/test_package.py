@@ -110,6 +110,7 @@ def test_constraints_pin_what_the_setup_needs(setup_env: object, tmp_path: Path)
         setup.pin('torchvision')
 
 
+@pytest.mark.slow
 def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path) -> None:
     done = tool('benchmark', 'plug', '--rounds', '1', '--case', '56', '--out', tmp_path)
     assert done.returncode == 0, done.stderr

@@ -24,7 +24,7 @@ MODELS = [
 
 
 @pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n, m in MODELS])
-@pytest.mark.parametrize('arm', ['asr-se', 'asr-eca'])
+@pytest.mark.parametrize('arm', ['asr-se', pytest.param('asr-eca', marks=pytest.mark.slow)])
 def test_stock_config_loads_the_folded_checkpoint_strictly(name: str, arm: str, tool: object, tmp_path: Path) -> None:
     config = load_config(Path(f'det_configs/{name}-{arm}-c3-c5_fpn_1x_coco.py'))
     model = randomise(build_detector(config))
