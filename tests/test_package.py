@@ -46,7 +46,7 @@ def test_attention_is_replaced_and_pruned_without_the_extras() -> None:
         'layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)\n'
         'm = torch.nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()\n'
         "far.replace(m, dict(type='FAR')); far.cut(m, far.Budget('units', 0.5))\n"
-        "print(m(torch.randn(1, 5, 16)).shape, sum(row.units for row in far.describe(m).rows))\n",
+        'print(m(torch.randn(1, 5, 16)).shape, sum(row.units for row in far.describe(m).rows))\n',
         {'mmcv', 'mmdet', 'diffusers', 'accelerate', 'transformers', 'matplotlib', 'sklearn', 'torchvision', 'timm'},
     )
     assert done.stdout == 'torch.Size([1, 5, 16]) 32\n', done.stderr
