@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from asr_downstream import cost
 from asr_downstream.errors import PlugError
 from asr_downstream.far import MultiHeadLSTM, describe, replace
-from asr_downstream.far.execution import EXECUTIONS, pick
+from asr_downstream.far.execution import ENOUGH, EXECUTIONS, multiply_adds, pick
 from asr_downstream.far.features import Features
-from asr_downstream.far.heads import from_dense, to_dense
+from asr_downstream.far.heads import HeadLSTM, from_dense, to_dense
 from asr_downstream.far.replacing import find_attentions
 from asr_downstream.far.tuning import tune
 
@@ -281,11 +281,15 @@ def test_describe_states_the_rule_and_tune_measures(monkeypatch: pytest.MonkeyPa
     table = replace(model, FAR)
     assert 'auto on cpu: threads without gradients' in str(table)
     assert table.rows[0].units == table.rows[0].full == 32
-    monkeypatch.setattr(torch, 'get_num_threads', lambda: 2)
-    with torch.no_grad():
-        assert pick(torch.device('cpu')) == 'threads'
-    assert pick(torch.device('cpu')) == 'loop'
-    assert pick(torch.device('cuda')) == 'loop'
+    cpu, cuda = torch.device('cpu'), torch.device('cuda')
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(torch, 'get_num_threads', lambda: 2)
+        assert [pick(cpu, work) for work in (ENOUGH - 1, ENOUGH)] == ['loop', 'threads']
+        assert pick(cuda, ENOUGH) == 'loop'
+        with torch.enable_grad():
+            assert pick(cpu, ENOUGH) == 'loop'
+    heads = [HeadLSTM(64, (64, 64), 0.1) for _ in range(6)]
+    assert multiply_adds(heads, 197) == 197 * 6 * 2 * 4 * 64 * 128
     inputs = CASES['ViT'].inputs()
     times = tune(model, lambda: model(**inputs), rounds=1, names=('loop', 'scan'))
     best = min(times, key=lambda name: times[name])

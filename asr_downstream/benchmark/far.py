@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,10 @@ from asr_downstream.timing import faster_from, paired_times, ratio
 
 __all__ = ['CASES', 'Attention', 'crossovers', 'execution_table', 'measure_execution', 'measure_tokens', 'token_table']
 
-LOOP, AUTO = 'loop', 'auto'
+LOOP, AUTO, SINGLE = 'loop', 'auto', 'loop, one thread'
 EXECUTED = (LOOP, AUTO, 'threads', 'scan', 'dense')
 TOKENS, BATCHES = (64, 128, 197, 256, 512, 1024, 2048, 4096), (1, 16, 32)
-MOST = 1 << 15  # tokens in a batch
+MOST = 1 << 14  # tokens in a batch
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ def measure_execution(case: FarCase, batch: int, rounds: int, tokens: int = 197)
     modules = {name: build(case, name) for name in EXECUTED}
     calls = {name: forward(module, {'input': x}) for name, module in modules.items()}
     outputs = {name: call() for name, call in calls.items()}
+    calls[SINGLE] = on_one_thread(calls[LOOP])
     times = paired_times(calls, rounds, f'{case.name}, batch {batch}', threads=torch.get_num_threads())
     return {
         'case': case.name,
@@ -74,10 +76,24 @@ def measure_execution(case: FarCase, batch: int, rounds: int, tokens: int = 197)
         'batch': batch,
         'tokens': tokens,
         'rounds': rounds,
-        'speedup': {name: ratio(times[LOOP], times[name]) for name in EXECUTED},
+        'speedup': {name: ratio(times[LOOP], times[name]) for name in calls},
         'difference': max(float((out - outputs[LOOP]).abs().max()) for out in outputs.values()),
         'threads': torch.get_num_threads(),
     }
+
+
+def on_one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The same with one thread of PyTorch: LSTMs this small may be faster so."""
+
+    def alone() -> Any:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            return call()
+        finally:
+            torch.set_num_threads(threads)
+
+    return alone
 
 
 def measure_tokens(case: FarCase, rounds: int) -> list[dict[str, Any]]:
@@ -106,9 +122,10 @@ def execution_table(results: list[dict[str, Any]]) -> str:
     """Print how fast each way is."""
     first = results[0]
     title = f'times as fast as a loop over nn.LSTM, {first["tokens"]} tokens, {first["threads"]} threads'
-    out = Table('module', 'heads', 'batch', *EXECUTED[1:], title=f'{title}, {first["rounds"]} paired rounds')
+    names = [name for name in first['speedup'] if name != LOOP]
+    out = Table('module', 'heads', 'batch', *names, title=f'{title}, {first["rounds"]} paired rounds')
     for result in results:
-        speedups = (str(result['speedup'][name]) for name in EXECUTED[1:])
+        speedups = (str(result['speedup'][name]) for name in names)
         out.add_row(result['case'], str(result['heads']), str(result['batch']), *speedups)
     worst = max(result['difference'] for result in results)
     return f'{render(out)}\nall give the same output to {worst:.1e}'

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-import torch
 from rich.table import Table
 from torch import nn
 
 from asr_downstream.cost import parameters
 from asr_downstream.description import render
 from asr_downstream.errors import PlugError
-from asr_downstream.far.execution import RULES, pick
+from asr_downstream.far.execution import RULES
 from asr_downstream.far.lstm import MultiHeadLSTM
 
 __all__ = ['Description', 'Row', 'check_replaced', 'describe', 'mixers']
@@ -28,7 +27,7 @@ class Row:
         channels: of a token.
         widths: hidden units of each head, (ahead, back).
         parameters: of the LSTMs and their projections, without a projection that is the teacher's.
-        execution: how the heads run without gradients; ``'auto -> threads'``.
+        execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `RULES`.
     """
 
     path: str
@@ -95,9 +94,5 @@ def describe(model: nn.Module) -> Description:
     """List the replaced attentions of ``model``: path, form, units, parameters, and how they are run."""
     rows = []
     for path, mixer in mixers(model):
-        execution = mixer.execution
-        if execution == 'auto':
-            with torch.no_grad():
-                execution = f'auto -> {pick(mixer.pre_proj.weight.device)}'
-        rows.append(Row(path, mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), execution))
+        rows.append(Row(path, mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution))
     return Description(type(model).__name__, tuple(rows))

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from asr_downstream.far.heads import Direction, HeadLSTM, run_direction, to_dense
 
-__all__ = ['EXECUTIONS', 'RULES', 'pick']
+__all__ = ['ENOUGH', 'EXECUTIONS', 'RULES', 'multiply_adds', 'pick']
 
 Run = Callable[[Sequence[HeadLSTM], Sequence[Tensor]], list[Tensor]]
 
@@ -137,18 +137,28 @@ def joined(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor], parts: list[Tens
 
 EXECUTIONS: dict[str, Run] = {'loop': run_loop, 'threads': run_threads, 'dense': run_dense, 'scan': run_scan}
 # Which one 'auto' means, by device. CPU: measured, see `tools/benchmark.py far`; elsewhere nothing was measured.
+ENOUGH = 50_000_000  # multiply-adds of a forward, below which threads cost more than they save
 RULES = {
-    'cpu': 'threads without gradients, where torch has several threads; else loop',
-    'other devices': 'loop; not measured: far.tune(model, inputs) measures',
+    'cpu': 'threads without gradients from 50 million multiply-adds on, where torch has several threads; else loop',
+    'other devices': 'loop; not measured: far.tune(model, call) measures',
 }
 
 
-def pick(device: torch.device) -> str:
+def multiply_adds(heads: Sequence[HeadLSTM], tokens: int) -> int:
+    """Of all LSTMs, for a number of tokens in all."""
+    return tokens * sum(4 * width * (head.inputs + width) for head in heads for width in head.widths)
+
+
+def pick(device: torch.device, work: int) -> str:
     """What ``execution='auto'`` means here; see `RULES`.
+
+    Args:
+        device: of the tokens.
+        work: multiply-adds of all LSTMs.
 
     Hooks on saved tensors, as of activation checkpointing, work on their own thread only, so with gradients the heads
     run one after the other; and so they do where operations are `watched`.
     """
-    if device.type != 'cpu' or torch.is_grad_enabled() or torch.get_num_threads() == 1:
+    if device.type != 'cpu' or torch.is_grad_enabled() or torch.get_num_threads() == 1 or work < ENOUGH:
         return 'loop'
     return 'loop' if watched() else 'threads'

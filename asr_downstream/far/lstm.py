@@ -6,12 +6,13 @@ import math
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError, did_you_mean
-from asr_downstream.far.execution import EXECUTIONS, pick
+from asr_downstream.far.execution import EXECUTIONS, multiply_adds, pick
 from asr_downstream.far.heads import HeadLSTM
 
 __all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
@@ -116,8 +117,11 @@ class MultiHeadLSTM(nn.Module):
         dtype = next(self.heads.parameters(), tokens).dtype
         with torch.autocast(tokens.device.type, enabled=False):
             pieces = tokens.to(dtype).chunk(len(self.heads), -1)
-            name = pick(tokens.device) if self.execution == 'auto' else self.execution
-            return EXECUTIONS[name](self.heads, pieces)  # type: ignore[arg-type]
+            heads: Any = self.heads
+            name = self.execution
+            if name == 'auto':
+                name = pick(tokens.device, multiply_adds(heads, tokens.shape[0] * tokens.shape[1]))
+            return EXECUTIONS[name](heads, pieces)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix tokens ``(B, N, channels)``."""
