@@ -128,6 +128,7 @@ def test_other_images_are_another_provenance(tmp_path: Path, encoder: Path) -> N
     assert alone.numbers['fid'] == b.numbers['fid']
 
 
+@pytest.mark.slow
 def test_runs_are_compared_in_pictures_and_tables(run: Path, encoder: Path, tmp_path: Path) -> None:
     options = dict(max_train_steps=4, checkpointing_steps=2, validation_steps=2, num_validation_images=4)
     other = train(config_for(tmp_path / 'other', num_inference_steps=2, **options)).parent

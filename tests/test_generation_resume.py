@@ -117,6 +117,7 @@ def test_two_processes_equal_one_with_the_whole_batch(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_two_processes_stop_together_with_a_checkpoint(tmp_path: Path) -> None:
     path = write_config(tmp_path, max_train_steps=100_000, checkpointing_steps=50_000, logging_steps=5)
     run = tmp_path / 'run'

@@ -93,11 +93,11 @@ def smallest_within(
     """
     values = torch.cat([v.flatten() for v in found.values()]).sort().values.unique()
     candidates = [0.0, *values.tolist()]  # the last one keeps the largest units
+    if cost(units_above(found, candidates[0])) <= budget:
+        return candidates[0], units_above(found, candidates[0])
     if (least := cost(units_above(found, candidates[-1]))) > budget:
         raise AsrError(f'budget {budget:g}: cannot be met by removing hidden units; the least is {least:.3g}')
     low, high = 0, len(candidates) - 1
-    if cost(units_above(found, candidates[0])) <= budget:
-        return candidates[0], units_above(found, candidates[0])
     for _ in range(steps):
         if high - low <= 1:
             break
