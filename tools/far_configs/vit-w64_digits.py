@@ -24,19 +24,15 @@ checkpointing_steps = 230
 checkpoints_total_limit = 1
 dataloader_num_workers = 0
 report_to = []
+# Unlike in the paper, the distance to the teacher stays in the loss when all weights learn: with 1,438 images the task
+# alone overfits.
+distance = dict(type='MSE', feature='heads')
 stages = [
     dict(name='teacher', learns='teacher', learning_rate=3e-3, epochs=60, warmup_epochs=2),
-    dict(
-        name='distill',
-        learns='replacements',
-        distance=dict(type='MSE', feature='heads'),
-        learning_rate=5e-3,
-        epochs=40,
-        warmup_epochs=1,
-    ),
+    dict(name='distill', learns='replacements', learning_rate=5e-3, epochs=40, warmup_epochs=1),
     dict(name='finetune', learns='all', learning_rate=2e-3, epochs=30, warmup_epochs=1),
 ]
 prune = dict(
     sparse=dict(learns='all', hoyer=1e-2, learning_rate=1e-3, epochs=15, warmup_epochs=1),
-    finetune=dict(learns='all', learning_rate=2e-3, epochs=30, warmup_epochs=1),
+    finetune=dict(learns='all', learning_rate=2e-3, epochs=40, warmup_epochs=1),
 )
