@@ -25,7 +25,7 @@ GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
 # How torch names what a weights-only load does not let through; anything else it says is about a damaged file.
 REFUSED = re.compile(r'Unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+')
 
-__all__ = ['load_state', 'read_checkpoint', 'state_dict_of']
+__all__ = ['check_weights_finite', 'load_state', 'not_finite', 'read_checkpoint', 'state_dict_of']
 
 
 def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
@@ -112,6 +112,35 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor
     prefix = 'module.'
     wrapped = all(key.startswith(prefix) for key in state)
     return {key.removeprefix(prefix) if wrapped else key: value for key, value in state.items()}
+
+
+def check_weights_finite(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse weights with NaN or infinity, which compute without an error and mean nothing.
+
+    Args:
+        state: names and tensors, of any type.
+        path: file they were read from, for the message.
+
+    Raises:
+        CheckpointError: some are not finite; with their names.
+    """
+    if broken := not_finite(state):
+        raise CheckpointError(
+            f'{path}: {some(broken)} {"is" if len(broken) == 1 else "are"} not finite: the training that wrote it had '
+            f'diverged; take another checkpoint, from before'
+        )
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that have NaN or infinity."""
+    return [name for name, value in state.items() if not is_finite(value)]
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; eight bits are too few for torch to tell."""
+    if not value.is_floating_point() and not value.is_complex():
+        return True
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Kill trainings and look at what is left: a command of its own, a moment to wait for, SIGKILL to all of its processes."""
+"""Kill trainings and look at what is left: start a command, wait for a moment, SIGKILL to all of its processes."""
 
 from __future__ import annotations
 

@@ -23,7 +23,6 @@ STATE = {
 }
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason='loaded weights are not checked')
 @pytest.mark.parametrize(
     ('name', 'value'),
     [
