@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from asr_downstream.errors import AsrError
+from asr_downstream.stopping import Stopped
 
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
@@ -74,13 +75,14 @@ def ema(args: argparse.Namespace) -> bool | None:
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run the main function of a tool; errors that a user can mend become one line and exit code 1.
 
+    A program that was told to stop exits with 128 + the signal: 130 after Ctrl-C, 143 after a termination.
     ``ASR_DEBUG=1`` shows tracebacks.
     """
     try:
         main(None)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         print('\ninterrupted', file=sys.stderr)
-        sys.exit(130)
+        sys.exit(interrupt.status if isinstance(interrupt, Stopped) else 130)
     except Exception as error:
         if os.environ.get('ASR_DEBUG'):
             raise

@@ -1,15 +1,38 @@
-"""Config files: MMEngine's, read with errors that say which file and which override."""
+"""Config files: MMEngine's, read with errors that say which file and which override.
+
+A ``.py`` config is a program and runs when it is read. ``.yaml`` and ``.json`` ones are data: MMEngine's own handler
+lets a YAML file construct any Python object, so importing this module replaces it by one that does not.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import yaml
 from mmengine.config import Config
+from mmengine.fileio import BaseFileHandler, register_handler
 
 from asr_downstream.errors import AsrError
 
 __all__ = ['override', 'plain', 'read_config']
+
+
+@register_handler(['yaml', 'yml'])
+class SafeYamlHandler(BaseFileHandler):
+    """Reads YAML as data: mappings, lists, texts and numbers; a tag that names a Python object is an error."""
+
+    def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
+        """Read an open file."""
+        return yaml.safe_load(file)
+
+    def dump_to_fileobj(self, obj: Any, file: Any, **kwargs: Any) -> None:
+        """Write to an open file."""
+        yaml.safe_dump(obj, file, **kwargs)
+
+    def dump_to_str(self, obj: Any, **kwargs: Any) -> str:
+        """Write to a string."""
+        return yaml.safe_dump(obj, **kwargs)
 
 
 def read_config(path: Path, where: str) -> Config:

@@ -1,40 +1,113 @@
-"""Files: written aside and renamed when complete, so that no half-written file carries the final name."""
+"""Files: written aside and renamed when complete, so that no half-written file carries the final name.
+
+What cannot be written becomes one line that says why, how much was needed and how much is free.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from asr_downstream.errors import AsrError
 
-__all__ = ['check_could_write', 'check_writable', 'sha256', 'writable_folder', 'write_atomically', 'write_json']
+__all__ = [
+    'cannot_write',
+    'check_could_write',
+    'check_writable',
+    'flush',
+    'sha256',
+    'writable_folder',
+    'write_atomically',
+    'write_json',
+    'writing',
+]
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def write_atomically(path: Path, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], Any], needed: int | None = None) -> None:
     """Let ``write`` fill a file beside ``path``, flush it to disk, and rename it to ``path``.
 
+    Args:
+        path: the file.
+        write: is given the path to write to.
+        needed: bytes that it will take, for the message.
+
     Raises:
-        AsrError: the folder cannot be written.
+        AsrError: it cannot be written; nothing of it is left, and a file that was there under the name still is.
     """
     temporary = path.with_name(f'.{path.name}.tmp')
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(temporary)
-        with temporary.open('rb') as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        raise AsrError(f'{path}: cannot be written ({error}); check the permissions and the free space') from error
+        with writing(path, needed):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(temporary)
+            flush(temporary)
+            os.replace(temporary, path)
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writing(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn whatever fails while ``path`` is written inside the block into the error of `cannot_write`."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors have errors of their own for a disk that is full
+        raise cannot_write(path, error, needed) from error
+
+
+def cannot_write(path: Path, error: BaseException, needed: int | None = None) -> AsrError:
+    """Make the error for a file or folder that cannot be written.
+
+    Args:
+        path: the file or folder.
+        error: what was raised.
+        needed: bytes that it takes, if that is known.
+    """
+    with suppress(OSError):
+        free = shutil.disk_usage(nearest_existing(path)).free
+        space = f'{size(free)} free' if needed is None else f'{size(needed)} needed, {size(free)} free'
+        full = isinstance(error, OSError) and error.errno in FULL
+        if full or not isinstance(error, OSError) or (needed is not None and free < needed):
+            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+            return AsrError(f'{path}: cannot be written ({reason}); {space}: make room or choose another folder')
+    return AsrError(f'{path}: cannot be written ({first_line(error)}); choose another folder or check the permissions')
+
+
+def first_line(error: BaseException) -> str:
+    """First line of what an error says, or its name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def size(count: int) -> str:
+    """Write a number of bytes as people do: ``'1.4 GB'``."""
+    value = float(count)
+    for unit in ('bytes', 'kB', 'MB', 'GB'):
+        if value < 1000:
+            return f'{value:.3g} {unit}' if unit != 'bytes' else f'{count} bytes'
+        value /= 1000
+    return f'{value:,.1f} TB'
+
+
+def flush(path: Path) -> None:
+    """Force a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -49,9 +122,7 @@ def writable_folder(path: Path) -> Path:
             shutil.rmtree(path)
         path.mkdir(parents=True)
     except OSError as error:
-        raise AsrError(
-            f'{path}: cannot be written ({error}); choose another folder or check the permissions'
-        ) from error
+        raise cannot_write(path, error) from error
     return path
 
 
@@ -61,23 +132,35 @@ def check_could_write(folder: Path) -> None:
     Raises:
         AsrError: it could not.
     """
-    nearest = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise AsrError(f'{folder}: cannot be written ({nearest} does not allow it); choose another folder')
 
 
-def check_writable(folder: Path) -> None:
-    """Make ``folder`` and try to write in it.
+def nearest_existing(path: Path) -> Path:
+    """Return ``path``, or the nearest folder above it that is there."""
+    return next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
+
+
+def check_writable(folder: Path, needed: int = 1) -> None:
+    """Make ``folder`` and try to write in it; call this before the work whose results go there.
+
+    Args:
+        folder: the folder.
+        needed: bytes that will be written, at least.
 
     Raises:
-        AsrError: it cannot be written.
+        AsrError: it cannot be written, or has less space than needed.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1))
+            file.flush()
     except OSError as error:
-        raise AsrError(f'{folder}: cannot be written ({error}); choose another folder') from error
+        raise cannot_write(folder, error, needed) from error
+    if shutil.disk_usage(folder).free < needed:
+        raise cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), needed)
 
 
 def sha256(path: Path) -> str:

@@ -4,20 +4,49 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from typing import Any
 
-__all__ = ['StopSignal']
+__all__ = ['StopSignal', 'Stopped', 'leave_stopping_to_the_parent']
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Stopped(KeyboardInterrupt):
+    """The program was told to stop.
+
+    Args:
+        number: signal that told it.
+    """
+
+    def __init__(self, number: int = signal.SIGINT) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
+
+    @property
+    def status(self) -> int:
+        """Exit status by the convention of shells, 128 + signal: 130 after Ctrl-C, 143 after a termination."""
+        return 128 + self.number
 
 
 class StopSignal:
-    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts."""
+    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts.
 
-    is_set = False
+    Attributes:
+        number: the first signal; None as long as there was none.
+    """
+
+    number: int | None = None
+
+    @property
+    def is_set(self) -> bool:
+        """Whether the program was told to stop."""
+        return self.number is not None
 
     def __enter__(self) -> StopSignal:
         self.process = os.getpid()
         self.before = {}
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in SIGNALS:
             self.before[number] = signal.signal(number, self.handle)
         return self
 
@@ -26,10 +55,32 @@ class StopSignal:
         if os.getpid() != self.process:  # a worker of a data loader, which has this handler from its parent
             return
         if self.is_set:
-            raise KeyboardInterrupt
-        self.is_set = True
+            raise Stopped(number)
+        self.number = number
         os.write(1, b'\nstopping, with a checkpoint; once more stops at once\n')  # print may be in use
+
+    def stopped(self) -> Stopped:
+        """Make the exception that ends the program. A process that another one told to stop ends as after Ctrl-C."""
+        return Stopped(signal.SIGINT if self.number is None else self.number)
 
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def leave_stopping_to_the_parent(worker: int, then: Callable[[int], Any] | None = None) -> None:
+    """Let a worker of a data loader live until its parent ends it; the ``worker_init_fn`` of a loader.
+
+    Ctrl-C and most launchers signal the whole process group. A worker that dies of it takes the step of its parent
+    along, before that can write a checkpoint. torch gives its workers a handler for terminations after the fork, so
+    this has to be done in the worker. As in the parent, the second termination ends it: a worker that hangs does not
+    outlive a parent that terminates it when it exits.
+
+    Args:
+        worker: number of the worker.
+        then: another ``worker_init_fn`` to call.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if then is not None:
+        then(worker)

@@ -25,6 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('checkpoint', type=Path, help='folded checkpoint, .pth or .safetensors')
     parser.add_argument('--out', type=Path, help='where to write, without ending')
     args = parser.parse_args(argv)
+    if args.config.suffix != '.py':  # MMEngine's reader of .yaml files runs what they name
+        parser.error(f'{args.config}: expected a .py config, as tools/fold.py writes it')
 
     import torch
     from mmdet.registry import MODELS

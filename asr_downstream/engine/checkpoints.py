@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files import sha256, writable_folder, write_json
+from asr_downstream.files import flush, sha256, writable_folder, write_json
 
 __all__ = [
     'aside',
@@ -72,15 +72,6 @@ def complete(run: Path, step: int) -> Path:
     except OSError as error:
         raise AsrError(f'{target}: cannot be written ({error}); check the free space') from error
     return target
-
-
-def flush(path: Path) -> None:
-    """Force a file or folder to disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def prune(run: Path, limit: int | None, keep: Path) -> None:

@@ -162,7 +162,7 @@ class Training:
         """Train to the end.
 
         Raises:
-            KeyboardInterrupt: it was told to stop, and has written a checkpoint.
+            Stopped: it was told to stop, and has written a checkpoint.
             AsrError: the loss is not finite, or too many files are bad.
         """
         config, total = self.config, self.config.max_train_steps
@@ -185,7 +185,7 @@ class Training:
                     if config.validation_steps and (step % config.validation_steps == 0 or step == total) and not stop:
                         self.validate(step)
                 if stop:
-                    raise KeyboardInterrupt
+                    raise stopping.stopped()
             if self.reporter is not None and str(self.bad):
                 self.reporter.say(str(self.bad))
 

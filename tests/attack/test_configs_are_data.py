@@ -32,7 +32,6 @@ def hostile(folder: Path, suffix: str = '.yaml') -> tuple[Path, Path]:
     return path, made
 
 
-@pytest.mark.xfail(strict=True, reason='MMEngine constructs Python objects named in YAML')
 @pytest.mark.parametrize('suffix', ['.yaml', '.yml'])
 def test_a_python_object_in_yaml_is_an_error(tmp_path: Path, suffix: str) -> None:
     path, made = hostile(tmp_path, suffix)
@@ -41,7 +40,6 @@ def test_a_python_object_in_yaml_is_an_error(tmp_path: Path, suffix: str) -> Non
     assert not made.exists()
 
 
-@pytest.mark.xfail(strict=True, reason='MMEngine constructs Python objects named in YAML')
 @pytest.mark.parametrize('suffix', ['.py', '.yaml'])
 def test_so_it_is_in_a_base_of_another_config(tmp_path: Path, suffix: str) -> None:
     path, made = hostile(tmp_path)
@@ -52,7 +50,6 @@ def test_so_it_is_in_a_base_of_another_config(tmp_path: Path, suffix: str) -> No
     assert not made.exists()
 
 
-@pytest.mark.xfail(strict=True, reason='MMEngine constructs Python objects named in YAML')
 @pytest.mark.parametrize('name', [pytest.param(n, marks=[pytest.mark.det] if n in DETECTION else []) for n in TOOLS])
 def test_no_tool_runs_what_a_yaml_config_names(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path, made = hostile(tmp_path)
@@ -63,7 +60,6 @@ def test_no_tool_runs_what_a_yaml_config_names(tmp_path: Path, name: str, monkey
     assert not made.exists()
 
 
-@pytest.mark.xfail(strict=True, reason='MMEngine constructs Python objects named in YAML')
 def test_the_tool_without_this_package_takes_no_yaml(
     tmp_path: Path, tool: Callable[..., subprocess.CompletedProcess[str]]
 ) -> None:

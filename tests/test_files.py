@@ -1,0 +1,105 @@
+"""Files and locks: nothing half-written under a final name, one line for what cannot be written, one owner a folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from safetensors.torch import save_file
+
+from asr_downstream.errors import AsrError
+from asr_downstream.files import check_writable, write_atomically
+from asr_downstream.locks import occupied
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from asr_downstream.locks import occupied
+with occupied(Path(sys.argv[1])):
+    print('held', flush=True)
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def _small_disk() -> Iterator[None]:
+    """Let no file grow beyond 10 kB, which fails at the same calls as a full disk does."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+WRITERS = {
+    'text': lambda path: path.write_text('x' * 40_000),
+    'torch.save': lambda path: torch.save({'a': torch.zeros(40_000)}, path),
+    'safetensors': lambda path: save_file({'a': torch.zeros(40_000)}, path),
+}
+
+
+@pytest.mark.usefixtures('_small_disk')
+@pytest.mark.parametrize('kind', WRITERS)
+def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / 'file'
+    path.write_text('before')
+    with pytest.raises(AsrError, match=r'file: cannot be written \(.+\); 160 kB needed, .+B free: make room') as caught:
+        write_atomically(path, WRITERS[kind], needed=160_000)
+    assert '\n' not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ['file']
+    assert path.read_text() == 'before'
+
+
+def test_space_that_is_needed_is_looked_for_first(tmp_path: Path) -> None:
+    check_writable(tmp_path, 1000)
+    with pytest.raises(AsrError, match=r'No space left on device\); 1,000.0 TB needed, .* free'):
+        check_writable(tmp_path, 10**15)
+
+
+def hold(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen([sys.executable, '-c', HOLD, str(folder)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == 'held\n'
+    return process
+
+
+@pytest.mark.timeout(60)
+def test_a_folder_has_one_owner_and_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    process = hold(tmp_path)
+    try:
+        with pytest.raises(AsrError, match=rf'is in use by process {process.pid} on \S+ since'), occupied(tmp_path):
+            pass
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        with occupied(tmp_path):
+            assert json.loads((tmp_path / '.lock_owner.json').read_text())['process'] == os.getpid()
+    finally:
+        process.kill()
+        process.wait()
+    assert not (tmp_path / '.lock_owner.json').exists()
+
+
+@pytest.mark.timeout(60)
+def test_the_lock_of_a_process_that_is_gone_is_waited_for(tmp_path: Path) -> None:
+    """Workers that outlive a killed process for seconds hold its lock."""
+    code = HOLD.replace(
+        "print('held', flush=True)", "import os; child = os.fork(); child and print('held', flush=True)"
+    )
+    code = code.replace('time.sleep(60)', 'time.sleep(60 if child else 2)')
+    process = subprocess.Popen([sys.executable, '-c', code, str(tmp_path)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == 'held\n'
+    process.kill()
+    process.wait()
+    start = time.monotonic()
+    with occupied(tmp_path):
+        assert time.monotonic() - start < 15
