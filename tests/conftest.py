@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+
+from asr_downstream import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -62,3 +66,22 @@ def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+def command(name: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run a tool as its command line does, in this process: what it imports takes longer than what it does."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
+    assert spec is not None
+    assert spec.loader is not None
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(ROOT)
+        for key, value in env.items():
+            patch.setenv(key, value)
+        try:
+            cli.run(lambda argv: tool.main([*map(str, arguments)]))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess([name], code, out.getvalue(), err.getvalue())

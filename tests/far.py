@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
-import io
 import os
 import subprocess
 import sys
@@ -18,8 +15,6 @@ import torch
 import transformers
 from conftest import ROOT, randomise
 from torch import Tensor, nn
-
-from asr_downstream import cli
 
 FAR = dict(type='FAR', variant='M3', layers='all')
 
@@ -183,19 +178,3 @@ def launch(name: str, *arguments: object, processes: int = 1) -> subprocess.Comp
     words = [*start, f'tools/{name}.py', *map(str, arguments)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-
-
-def command(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Run a tool as its command line does, in this process: what it imports takes longer than what it does."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / 'tools' / f'{name}.py')
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tool)
-    out, err, code = io.StringIO(), io.StringIO(), 0
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            cli.run(lambda argv: tool.main([*map(str, arguments)]))
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-    return subprocess.CompletedProcess([name], code, out.getvalue(), err.getvalue())

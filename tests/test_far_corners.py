@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from conftest import ROOT
-from far import CASES, FAR, Block, command, vit, write_config
+from conftest import ROOT, command
+from far import CASES, FAR, Block, vit, write_config
 from torch import Tensor, nn
 
 from asr_downstream import far

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
-from far import CASES, FAR, command, launch, vit, write_config
+from conftest import ROOT, command
+from far import CASES, FAR, launch, vit, write_config
 from mmengine.config import Config
 from safetensors.torch import load_file
 

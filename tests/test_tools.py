@@ -1,4 +1,7 @@
-"""The command line tools as a user runs them: in processes of their own, on real data, with good and with bad input."""
+"""The command line tools on real data: good input in processes of their own, bad input in this one.
+
+A tool imports for longer than it needs to refuse something.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
-from far import command
+from conftest import ROOT, command
 
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
@@ -107,22 +109,22 @@ def test_training_resumes(tool: Tool, digits: Path, trained: Path, tmp_path: Pat
     assert 'resumed epoch: 1' in done.stdout + done.stderr
 
 
-def test_dry_run_says_what_would_happen(tool: Tool, digits: Path, tmp_path: Path) -> None:
-    done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', '--dry-run')
+def test_dry_run_says_what_would_happen(digits: Path, tmp_path: Path) -> None:
+    done = command('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', '--dry-run')
     assert done.returncode == 0, done.stderr
     for text in ('backbone.layer3.1.bn2', '1,806 fold away', '16 images', '10 epochs of 2 steps'):
         assert text in done.stdout
     assert not (tmp_path / 'w').exists()
 
 
-def test_digits_are_the_same_bytes_every_time(tool: Tool, tmp_path: Path) -> None:
+def test_digits_are_the_same_bytes_every_time(tmp_path: Path) -> None:
     for name, seed in (('a', 0), ('b', 0), ('c', 1)):
         make_digits(tmp_path / name, seed, sizes={'train': 3, 'val': 3})
     files = {n: {p.name: p.read_bytes() for p in (tmp_path / n).rglob('*.*')} for n in 'abc'}
     assert files['a'] == files['b']
     assert len(files['a']) == 5  # three names of pictures, shared by the splits, and two annotation files
     assert files['a']['000000.png'] != files['c']['000000.png']
-    done = tool('prepare_data', 'digits', tmp_path / 'd')
+    done = command('prepare_data', 'digits', tmp_path / 'd')
     assert done.returncode == 0, done.stderr
     content = json.loads((tmp_path / 'd/annotations/train.json').read_text())
     assert len(content['images']) == 480
@@ -145,7 +147,7 @@ def coco_tree(root: Path) -> Path:
     return root
 
 
-def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
+def test_coco_is_checked_and_unpacked(tmp_path: Path) -> None:
     root = coco_tree(tmp_path / 'coco')
     nested = json.loads((root / 'annotations/instances_val2017.json').read_text())
     nested['images'][0]['file_name'] = 'sub/1.jpg'
@@ -157,7 +159,7 @@ def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
     (root / 'nested/sub').mkdir()
     (root / 'nested/sub/1.jpg').touch()
     assert check_annotations(root / 'nested.json', root / 'nested') == '1 images, 1 boxes, 1 classes'
-    done = tool('prepare_data', 'coco', root)
+    done = command('prepare_data', 'coco', root)
     assert done.returncode == 0, done.stderr
     assert 'val2017: 1 images, 1 boxes, 1 classes' in done.stdout
 
@@ -169,13 +171,13 @@ def test_coco_is_checked_and_unpacked(tool: Tool, tmp_path: Path) -> None:
         ('annotations_trainval2017', 'annotations'),
     ):
         shutil.make_archive(str(packed / name), 'zip', root, folder)
-    hint = tool('prepare_data', 'coco', packed)
+    hint = command('prepare_data', 'coco', packed)
     assert hint.returncode == 1
     assert '--unpack' in hint.stderr
-    assert tool('prepare_data', 'coco', packed, '--unpack').returncode == 0
+    assert command('prepare_data', 'coco', packed, '--unpack').returncode == 0
 
     (root / 'val2017/1.jpg').unlink()
-    done = tool('prepare_data', 'coco', root)
+    done = command('prepare_data', 'coco', root)
     assert done.returncode == 1
     assert '1 of the 1 images of instances_val2017.json are missing: 1.jpg' in done.stderr
 
@@ -191,99 +193,97 @@ def check_one_line(done: object, *texts: str) -> None:
 
 
 class TestBadInput:
-    def test_missing_checkpoint(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+    def test_missing_checkpoint(self, tmp_path: Path, digits: Path) -> None:
         out = tmp_path / 'a.pth'
-        check_one_line(tool('fold', PLUGGED, tmp_path / 'none.pth', out), 'none.pth: no such checkpoint')
+        check_one_line(command('fold', PLUGGED, tmp_path / 'none.pth', out), 'none.pth: no such checkpoint')
         assert not list(tmp_path.iterdir())
 
-    def test_truncated_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
+    def test_truncated_checkpoint(self, tmp_path: Path, trained: Path) -> None:
         broken = tmp_path / 'broken.pth'
         broken.write_bytes(trained.read_bytes()[:5000])
         check_one_line(
-            tool('fold', PLUGGED, broken, tmp_path / 'out/a.pth'), 'broken.pth: is damaged', 'train it again'
+            command('fold', PLUGGED, broken, tmp_path / 'out/a.pth'), 'broken.pth: is damaged', 'train it again'
         )
         assert not (tmp_path / 'out').exists()
 
-    def test_checkpoint_of_another_architecture(self, tool: Tool, tmp_path: Path, trained: Path) -> None:
+    def test_checkpoint_of_another_architecture(self, tmp_path: Path, trained: Path) -> None:
         config = 'det_configs/retinanet/retinanet_r18-asr-se-c3-c5_fpn_1x_coco.py'
-        check_one_line(tool('fold', config, trained, tmp_path / 'a.pth'), 'made for another model', 'use the config')
+        check_one_line(command('fold', config, trained, tmp_path / 'a.pth'), 'made for another model', 'use the config')
 
-    def test_folded_checkpoint(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
+    def test_folded_checkpoint(self, tmp_path: Path, trained: Path, digits: Path) -> None:
         out = tmp_path / 'a.pth'
-        assert tool('fold', PLUGGED, trained, out).returncode == 0
-        check_one_line(tool('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
+        assert command('fold', PLUGGED, trained, out).returncode == 0
+        check_one_line(command('fold', PLUGGED, out, tmp_path / 'b.pth'), 'was folded already', 'stock config')
         assert not (tmp_path / 'b.pth').exists()
-        check_one_line(tool('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
+        check_one_line(command('fold', STOCK, out, tmp_path / 'b.pth'), 'nothing to fold')
 
-    def test_fold_overwrites_neither_checkpoint_nor_config(
-        self, tool: Tool, tmp_path: Path, trained: Path, digits: Path
-    ) -> None:
-        check_one_line(tool('fold', PLUGGED, trained, trained), 'would overwrite', 'another name')
+    def test_fold_overwrites_neither_checkpoint_nor_config(self, tmp_path: Path, trained: Path, digits: Path) -> None:
+        check_one_line(command('fold', PLUGGED, trained, trained), 'would overwrite', 'another name')
         config = tmp_path / 'mine.py'
         text = f"_base_ = '{(ROOT / PLUGGED).as_posix()}'"
         config.write_text(text)
-        check_one_line(tool('fold', config, trained, tmp_path / 'mine.pth'), 'would overwrite', 'mine.py')
+        check_one_line(command('fold', config, trained, tmp_path / 'mine.pth'), 'would overwrite', 'mine.py')
         assert config.read_text() == text
         # Folding reads no data: a data root that is not there is no obstacle.
-        done = tool('fold', config, trained, tmp_path / 'out/a.pth', ASR_DATA_ROOT=str(tmp_path / 'none'))
+        done = command('fold', config, trained, tmp_path / 'out/a.pth', ASR_DATA_ROOT=str(tmp_path / 'none'))
         assert done.returncode == 0, done.stderr
 
-    def test_unsafe_pretrained_weights(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+    def test_unsafe_pretrained_weights(self, tmp_path: Path, digits: Path) -> None:
         path = tmp_path / 'unsafe.pth'
         torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
         options = ('--cfg-options', f'model.backbone.init_cfg.checkpoint={path}')
-        check_one_line(tool('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
+        check_one_line(command('train_det', PLUGGED, '--data-root', digits, *options), 'do not fit', 'init_cfg')
         config = tmp_path / 'mine.py'
         init_cfg = dict(type='Pretrained', checkpoint=str(path), _delete_=True)
         config.write_text(f"_base_ = '{(ROOT / PLUGGED).as_posix()}'\nmodel = dict(backbone=dict(init_cfg={init_cfg}))")
-        done = tool('train_det', config, '--data-root', digits, '--work-dir', tmp_path / 'w')
+        done = command('train_det', config, '--data-root', digits, '--work-dir', tmp_path / 'w')
         check_one_line(done, 'can run code', '--trust')
 
-    def test_unsafe_checkpoint(self, tool: Tool, tmp_path: Path) -> None:
+    def test_unsafe_checkpoint(self, tmp_path: Path) -> None:
         path = tmp_path / 'unsafe.pth'
         torch.save({'state_dict': {'w': torch.ones(1)}, 'extra': Path('x')}, path)
-        check_one_line(tool('fold', PLUGGED, path, tmp_path / 'a.pth'), 'can run code', '--trust')
+        check_one_line(command('fold', PLUGGED, path, tmp_path / 'a.pth'), 'can run code', '--trust')
 
     @pytest.mark.parametrize('content', ['{"images": []}', 'not json', '[1]'])
-    def test_annotations_that_are_not_coco(self, tool: Tool, tmp_path: Path, digits: Path, content: str) -> None:
+    def test_annotations_that_are_not_coco(self, tmp_path: Path, digits: Path, content: str) -> None:
         root = tmp_path / 'digits'
         shutil.copytree(digits, root)
         (root / 'annotations/train.json').write_text(content)
-        done = tool('train_det', PLUGGED, '--data-root', root, '--work-dir', tmp_path / 'w')
+        done = command('train_det', PLUGGED, '--data-root', root, '--work-dir', tmp_path / 'w')
         check_one_line(done, 'train.json: is not')
         assert not (tmp_path / 'w').exists()
 
-    def test_other_classes(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
+    def test_other_classes(self, tmp_path: Path, digits: Path) -> None:
         root = tmp_path / 'digits'
         shutil.copytree(digits, root)
         path = root / 'annotations/train.json'
         path.write_text(path.read_text().replace('"name": "7"', '"name": "seven"'))
-        check_one_line(tool('train_det', PLUGGED, '--data-root', root, '--dry-run'), 'no category 7', 'metainfo')
+        check_one_line(command('train_det', PLUGGED, '--data-root', root, '--dry-run'), 'no category 7', 'metainfo')
 
-    def test_unreadable_image(self, tool: Tool, tmp_path: Path, digits: Path, trained: Path) -> None:
+    def test_unreadable_image(self, tmp_path: Path, digits: Path, trained: Path) -> None:
         root = tmp_path / 'digits'
         shutil.copytree(digits, root)
         (root / 'val/000002.png').write_bytes(b'this is no picture')
-        done = tool('test_det', PLUGGED, trained, '--data-root', root, '--work-dir', tmp_path / 'w')
+        done = command('test_det', PLUGGED, trained, '--data-root', root, '--work-dir', tmp_path / 'w')
         check_one_line(done, '000002.png: cannot be read as an image')
         assert not (tmp_path / 'w').exists()
 
-    def test_misspelt_attention(self, tool: Tool, digits: Path, tmp_path: Path) -> None:
+    def test_misspelt_attention(self, digits: Path, tmp_path: Path) -> None:
         options = ('--cfg-options', 'model.backbone.plug.attention.type=SEE')
-        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', *options)
+        done = command('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'w', *options)
         check_one_line(done, "unknown attention 'SEE'", "did you mean 'SE'")
 
-    def test_no_permission(self, tool: Tool, tmp_path: Path, trained: Path, digits: Path) -> None:
+    def test_no_permission(self, tmp_path: Path, trained: Path, digits: Path) -> None:
         """A file where the folder should be: root may write anywhere else."""
         (tmp_path / 'file').touch()
-        check_one_line(tool('fold', PLUGGED, trained, tmp_path / 'file/a.pth'), 'cannot be written')
-        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'file/w')
+        check_one_line(command('fold', PLUGGED, trained, tmp_path / 'file/a.pth'), 'cannot be written')
+        done = command('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path / 'file/w')
         check_one_line(done, 'cannot be written')
 
-    def test_missing_data_config_and_resume(self, tool: Tool, tmp_path: Path, digits: Path) -> None:
-        check_one_line(tool('train_det', PLUGGED, '--data-root', tmp_path / 'none'), 'none: no such data folder')
-        check_one_line(tool('train_det', 'none.py'), 'none.py: no such config')
-        done = tool('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path, '--resume')
+    def test_missing_data_config_and_resume(self, tmp_path: Path, digits: Path) -> None:
+        check_one_line(command('train_det', PLUGGED, '--data-root', tmp_path / 'none'), 'none: no such data folder')
+        check_one_line(command('train_det', 'none.py'), 'none.py: no such config')
+        done = command('train_det', PLUGGED, '--data-root', digits, '--work-dir', tmp_path, '--resume')
         check_one_line(done, 'has no checkpoint to resume from')
 
 

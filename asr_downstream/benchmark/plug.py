@@ -224,7 +224,7 @@ def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
         stock = sum(p.numel() for p in MODELS.get('ResNet').stock_class(depth).parameters())
         counts[f'ResNet-{depth}'] = {'stock': stock}
         for name, spec in {'SE r=16': SE, 'DIA r=4': dia(4), 'DIA r=20': dia(20)}.items():
-            model = MODELS.build(dict(type='ResNet', depth=depth, frozen_stages=-1, plug=spec))
+            model = MODELS.build(dict(type='asr_downstream.ResNet', depth=depth, frozen_stages=-1, plug=spec))
             counts[f'ResNet-{depth}'][name] = sum(p.numel() for p in model.parameters()) - stock
     out = Table('backbone', 'stock', 'SE r=16', 'DIA r=4', 'DIA r=20', title='parameters, and what plugs add')
     for name, row_counts in counts.items():
