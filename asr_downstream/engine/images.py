@@ -56,7 +56,8 @@ class Images(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         try:
-            image = ImageOps.exif_transpose(eight_bits(self.source.read(index))).convert(self.mode)
+            found = self.source.read(index)
+            image = eight_bits(ImageOps.exif_transpose(found), found.format).convert(self.mode)
         except MemoryError:
             raise
         except Exception as error:  # decoders and archives raise anything for damaged files
@@ -72,20 +73,47 @@ class Images(Dataset[Tensor]):
         """Return the image ``index``, or the next one ``among`` (default: all) that can be decoded, and which it is."""
         among = range(len(self)) if among is None else among
         first = bisect_left(among, index)  # they are in order
+        reason = ''
         for offset in range(min(len(among), 100)):
             used = among[(first + offset) % len(among)]
             try:
                 return self[used], used
-            except DataError:
-                continue
-        raise DataError(f'{self.source.name(index)} and the 99 files after it cannot be decoded: are these images?')
+            except DataError as error:
+                reason = reason or str(error)
+        raise DataError(f'{reason}; nor can the files after it: are these images?')
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Scale grey values of 16 bits, which PIL would cut off at 255."""
-    if not image.mode.startswith('I;16'):
-        return image
-    return Image.fromarray((np.asarray(image, dtype=np.float32) / 257).round().astype(np.uint8))
+def eight_bits(image: Image.Image, file_format: str | None = None) -> Image.Image:
+    """Scale grey values of 16 or 32 bits, which PIL would cut off at 255, and undo premultiplied alpha.
+
+    Args:
+        image: of any mode.
+        file_format: of the file it is from, as PIL names it: some are of 16 bits where PIL gives 32.
+
+    Raises:
+        ValueError: the scale of the values is not known.
+    """
+    if image.mode in ('RGBa', 'La'):
+        return image.convert(image.mode.upper())
+    if image.mode.startswith('I;16') or (image.mode == 'I' and file_format in ('PPM', 'PNG')):
+        return greys(np.asarray(image, dtype=np.float32) / 65535)
+    if image.mode == 'I':
+        raise ValueError('whole numbers of 32 bits have no known white; save it with 8 or 16 bits')
+    if image.mode == 'F':
+        values = np.asarray(image, dtype=np.float32)
+        if not np.isfinite(values).all():
+            raise ValueError('float values that are not finite')
+        if values.min() < 0 or values.max() > 1:
+            raise ValueError(
+                f'float values from {values.min():g} to {values.max():g}; they should be in [0, 1], from black to white'
+            )
+        return greys(values)
+    return image
+
+
+def greys(values: np.ndarray) -> Image.Image:
+    """Grey image of values in [0, 1]."""
+    return Image.fromarray((values * 255).round().astype(np.uint8))
 
 
 def build_images(spec: dict[str, Any], channels: int) -> Images:

@@ -15,6 +15,7 @@ import numpy as np
 from mmengine.registry import Registry
 from PIL import Image
 
+from asr_downstream.engine.folders import files_below
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 
 __all__ = ['SOURCES', 'Digits', 'Files', 'HubDataset', 'ImageFolder', 'Source', 'Zip']
@@ -85,7 +86,7 @@ def is_image(path: str) -> bool:
 
 @SOURCES.register_module()
 class ImageFolder(Files):
-    """Images below a folder.
+    """Images below a folder; each folder counts once, see `folders.files_below`.
 
     Args:
         path: the folder.
@@ -95,8 +96,7 @@ class ImageFolder(Files):
         root = Path(path)
         if not root.is_dir():
             raise DataError(f'{root}: no such image folder; give one with --data, or set ASR_DATA_ROOT')
-        found = [Path(folder, file) for folder, _, files in os.walk(root, followlinks=True) for file in files]
-        super().__init__([file.relative_to(root).as_posix() for file in found], root)
+        super().__init__(files_below(root), root)
 
     def read(self, index: int) -> Image.Image:
         """Decode the file."""
