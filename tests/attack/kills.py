@@ -53,6 +53,14 @@ class Command:
             return [parent, *parent.children(recursive=True)]
         return []
 
+    def process_ids(self, word: str) -> list[int]:
+        """Those whose command line has ``word`` as an argument, without the launcher."""
+        return [p.pid for p in self.processes()[1:] if word in p.cmdline()]
+
+    def children_of(self, pid: int) -> list[int]:
+        """Processes that a process has started itself."""
+        return [p.pid for p in psutil.Process(pid).children()]
+
     def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> bool:
         """Wait until ``condition`` holds.
 
