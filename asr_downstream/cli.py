@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import AsrError, OtherProcessError
 from asr_downstream.stopping import Stopped
 
 # What a loader puts before the error of its worker.
@@ -86,6 +86,8 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
     except Exception as error:
         if os.environ.get('ASR_DEBUG'):
             raise
+        if isinstance(error, OtherProcessError):
+            sys.exit(1)
         unreadable = UNREADABLE.search(str(error))
         if unreadable:
             message = f'{unreadable[1]}: cannot be read as an image; replace it or take it out of the annotation file'

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ['AsrError', 'CheckpointError', 'DataError', 'FoldError', 'PlugError', 'did_you_mean']
+__all__ = ['AsrError', 'CheckpointError', 'DataError', 'FoldError', 'OtherProcessError', 'PlugError', 'did_you_mean']
 
 
 class AsrError(ValueError):
@@ -26,6 +26,10 @@ class CheckpointError(AsrError):
 
 class DataError(AsrError):
     """A data set or image that is missing or not in the format it should have."""
+
+
+class OtherProcessError(AsrError):
+    """Another process of the launch has failed, and says why; this one only ends."""
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -25,6 +25,8 @@ __all__ = [
     'check_could_write',
     'check_writable',
     'flush',
+    'read_json',
+    'remove',
     'sha256',
     'writable_folder',
     'write_atomically',
@@ -110,6 +112,27 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
+def read_json(path: Path) -> Any:
+    """Read JSON that anyone may have written.
+
+    Raises:
+        OSError: there is no such file, or it cannot be read.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except RecursionError as error:
+        raise ValueError('is nested too deeply') from error
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder; of a link, the link alone."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write ``content`` as indented JSON."""
     write_atomically(path, lambda p: p.write_text(json.dumps(content, indent=2) + '\n'))
@@ -118,8 +141,7 @@ def write_json(path: Path, content: Any) -> None:
 def writable_folder(path: Path) -> Path:
     """Make an empty folder, replacing what an interrupted run left under this name."""
     try:
-        if path.exists():
-            shutil.rmtree(path)
+        remove(path)
         path.mkdir(parents=True)
     except OSError as error:
         raise cannot_write(path, error) from error

@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 from asr_downstream.errors import AsrError
 from asr_downstream.files import cannot_write, check_writable, write_json
 
-__all__ = ['occupied']
+__all__ = ['check_free', 'occupied']
 
 ORPHANS_SECONDS = 15.0  # workers of a killed process hold its lock until they notice, within 5 s
 
@@ -50,6 +50,17 @@ def occupied(folder: Path) -> Iterator[None]:
         with suppress(OSError):
             owner.unlink(missing_ok=True)
         lock.release()
+
+
+def check_free(folder: Path) -> None:
+    """Refuse a folder that another process has, before the work that ends in `occupied`; writes nothing.
+
+    Raises:
+        AsrError: another process has it.
+    """
+    if (folder / '.lock').exists():
+        with occupied(folder):
+            pass
 
 
 def owner_of(note: Path) -> dict[str, Any]:

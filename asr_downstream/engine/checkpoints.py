@@ -6,15 +6,15 @@ to disk and renamed to ``checkpoint-<step>``. Old ones are deleted only after th
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shutil
 from collections.abc import Callable
-from pathlib import Path
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
 
-from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files import flush, sha256, writable_folder, write_json
+from asr_downstream.errors import CheckpointError
+from asr_downstream.files import flush, read_json, remove, sha256, writable_folder, write_json, writing
 
 __all__ = [
     'aside',
@@ -25,11 +25,14 @@ __all__ = [
     'find',
     'problem',
     'prune',
+    'remove_leftovers',
     'run_of',
     'set_aside_later',
+    'step_of',
 ]
 
 NAME = re.compile(r'checkpoint-(\d+)')
+LEFTOVER = re.compile(r'\.checkpoint-\d+\.tmp|\.(log\.jsonl|config\.py)\.tmp')
 MANIFEST = 'manifest.json'
 
 
@@ -60,27 +63,42 @@ def complete(run: Path, step: int) -> Path:
     folder, target = aside(run, step), final(run, step)
     files = sorted(p for p in folder.rglob('*') if p.is_file())
     entries = {p.relative_to(folder).as_posix(): {'bytes': p.stat().st_size, 'sha256': sha256(p)} for p in files}
-    try:
+    with writing(target):
         for path in files:
             flush(path)
         write_json(folder / MANIFEST, {'files': entries})
         flush(folder)
-        if target.exists():
-            shutil.rmtree(target)
+        remove(target)
         os.replace(folder, target)
         flush(target.parent)
-    except OSError as error:
-        raise AsrError(f'{target}: cannot be written ({error}); check the free space') from error
     return target
 
 
-def prune(run: Path, limit: int | None, keep: Path) -> None:
-    """Delete the oldest checkpoints until ``limit`` are left; ``keep``, just completed, is one of them."""
+def prune(run: Path, limit: int | None, keep: Path, report: Callable[[str], None] = print) -> None:
+    """Delete the oldest checkpoints until ``limit`` are left.
+
+    Args:
+        run: folder of the run.
+        limit: None: all stay.
+        keep: one of them, which was just completed.
+        report: called with a line for each that cannot be deleted.
+    """
     if limit is None:
         return
     others = [p for p in checkpoints_in(run) if p != keep]
     for path in others[: max(0, len(others) + 1 - limit)]:
-        shutil.rmtree(path)
+        try:
+            remove(path)
+        except OSError as error:
+            report(f'{path}: cannot be deleted ({error.strerror or error}); delete it when the disk fills')
+
+
+def remove_leftovers(run: Path) -> None:
+    """Remove what runs that were killed have left half-written, which keeps a disk full."""
+    for path in run.iterdir():
+        if LEFTOVER.fullmatch(path.name):
+            with suppress(OSError):
+                remove(path)
 
 
 def set_aside_later(run: Path, start: Path) -> None:
@@ -100,8 +118,9 @@ def set_aside_later(run: Path, start: Path) -> None:
         )
     for path in later:
         target = path.with_name(f'incomplete-{path.name}')
-        shutil.rmtree(target, ignore_errors=True)
-        os.replace(path, target)
+        with writing(target):
+            remove(target)
+            os.replace(path, target)
 
 
 def checkpoints_in(run: Path) -> list[Path]:
@@ -110,23 +129,53 @@ def checkpoints_in(run: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int | None:
+    """Step in the name of a checkpoint; None: it has another name."""
+    found = NAME.fullmatch(checkpoint.name) or NAME.fullmatch(checkpoint.resolve().name)
+    return int(found[1]) if found else None
+
+
 def problem(checkpoint: Path) -> str | None:
     """Say what is wrong with a checkpoint; None: it is complete and every file has its size and hash."""
     try:
-        files = json.loads((checkpoint / MANIFEST).read_text())['files']
+        files = entries_of(read_json(checkpoint / MANIFEST))
     except FileNotFoundError:
         return f'has no {MANIFEST}'
-    except (OSError, ValueError, KeyError, TypeError):
-        return f'{MANIFEST} cannot be read'
-    for name, entry in files.items():
+    except (OSError, ValueError) as error:
+        return f'{MANIFEST} cannot be read ({error})'
+    for name, (size, hashed) in files.items():
         path = checkpoint / name
-        if not path.is_file():
-            return f'{name} is missing'
-        if path.stat().st_size != entry['bytes']:
-            return f'{name} has {path.stat().st_size:,} bytes instead of {entry["bytes"]:,}'
-        if sha256(path) != entry['sha256']:
-            return f'{name} has changed since it was written'
+        try:
+            if not path.is_file():
+                return f'{name} is missing'
+            if path.stat().st_size != size:
+                return f'{name} has {path.stat().st_size:,} bytes instead of {size:,}'
+            if sha256(path) != hashed:
+                return f'{name} has changed since it was written'
+        except OSError as error:
+            return f'{name} cannot be read ({error})'
     return None
+
+
+def entries_of(manifest: Any) -> dict[str, tuple[int, str]]:
+    """Files of a manifest with their sizes and hashes.
+
+    Raises:
+        ValueError: it is not of the form that `complete` writes.
+    """
+    files = manifest.get('files') if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not files:
+        raise ValueError('it lists no files')
+    found = {}
+    for name, entry in files.items():
+        path = PurePosixPath(name)
+        if path.is_absolute() or '..' in path.parts or '\0' in name or not path.parts:
+            raise ValueError(f'{name!r} is no file of the checkpoint')
+        size, hashed = (entry.get('bytes'), entry.get('sha256')) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or not isinstance(hashed, str):
+            raise ValueError(f'{name} has no size and hash')
+        found[name] = size, hashed
+    return found
 
 
 def find(run: Path, which: str = 'latest', report: Callable[[str], None] = print) -> Path:

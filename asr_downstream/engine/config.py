@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,8 +17,9 @@ from mmengine.config import Config
 from asr_downstream.configs import override, read_config
 from asr_downstream.engine import defaults
 from asr_downstream.errors import AsrError, DataError, did_you_mean
+from asr_downstream.files import cannot_write, write_atomically
 
-__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'work_dir_of']
+__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'work_dir_of', 'write_config']
 
 CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -174,6 +176,48 @@ def work_dir_of(config: Config) -> Path:
 
 
 def portable(config: Config, **changes: Any) -> str:
-    """Text of a resolved config with some keys changed, and without the folder, which may be moved."""
+    """Text of a resolved config with some keys changed, and without the folder, which may be moved.
+
+    Raises:
+        AsrError: it has a value that cannot be written as Python.
+    """
     content = {**config.to_dict(), 'output_dir': None, **changes}
-    return f'# Resolved config of a run.\n{Config(content).pretty_text}'
+    try:
+        return f'# Resolved config of a run.\n{Config(written(content)).pretty_text}'
+    except Exception as error:  # of yapf, which formats it
+        raise AsrError(f'{CONFIG_FILE}: would hold values that cannot be read again ({error})') from error
+
+
+def written(value: Any) -> Any:
+    """Copy a config with numbers that Python has no literal for as it would have to write them."""
+    if isinstance(value, dict):
+        return {key: written(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(written(item) for item in value)
+    return NotFinite(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class NotFinite(float):
+    """Infinity or NaN, which is written as ``float('inf')``: a bare ``inf`` is a name that is not defined."""
+
+    def __repr__(self) -> str:
+        return f"float('{float(self)}')"
+
+    __str__ = __repr__
+
+
+def write_config(path: Path, text: str) -> None:
+    """Write the text of `portable`, if it will be read as the same config again.
+
+    Raises:
+        AsrError: it would not, or cannot be written.
+    """
+    try:
+        same = portable(Config.fromstring(text, '.py')) == text
+    except OSError as error:  # it is read from a temporary file
+        raise cannot_write(path, error) from error
+    except Exception as error:
+        raise AsrError(f'{path}: would hold what cannot be read again ({error}); change that key') from error
+    if not same:
+        raise AsrError(f'{path}: would be read again as another config; are there {{{{ }}}} in its paths or texts?')
+    write_atomically(path, lambda p: p.write_text(text))

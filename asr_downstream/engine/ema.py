@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -61,13 +62,23 @@ class EMA:
         finally:
             model.load_state_dict(own)
 
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], path: Path | str = 'EMA') -> None:
         """Continue from a saved average.
 
+        Args:
+            state: the average.
+            path: where it is from, for messages.
+
         Raises:
-            CheckpointError: it has other names.
+            CheckpointError: it has other names or shapes.
         """
         for name, value in self.matching(state).items():
+            if value.shape != self.state[name].shape:
+                raise CheckpointError(
+                    f'{path}: {name} is of another shape, {tuple(value.shape)} instead of '
+                    f'{tuple(self.state[name].shape)}; resume from an earlier checkpoint'
+                )
+        for name, value in state.items():
             self.state[name].copy_(value)
 
     def matching(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
@@ -12,10 +15,12 @@ from mmengine.config import Config
 
 from asr_downstream.engine.images import BadFiles
 from asr_downstream.engine.resuming import SHARDED
-from asr_downstream.errors import AsrError
-from asr_downstream.stopping import StopSignal
+from asr_downstream.errors import AsrError, DataError, OtherProcessError
+from asr_downstream.files import first_line
 
-__all__ = ['agree', 'end_processes', 'start_processes']
+__all__ = ['end_processes', 'gather_bad', 'others_may_end', 'start_processes']
+
+GONE = re.compile(r'gloo|Connection (closed|reset)|NCCL', re.IGNORECASE)  # what back ends say
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -53,16 +58,37 @@ def end_processes() -> None:
         torch.distributed.destroy_process_group()
 
 
-def agree(accelerator: Accelerator, stopping: StopSignal, bad: BadFiles) -> bool:
-    """Let processes agree on the files that are bad, and on whether one was told to stop.
+def gather_bad(accelerator: Accelerator, bad: BadFiles) -> None:
+    """Let processes agree on the files that are bad.
 
     Raises:
-        DataError: too many files are bad; on all processes.
+        DataError: too many are; on all processes.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes > 1:
+        bad.add(gather_object(sorted(bad.found)))
+    try:
         bad.check()
-        return stopping.is_set
-    bad.add(gather_object(sorted(bad.found)))
-    bad.check()
-    flag = torch.tensor(float(stopping.is_set), device=accelerator.device)
-    return bool(accelerator.reduce(flag, 'sum') > 0)
+    except DataError:
+        if accelerator.is_main_process:
+            raise
+        raise OtherProcessError('too many files are bad') from None
+
+
+@contextmanager
+def others_may_end(accelerator: Accelerator) -> Iterator[None]:
+    """Turn the errors of a process whose partner is gone into one line.
+
+    Raises:
+        AsrError: another process has ended.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and (
+            isinstance(error, torch.distributed.DistError) or GONE.search(str(error))
+        ):
+            raise AsrError(
+                f'process {accelerator.process_index}: another process of this launch has ended ({first_line(error)}); '
+                f'see what it says, and continue with --resume'
+            ) from error
+        raise

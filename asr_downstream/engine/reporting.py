@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 import uuid
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from asr_downstream.errors import AsrError
+from asr_downstream.files import write_atomically, writing
 
 __all__ = ['Reporter', 'read_log']
 
@@ -22,22 +25,31 @@ LINE_SECONDS = 10.0  # between lines where there is no terminal
 
 
 def read_log(path: Path, last_step: int | None = None, having: str | None = None) -> list[dict[str, Any]]:
-    """Read ``log.jsonl``: one dict a line; a line cut short by a crash ends it.
+    """Read ``log.jsonl``: one dict a line; lines that cannot be read, such as one cut short by a crash, are left out.
 
     Args:
         path: the file; without it there are no lines.
         last_step: leave out later ones.
         having: leave out lines without this key: validations have no ``loss``, and others nothing else of theirs.
     """
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if (last_step is None or row['step'] <= last_step) and (having is None or having in row):
-            rows.append(row)
-    return rows
+    rows = [row for row in rows_of(path) if row is not None]
+    return [r for r in rows if (last_step is None or r['step'] <= last_step) and (having is None or having in r)]
+
+
+def rows_of(path: Path) -> list[dict[str, Any] | None]:
+    """Lines of a log, None for each that cannot be read; without one at the end that was cut short."""
+    lines = path.read_bytes().split(b'\n') if path.is_file() else [b'']
+    rows = [row_of(line) for line in lines]
+    return rows if rows[-1] is not None else rows[:-1]
+
+
+def row_of(line: bytes) -> dict[str, Any] | None:
+    """Content of a line; None: it is none of a log."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get('step')) is int else None
 
 
 class Reporter:
@@ -46,21 +58,22 @@ class Reporter:
     Args:
         run: folder.
         start: optimiser steps done before.
+        since: step of the last line that counts; losses after it are of a window that goes on.
         total: optimiser steps in all.
         backends: ``'tensorboard'``, ``'wandb'``.
         config: of the run, for W&B.
 
     Raises:
-        AsrError: a back end is not installed.
+        AsrError: a back end is not installed, or the log cannot be written.
     """
 
-    def __init__(self, run: Path, start: int, total: int, backends: list[str], config: dict[str, Any]) -> None:
+    def __init__(
+        self, run: Path, start: int, since: int, total: int, backends: list[str], config: dict[str, Any]
+    ) -> None:
         self.path = run / 'log.jsonl'
-        rows = read_log(self.path, start) if start else []
-        kept = self.path.with_name('.log.jsonl.tmp')
-        kept.write_text(''.join(json.dumps(row) + '\n' for row in rows))
-        os.replace(kept, self.path)
-        self.file = self.path.open('a')
+        self.take_up(start, since)
+        with writing(self.path):
+            self.file = self.path.open('a')
         self.total = total
         self.board: Any = None
         self.wandb: Any = None
@@ -95,6 +108,16 @@ class Reporter:
         self.start, self.clock = start, time.monotonic()
         self.next_line = self.clock
 
+    def take_up(self, start: int, since: int) -> None:
+        """Keep the lines of the steps that were done; a log with damage within is kept as it is besides."""
+        rows = rows_of(self.path) if start else []
+        if None in rows:
+            aside = self.path.with_name('damaged-log.jsonl')
+            write_atomically(aside, lambda p: shutil.copyfile(self.path, p))
+            print(f'{self.path}: line {rows.index(None) + 1} cannot be read; all of it was kept as {aside.name}')
+        kept = [r for r in rows if r is not None and r['step'] <= (since if 'loss' in r else start)]
+        write_atomically(self.path, lambda p: p.write_text(''.join(json.dumps(row) + '\n' for row in kept)))
+
     def log(self, row: dict[str, Any]) -> None:
         """Write the line of a step of training; ``row`` has ``step``, ``loss``, ``lr`` and ``images_per_second``."""
         self.write(row)
@@ -114,12 +137,14 @@ class Reporter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a line of the log, and its numbers to the back ends."""
-        self.file.write(json.dumps(row) + '\n')
-        self.file.flush()
+        with writing(self.path):
+            self.file.write(json.dumps(row) + '\n')
+            self.file.flush()
         step = row['step']
         numbers = {k: v for k, v in row.items() if k != 'step' and isinstance(v, int | float)}
-        for name, value in numbers.items() if self.board is not None else ():
-            self.board.add_scalar(name, value, step)
+        with writing(self.path.with_name('tensorboard')):
+            for name, value in numbers.items() if self.board is not None else ():
+                self.board.add_scalar(name, value, step)
         if self.wandb is not None:
             self.wandb.log(numbers, step=step)
 
@@ -144,7 +169,9 @@ class Reporter:
     def close(self) -> None:
         """Flush and close everything."""
         self.bar.close()
-        self.file.close()
+        with suppress(OSError):  # of a full disk, which was said when a line did not fit
+            self.file.close()
         for backend in (self.board, self.wandb):
             if backend is not None:
-                (backend.close if hasattr(backend, 'close') else backend.finish)()
+                with suppress(OSError):
+                    (backend.close if hasattr(backend, 'close') else backend.finish)()

@@ -1,44 +1,37 @@
-"""What a training checkpoint holds, and how a training takes it up again.
-
-accelerate writes optimiser, gradient scaler and random states of every process; the weights are written by name from
-the unwrapped model, so that a checkpoint can be read with any number of processes (under FSDP and DeepSpeed besides the
-shards that these write and resume from).
-"""
+"""How a training takes up a checkpoint again. A file is believed only as far as it was looked at."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator, DistributedType
+from accelerate.utils.other import load
 from mmengine.config import Config
-from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
-from asr_downstream.checkpoint import load_state
+from asr_downstream.checkpoint import check_weights_finite, load_state, not_finite, read_checkpoint, state_dict_of
 from asr_downstream.configs import plain
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files import write_json
-from asr_downstream.sites import some
-from asr_downstream.versions import versions
+from asr_downstream.files import first_line, read_json
 
 __all__ = [
     'AVERAGE',
+    'PROGRESS',
     'SHARDED',
     'WEIGHTS',
     'Progress',
     'check_same_run',
     'load_training',
     'read_progress',
-    'save_training',
 ]
 
-WEIGHTS, AVERAGE, PROGRESS = 'model.safetensors', 'ema.safetensors', 'progress.json'
+WEIGHTS, AVERAGE, PROGRESS, OPTIMISER = 'model.safetensors', 'ema.safetensors', 'progress.json', 'optimizer.bin'
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
@@ -60,12 +53,40 @@ class Progress:
         scheduled: of these, the ones that the learning rate has followed; fp16 skips some.
         settings: keys of the config, and ``processes`` and ``images``.
         bad: indices of images that could not be decoded.
+        since: step of the last line of the log.
+        window: what each process had seen since; see `Window.state`.
     """
 
     step: int
     scheduled: int
     settings: dict[str, Any]
     bad: list[int] = field(default_factory=list)
+    since: int = 0
+    window: list[dict[str, Any]] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Refuse what no training writes.
+
+        Raises:
+            ValueError: see above.
+        """
+        for name in ('step', 'scheduled', 'since'):
+            value = getattr(self, name)
+            if type(value) is not int or not 0 <= value <= self.step:
+                raise ValueError(f'{name} is {value!r}'[:80])
+        if not isinstance(self.settings, dict):
+            raise ValueError('its settings are no dict')
+        images = self.settings.get('images')
+        if not isinstance(self.bad, list) or not all(type(i) is int and 0 <= i < (images or 0) for i in self.bad):
+            raise ValueError('its bad images are none of the images')
+        for state in self.window if isinstance(self.window, list) else [None]:
+            try:
+                lists = [state['losses'], *state['others'].values()]
+                fine = type(state['seconds']) is float and all(type(v) is float for values in lists for v in values)
+            except (KeyError, TypeError, AttributeError):
+                fine = False
+            if not fine:
+                raise ValueError('its window of the log is none')
 
     @classmethod
     def of(cls, config: Config, processes: int, images: int, fixed: tuple[str, ...]) -> Progress:
@@ -75,88 +96,120 @@ class Progress:
         return cls(step=0, scheduled=0, settings=as_json(settings))
 
 
-def save_training(
-    run: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, progress: Progress, limit: int | None
-) -> Path:
-    """Write a checkpoint; every process calls this.
-
-    Returns:
-        ``run/checkpoint-<step>``, complete; older ones beyond ``limit`` are gone.
-    """
-    check_finite(model, progress.step)
-    if accelerator.is_main_process:
-        checkpoints.begin(run, progress.step)
-    accelerator.wait_for_everyone()
-    folder = checkpoints.aside(run, progress.step)
-
-    sharded = accelerator.distributed_type in SHARDED
-    state = accelerator.get_state_dict(accelerator._models[0]) if sharded else model.state_dict()
-    # else accelerate writes the weights with the names of the wrapped model
-    hook = None if sharded else accelerator.register_save_state_pre_hook(lambda models, weights, out: weights.clear())
-    accelerator.save_state(str(folder))
-    if hook is not None:
-        hook.remove()
-    if accelerator.is_main_process:
-        save_file({k: v.contiguous() for k, v in state.items()}, folder / WEIGHTS)
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        if ema is not None:
-            save_file({k: v.contiguous() for k, v in ema.state.items()}, folder / AVERAGE)
-        write_json(folder / PROGRESS, {**asdict(progress), 'versions': versions()})
-        checkpoints.prune(run, limit, checkpoints.complete(run, progress.step))
-    accelerator.wait_for_everyone()
-    return checkpoints.final(run, progress.step)
-
-
-def check_finite(model: nn.Module, step: int) -> None:
-    """Refuse to write weights that are not finite.
+def read_progress(checkpoint: Path) -> Progress:
+    """Read where a training stood.
 
     Raises:
-        AsrError: the training diverged.
+        CheckpointError: it cannot be read, or says what cannot be.
     """
-    broken = [name for name, value in model.state_dict().items() if not value.isfinite().all()]
-    if broken:
-        raise AsrError(
-            f'step {step}: {some(broken)} are not finite: the training diverged, and no checkpoint was written; go on '
-            f'from an earlier one with a lower learning_rate, or with bf16 or no mixed_precision'
-        )
+    path = checkpoint / PROGRESS
+    try:
+        content = read_json(path)
+        content = {'since': content['step'], 'window': [], **content}  # before windows were kept, they ended there
+        found = Progress(**{k: content[k] for k in Progress.__dataclass_fields__})
+        found.check()
+    except KeyError as error:
+        raise useless(path, f'has no {error}') from error
+    except (OSError, ValueError, TypeError) as error:
+        raise useless(path, f'cannot be read ({error})') from error
+    if checkpoints.step_of(checkpoint) not in (None, found.step):
+        raise useless(path, f'is of step {found.step}')
+    return found
 
 
-def read_progress(checkpoint: Path) -> Progress:
-    """Read where a training stood."""
-    content = json.loads((checkpoint / PROGRESS).read_text())
-    return Progress(**{k: content[k] for k in Progress.__dataclass_fields__})
+def useless(path: Path, reason: str) -> CheckpointError:
+    """Error for a file of a checkpoint that is whole, but not what a training wrote."""
+    return CheckpointError(f'{path}: {reason}; resume from an earlier checkpoint')
 
 
-def load_training(checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None) -> None:
+def load_training(
+    checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, found: Progress
+) -> None:
     """Load a checkpoint into a prepared training; every process calls this.
 
+    Args:
+        checkpoint: complete, by its manifest.
+        accelerator: of the training.
+        model: of the training.
+        ema: of the training.
+        found: progress of the checkpoint.
+
     Raises:
-        CheckpointError: it was made for another model, or without the average that the config asks for.
+        CheckpointError: it was made for another model, without the average that the config asks for, or its files are
+            not what a training writes.
     """
 
     def load_weights(models: list[nn.Module], folder: str) -> None:
         models.clear()
-        load_state(model, load_file(Path(folder) / WEIGHTS), checkpoint)
+        load_state(model, weights_of(checkpoint / WEIGHTS), checkpoint)
 
-    sharded = accelerator.distributed_type in SHARDED
-    hook = None if sharded else accelerator.register_load_state_pre_hook(load_weights)
-    try:
-        accelerator.load_state(str(checkpoint))
-    except AsrError:
-        raise
-    except ValueError as error:  # of the optimiser
-        raise CheckpointError(f'{checkpoint}: does not fit what the config trains ({error})') from error
-    accelerator.step = 0  # forwards since the last optimiser step: checkpoints are written right after one
-    if hook is not None:
-        hook.remove()
     if ema is not None:
         if not (checkpoint / AVERAGE).is_file():
             raise CheckpointError(
                 f'{checkpoint}: has no average of the weights, but the config says use_ema=True; resume with '
                 f'--cfg-options use_ema=False'
             )
-        ema.load(load_file(checkpoint / AVERAGE))
+        ema.load(weights_of(checkpoint / AVERAGE), checkpoint / AVERAGE)
+    states = checkpoint / f'random_states_{accelerator.process_index}.pkl'
+    if accelerator.process_index < found.settings.get('processes', 1):
+        read_safely(states)  # accelerate passes over one that it cannot read
+    sharded = accelerator.distributed_type in SHARDED
+    hook = None if sharded else accelerator.register_load_state_pre_hook(load_weights)
+    try:
+        accelerator.load_state(str(checkpoint))
+    except AsrError:
+        raise
+    except Exception as error:  # torch, accelerate and DeepSpeed raise anything for files that are not theirs
+        if not sharded:
+            for name in (OPTIMISER, 'scaler.pt' if accelerator.scaler is not None else OPTIMISER):
+                read_safely(checkpoint / name)
+        raise useless(checkpoint / OPTIMISER, f'does not fit what the config trains ({first_line(error)})') from error
+    finally:
+        if hook is not None:
+            hook.remove()
+    accelerator.step = 0  # forwards since the last optimiser step: checkpoints are written right after one
+    if not sharded:
+        check_optimiser(accelerator._optimizers[0], model, found, checkpoint / OPTIMISER)
+
+
+def weights_of(path: Path) -> dict[str, Tensor]:
+    """Read a file of weights.
+
+    Raises:
+        CheckpointError: it is damaged, or they are not finite.
+    """
+    state = state_dict_of(read_checkpoint(path), path)
+    check_weights_finite(state, path)
+    return state
+
+
+def read_safely(path: Path) -> None:
+    """Try to read a file of accelerate's, without running code.
+
+    Raises:
+        CheckpointError: it is missing, damaged, or asks for code to be run.
+    """
+    try:
+        load(path, map_location='cpu')
+    except Exception as error:
+        raise useless(path, f'is missing, damaged or unsafe ({first_line(error)[:120]})') from error
+
+
+def check_optimiser(optimiser: Any, model: nn.Module, found: Progress, path: Path) -> None:
+    """Refuse a state of the optimiser that does not belong to the weights; torch looks at their number alone.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    states = optimiser.state
+    if found.scheduled and not any(states.values()):
+        raise useless(path, 'has no state of the optimiser')
+    for name, parameter in model.named_parameters():
+        for key, value in states.get(parameter, {}).items():
+            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
+                raise useless(path, f'{key} of {name} does not fit it')
+            if not_finite({key: value}):
+                raise useless(path, f'{key} of {name} is not finite')
 
 
 def check_same_run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
@@ -10,31 +11,34 @@ from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from mmengine.config import Config
 from torch import nn
 from torch.utils.data import DataLoader
 
 from asr_downstream.configs import plain
 from asr_downstream.engine import checkpoints
-from asr_downstream.engine.config import CONFIG_FILE
+from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.draws import Draws, mix
 from asr_downstream.engine.ema import EMA
 from asr_downstream.engine.images import BadFiles
 from asr_downstream.engine.optimising import build_optimiser, build_schedule, decays_of, set_rates
-from asr_downstream.engine.processes import agree, start_processes
+from asr_downstream.engine.processes import gather_bad, others_may_end, start_processes
 from asr_downstream.engine.reporting import Reporter
 from asr_downstream.engine.resuming import (
     Progress,
     check_same_run,
     load_training,
     read_progress,
-    save_training,
 )
+from asr_downstream.engine.saving import bytes_of, save_training
 from asr_downstream.engine.task import Task
+from asr_downstream.engine.watching import Watch, together
 from asr_downstream.engine.window import Window
-from asr_downstream.errors import AsrError
-from asr_downstream.files import check_writable, write_atomically
-from asr_downstream.stopping import StopSignal
+from asr_downstream.errors import AsrError, OtherProcessError
+from asr_downstream.files import check_writable
+from asr_downstream.locks import check_free, occupied
+from asr_downstream.stopping import StopSignal, leave_stopping_to_the_parent
 
 __all__ = ['check_folder', 'recompute_activations', 'train']
 
@@ -56,23 +60,34 @@ def train(task: Task, config: Config, run: Path, resume: str | None = None) -> P
     """
     check_folder(run, resume)
     accelerator = start_processes(config)
-    start = None if resume is None else checkpoints.find(run, resume, accelerator.print)
-    accelerator.wait_for_everyone()
     training = Training(task, config, run, accelerator)
-    if start is not None:
-        training.take_up(start)
-    training.go_on()
+    with ExitStack() as stack, others_may_end(accelerator):
+        together(accelerator, lambda: training.occupy(stack, resume))
+        if resume is not None:
+            training.take_up(checkpoints.find(run, resume, accelerator.print))
+        training.go_on()
     assert training.checkpoint is not None
     return training.checkpoint
 
 
 def check_folder(run: Path, resume: str | None) -> None:
-    """Refuse a folder that cannot be written, or that a new run would share with an earlier one.
+    """Refuse a folder that cannot be written, that is in use, or that a new run would share with an earlier one.
 
     Raises:
         AsrError: see above.
     """
     check_writable(run)
+    if not int(os.environ.get('RANK', '0')):
+        check_free(run)
+    check_is_new(run, resume)
+
+
+def check_is_new(run: Path, resume: str | None) -> None:
+    """Refuse to begin a run where another one was.
+
+    Raises:
+        AsrError: see above.
+    """
     if resume is None and checkpoints.checkpoints_in(run):
         raise AsrError(f'{run}: has checkpoints of an earlier run; continue it with --resume, or choose another folder')
 
@@ -114,6 +129,7 @@ class Training:
         if config.use_ema:
             self.ema = EMA(self.model, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
         self.progress = Progress.of(config, accelerator.num_processes, len(self.samples), task.fixed)
+        self.window = Window(accelerator, config)
         self.checkpoint: Path | None = None
         self.norm: Any = 0.0
 
@@ -136,6 +152,18 @@ class Training:
         self.task.to(accelerator.device)
         self.schedule = build_schedule(self.optimiser, config)
 
+    def occupy(self, stack: ExitStack, resume: str | None) -> None:
+        """Keep the folder to this run, on the main process, and look for room for a checkpoint.
+
+        Raises:
+            AsrError: another run has it or was there before, or the room is not there.
+        """
+        if self.accelerator.is_main_process:
+            stack.enter_context(occupied(self.run))
+            check_is_new(self.run, resume)
+            checkpoints.remove_leftovers(self.run)
+            check_writable(self.run, bytes_of(self.model, self.ema))
+
     def take_up(self, start: Path) -> None:
         """Continue from a checkpoint.
 
@@ -152,8 +180,12 @@ class Training:
             checkpoints.set_aside_later(self.run, start)
         self.accelerator.wait_for_everyone()
         decays = decays_of(self.optimiser)  # of the config; loading brings those of the checkpoint
-        load_training(start, self.accelerator, self.model, self.ema)
-        progress.step, progress.scheduled, progress.bad = found.step, found.scheduled, found.bad
+        together(self.accelerator, lambda: load_training(start, self.accelerator, self.model, self.ema, found))
+        progress.step, progress.scheduled, progress.since = found.step, found.scheduled, found.since
+        if found.settings.get('images') == progress.settings['images']:  # else they are others
+            progress.bad = found.bad
+        if len(found.window) == self.accelerator.num_processes:
+            progress.window = found.window
         set_rates(self.config, self.optimiser, self.schedule, progress.scheduled, decays)
         self.checkpoint = start
         say(f'resumed from {start}, step {progress.step}')
@@ -171,7 +203,10 @@ class Training:
             self.reporter = self.build_reporter(stack)
             self.bad = BadFiles(self.task.images, self.reporter.say if self.reporter else lambda line: None)
             self.bad.found.update(self.progress.bad)
-            self.window = Window(self.accelerator, config)
+            self.window.start(self.progress.step)
+            if self.progress.window:
+                self.window.take_up(self.progress.window[self.accelerator.process_index], self.progress.since)
+            self.watch = Watch(self.accelerator)
             stopping = stack.enter_context(StopSignal())
             batches = iter(loader)
             for step in range(self.progress.step + 1, total + 1):
@@ -179,6 +214,8 @@ class Training:
                 stop = self.meet(step, stopping)
                 if step % config.logging_steps == 0 or step == total or stop:
                     self.log(step)
+                if step % config.logging_steps == 0:
+                    self.window.start(step)
                 with self.window.paused():
                     if step % config.checkpointing_steps == 0 or step == total or stop:
                         self.save()
@@ -206,6 +243,7 @@ class Training:
             batch_sampler=draws,
             num_workers=config.dataloader_num_workers,
             pin_memory=accelerator.device.type == 'cuda',
+            worker_init_fn=leave_stopping_to_the_parent,
         )
 
     def build_reporter(self, stack: ExitStack) -> Reporter | None:
@@ -213,9 +251,9 @@ class Training:
         if not self.accelerator.is_main_process:
             return None
         config = self.config
-        write_atomically(self.run / CONFIG_FILE, lambda p: p.write_text(self.task.config_text()))
-        backends, settings = list(config.report_to), plain(config.to_dict())
-        reporter = Reporter(self.run, self.progress.step, config.max_train_steps, backends, settings)
+        write_config(self.run / CONFIG_FILE, self.task.config_text())
+        backends, settings, progress = list(config.report_to), plain(config.to_dict()), self.progress
+        reporter = Reporter(self.run, progress.step, progress.since, config.max_train_steps, backends, settings)
         stack.callback(reporter.close)
         return reporter
 
@@ -223,6 +261,7 @@ class Training:
         """Make one optimiser step."""
         accelerator, config = self.accelerator, self.config
         torch.manual_seed(mix(config.seed, 'model', accelerator.process_index, step))  # dropout
+        self.lost = torch.zeros((), device=accelerator.device)
         for _ in range(config.gradient_accumulation_steps):
             batch = self.receive(next(batches))
             with accelerator.accumulate(self.wrapped):
@@ -235,6 +274,7 @@ class Training:
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             self.window.add(loss, others)
+            self.lost += loss.detach().float()
         if not self.optimiser.step_was_skipped:
             self.schedule.step()
             self.progress.scheduled += 1
@@ -253,33 +293,43 @@ class Training:
         return self.task.prepare(batch)
 
     def meet(self, step: int, stopping: StopSignal) -> bool:
-        """Agree with the other processes on bad files, and on whether to stop here."""
-        config, accelerator = self.config, self.accelerator
-        last = step == config.max_train_steps
-        meeting = accelerator.num_processes == 1 or step % config.logging_steps == 0 or last
-        stop = meeting and agree(accelerator, stopping, self.bad)
+        """Agree with the other processes on bad files, and on whether to stop here.
+
+        Raises:
+            AsrError: loss or gradients are not finite.
+            DataError: too many files are bad.
+        """
+        config = self.config
+        saving = step % config.checkpointing_steps == 0 or step == config.max_train_steps
+        try:
+            self.watch.count(self.optimiser.step_was_skipped)
+            self.watch.tell(step, self.lost, self.norm, stopping.is_set)
+            stop = self.watch.heard(at_once=saving)
+            if stop and not saving:
+                self.watch.heard(at_once=True)
+        except OtherProcessError:
+            raise
+        except AsrError as error:
+            raise AsrError(
+                f'{error} (lr {self.schedule.get_last_lr()[0]:.2e}); last checkpoint: {self.checkpoint}; lower '
+                f'learning_rate, or use bf16 or no mixed_precision'
+            ) from error
+        if self.accelerator.num_processes == 1 or step % config.logging_steps == 0 or saving or stop:
+            gather_bad(self.accelerator, self.bad)
         self.progress.bad = sorted(self.bad.found)
         return stop
 
     def log(self, step: int) -> None:
-        """Write a line of the log.
-
-        Raises:
-            AsrError: the loss is not finite.
-        """
+        """Write a line of the log."""
         row = self.window.row(step, self.schedule.get_last_lr()[0], self.norm, len(self.samples))
-        if not math.isfinite(row['loss']):
-            raise AsrError(
-                f'step {step}: the loss is {row["loss"]} (lr {row["lr"]:.2e}, gradient norm '
-                f'{row["grad_norm"]:.2e}); last checkpoint: {self.checkpoint}; lower learning_rate, or use bf16 '
-                f'or no mixed_precision'
-            )
         if self.reporter is not None:
             self.reporter.log(row)
 
     def save(self) -> None:
         """Write a checkpoint."""
         limit = self.config.checkpoints_total_limit
+        self.progress.since = self.window.since
+        self.progress.window = gather_object([self.window.state()])
         self.checkpoint = save_training(self.run, self.accelerator, self.model, self.ema, self.progress, limit)
 
     def validate(self, step: int) -> None:

@@ -39,7 +39,6 @@ def sizes(run: Path) -> dict[str, int]:
     return {p.name: p.stat().st_size for p in (run / 'checkpoint-6').iterdir()}
 
 
-@pytest.mark.xfail(strict=True, reason='errors of torch and safetensors pass, what was begun stays')
 @pytest.mark.parametrize('share', [0.02, 0.1, 0.3, 0.5, 0.7, 0.9, 0.99])
 def test_a_disk_that_is_full_leaves_the_checkpoint_from_before(tmp_path: Path, share: float) -> None:
     settings = dict(use_ema=True, width=256, checkpointing_steps=3)
@@ -57,20 +56,18 @@ def test_a_disk_that_is_full_leaves_the_checkpoint_from_before(tmp_path: Path, s
     assert [row['step'] for row in read_log(run / 'log.jsonl')] == [1, 2, 3, 4, 5, 6]
 
 
-@pytest.mark.xfail(strict=True, reason='errors of the log pass')
 def test_a_log_that_cannot_grow_is_one_line(tmp_path: Path) -> None:
-    run_of(tmp_path, max_train_steps=3)
+    run_of(tmp_path, max_train_steps=39, checkpointing_steps=50)  # the log is larger than the config
     size = (tmp_path / 'log.jsonl').stat().st_size
     with (
         files_of_at_most(size + 10),
         pytest.raises(AsrError, match=r'log.jsonl: cannot be written \(File too large\)'),
     ):
-        run_of(tmp_path, 'latest', max_train_steps=6, checkpointing_steps=100)
-    run_of(tmp_path, 'latest', max_train_steps=6)
-    assert [row['step'] for row in read_log(tmp_path / 'log.jsonl')] == [1, 2, 3, 4, 5, 6]
+        run_of(tmp_path, 'latest', max_train_steps=60, checkpointing_steps=50)
+    run_of(tmp_path, 'latest', max_train_steps=42, checkpointing_steps=50)
+    assert [row['step'] for row in read_log(tmp_path / 'log.jsonl')] == list(range(1, 43))
 
 
-@pytest.mark.xfail(strict=True, reason='nobody looks before the work')
 def test_space_for_a_checkpoint_is_looked_for_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(10**9, 10**9 - 5000, 5000))
     steps: list[int] = []
@@ -78,14 +75,13 @@ def test_space_for_a_checkpoint_is_looked_for_before_the_work(tmp_path: Path, mo
     from test_engine import Classification
 
     monkeypatch.setattr(Classification, 'after_step', lambda self, step: steps.append(step))
-    with pytest.raises(AsrError, match=r'run: cannot be written \(No space left.*\); 1.* kB needed, 5 kB free'):
+    with pytest.raises(AsrError, match=r'run: cannot be written \(No space left.*\); .* kB needed, 5 kB free'):
         run_of(tmp_path / 'run', width=128)
     assert steps == []
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(500)
-@pytest.mark.xfail(strict=True, reason='errors of torch and safetensors pass, what was begun stays')
 @pytest.mark.parametrize('processes', [1, 2])
 def test_a_training_whose_disk_is_full_goes_on_when_there_is_room(tmp_path: Path, processes: int) -> None:
     assert hasattr(signal, 'SIGXFSZ')
