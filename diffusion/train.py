@@ -13,6 +13,7 @@ Keys of a config and their defaults: asr_downstream/generation/defaults.py and a
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     checkpoint = train(config, args.resume)
     end_processes()
-    if not sys.stdout.closed:
+    if not sys.stdout.closed and not int(os.environ.get('RANK', '0')):
         print(f'last checkpoint: {checkpoint}')
 
 

@@ -32,6 +32,7 @@ from asr_downstream.far.stages import (
     load_student,
     load_teacher,
     load_weights,
+    of_this_launch,
     replaced,
     say_once,
     students,
@@ -48,6 +49,12 @@ def ship_trained(config: Config, out: Path) -> list[Path]:
     """Write ``out/shipped/teacher`` and ``out/shipped/FAR-100`` from the stages of a config; on the main process."""
     if int(os.environ.get('RANK', '0')):
         return []
+    with of_this_launch(out):
+        return ship(config, out)
+
+
+def ship(config: Config, out: Path) -> list[Path]:
+    """See `ship_trained`."""
     found = [save_far(load_teacher(config, out), out / SHIPPED / 'teacher', {'name': 'teacher'})]
     if after := students(config):
         student = load_student(config, out, after[-1])
@@ -81,6 +88,19 @@ def prune_family(
     Raises:
         AsrError: the stages are not finished, a budget cannot be met, or the family was pruned before.
     """
+    with of_this_launch(out):
+        return make_family(config, out, budgets, resume, relative, say)
+
+
+def make_family(
+    config: Config,
+    out: Path,
+    budgets: Sequence[Budget],
+    resume: bool,
+    relative: bool,
+    say: Callable[[str], None],
+) -> list[Path]:
+    """See `prune_family`."""
     names = students(config)
     if not names or not all(finished(config, out, stage['name']) for stage in config.stages):
         raise AsrError(

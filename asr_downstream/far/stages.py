@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,11 @@ from asr_downstream.far.config import stage_config, with_epochs
 from asr_downstream.far.description import describe
 from asr_downstream.far.distillation import Distillation
 from asr_downstream.far.replacing import replace
+from asr_downstream.locks import occupied
 
 __all__ = [
-    'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights', 'plan',
-    'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
+    'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',
+    'of_this_launch', 'plan', 'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
 ]  # fmt: skip
 
 # Type of a task -> where it is made: called with a config, and a model or None for the teacher. Imported when used,
@@ -72,17 +74,29 @@ def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[s
         AsrError: something does not fit, or a stage was trained before and ``resume`` is not set.
     """
     names = [stage['name'] for stage in config.stages]
-    if not resume:
-        for name in names:
-            check_folder(out / name, None)
-    for number, name in enumerate(names, 1):
-        if resume and finished(config, out, name):
-            say(f'stage {number}/{len(names)}, {name}: finished before')
-            continue
-        settings = stage_config(config, name)
-        say(f'stage {number}/{len(names)}, {name}: {settings.learns} learn')
-        train_stage(config, name, out, 'latest' if resume and checkpoints.checkpoints_in(out / name) else None)
+    with of_this_launch(out):
+        if not resume:
+            for name in names:
+                check_folder(out / name, None)
+        for number, name in enumerate(names, 1):
+            if resume and finished(config, out, name):
+                say(f'stage {number}/{len(names)}, {name}: finished before')
+                continue
+            settings = stage_config(config, name)
+            say(f'stage {number}/{len(names)}, {name}: {settings.learns} learn')
+            train_stage(config, name, out, 'latest' if resume and checkpoints.checkpoints_in(out / name) else None)
     return out / names[-1]
+
+
+@contextmanager
+def of_this_launch(out: Path) -> Iterator[None]:
+    """Keep the folder of the stages to this launch inside the block; its first process holds the lock.
+
+    Raises:
+        AsrError: another one has it.
+    """
+    with occupied(out) if not int(os.environ.get('RANK', '0')) else nullcontext():
+        yield
 
 
 def train_stage(config: Config, name: str, out: Path, resume: str | None = None) -> Path:
