@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
+import io
 import json
 import os
 import subprocess
@@ -17,6 +20,7 @@ from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from asr_downstream import cli
 from asr_downstream.engine.reporting import read_log
 from asr_downstream.files import sha256
 from asr_downstream.generation.config import load_config
@@ -203,3 +207,28 @@ def script(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run a script of diffusion/."""
     command = [sys.executable, '-W', 'ignore', *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def call(name: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run ``diffusion/sample.py`` or another script as its command line does, in this process."""
+    spec = importlib.util.spec_from_file_location(Path(name).stem, ROOT / name)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            cli.run(lambda argv: module.main([*map(str, arguments)]))
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+    return subprocess.CompletedProcess([name], code, out.getvalue(), err.getvalue())
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *parts: str) -> None:
+    """Assert that a command ended with one line of error that says all of ``parts``."""
+    lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+    assert (done.returncode, len(lines)) == (1, 1), done
+    assert 'Traceback' not in done.stderr
+    for part in parts:
+        assert part in lines[0], lines[0]
