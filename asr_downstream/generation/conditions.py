@@ -16,6 +16,7 @@ from torch import Tensor
 from asr_downstream.configs import plain
 from asr_downstream.engine.sources import Source
 from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.generation.pretrained import load_whole
 
 __all__ = ['CONDITIONS', 'ClassLabels', 'Condition', 'Text', 'build_condition']
 
@@ -162,8 +163,9 @@ class Text(Condition):
         path = pretrained_model_name_or_path
         try:
             self.tokenizer = CLIPTokenizer.from_pretrained(path, subfolder='tokenizer')
-            self.encoder = CLIPTextModel.from_pretrained(path, subfolder='text_encoder').requires_grad_(False).eval()
-        except (OSError, ValueError) as error:
+            spec = {'pretrained_model_name_or_path': path, 'subfolder': 'text_encoder'}
+            self.encoder = load_whole(CLIPTextModel, 'condition', **spec).requires_grad_(False).eval()
+        except (OSError, ValueError, TypeError) as error:
             raise AsrError(
                 f'condition: {path} has no tokenizer and text_encoder that can be loaded '
                 f'({str(error).strip().splitlines()[0]})'

@@ -6,9 +6,12 @@ diffusers' training scripts where they have one.
 
 from __future__ import annotations
 
+DEFAULT_SCHEDULE = dict(type='DDPMScheduler', num_train_timesteps=1000, beta_schedule='linear')
+
 # What is trained: a class of diffusers and its arguments,
 #   dict(type='UNet2DModel', sample_size=32, in_channels=3, out_channels=3, ...), or
-#   dict(type='UNet2DModel', pretrained_model_name_or_path='PATH or id', subfolder='unet').
+#   dict(type='UNet2DModel', pretrained_model_name_or_path='PATH or id').
+# Of a pipeline the part of this class is found; subfolder='...' names another one.
 model: dict | None = None
 plug: dict | list | None = None  # which attention, such as dict(type='ASR', attention=dict(type='SE', reduction=16))
 # Which self-attention is replaced by LSTMs, after the plug: dict(type='FAR', variant='M3', layers='all'), see
@@ -20,8 +23,9 @@ replace: dict | None = None
 condition: dict | None = None
 vae: dict | None = None  # dict(pretrained_model_name_or_path=..., subfolder='vae'): train on its latents
 
-# What is learnt. prediction_type of the scheduler: epsilon, v_prediction or sample.
-noise_scheduler: dict = dict(type='DDPMScheduler', num_train_timesteps=1000, beta_schedule='linear')
+# What is learnt. prediction_type of the scheduler: epsilon, v_prediction or sample. None, and keys that are not given:
+# those of the pipeline of a pretrained model, which they may not contradict; without one DEFAULT_SCHEDULE.
+noise_scheduler: dict | None = None
 snr_gamma: float | None = None  # min-SNR weighting (arXiv 2303.09556), which recommends 5.0
 
 # Other defaults than those of the engine.

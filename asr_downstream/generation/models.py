@@ -14,6 +14,7 @@ from asr_downstream.configs import plain
 from asr_downstream.description import describe
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 from asr_downstream.far import replace
+from asr_downstream.generation.pretrained import find_model, load_whole
 from asr_downstream.plugging import plug
 from asr_downstream.sites import some
 
@@ -101,10 +102,12 @@ def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:
     if name not in known:
         raise AsrError(f'{what}: type={name!r} is not one that is trained here; {did_you_mean(str(name), known)}')
     cls = getattr(diffusers, name)
-    pretrained = arguments.pop('pretrained_model_name_or_path', None)
+    pretrained = arguments.get('pretrained_model_name_or_path')
+    if pretrained is not None and issubclass(cls, diffusers.ModelMixin):
+        return load_whole(cls, what, **find_model(arguments, name, what))
     try:
         if pretrained is not None:
-            return cls.from_pretrained(pretrained, **arguments)
+            return cls.from_pretrained(**arguments)
         takes = inspect.signature(cls.__init__).parameters
         for key in arguments:
             if key not in takes:

@@ -16,7 +16,9 @@ from asr_downstream.engine.images import Images, build_images
 from asr_downstream.errors import AsrError
 from asr_downstream.generation.conditions import Condition, build_condition
 from asr_downstream.generation.data import Samples
+from asr_downstream.generation.defaults import DEFAULT_SCHEDULE
 from asr_downstream.generation.models import build_model, build_scheduler, sample_shape
+from asr_downstream.generation.pretrained import find_model, load_whole, noise_schedule
 
 __all__ = ['Parts', 'build_parts']
 
@@ -84,26 +86,28 @@ class Parts:
         return self.condition.arguments(batch['label'], dropped)
 
 
-def build_parts(config: Config, plugged: bool = True, data: bool = True) -> Parts:
+def build_parts(config: Config, plugged: bool = True, data: bool = True, trained: bool = False) -> Parts:
     """Build everything that a config names.
 
     Args:
-        config: a diffusion config.
+        config: a diffusion config; its ``noise_scheduler`` is filled in from the pipeline of a pretrained model.
         plugged: whether to plug the model as it says.
         data: whether to open the images; sampling and folding do not need them.
+        trained: whether the config is that of a run, which was trained with the noise schedule that it says.
 
     Raises:
         AsrError: something is not known or does not fit; the message says which key.
         DataError: the images are not there.
     """
+    if not trained or config.noise_scheduler is None:
+        config.noise_scheduler = noise_schedule(config.noise_scheduler, config.model, dict(DEFAULT_SCHEDULE))
     model = build_model(config, plugged)
     vae = None
     if config.vae is not None:
         arguments = plain(config.vae)
-        try:
-            vae = diffusers.AutoencoderKL.from_pretrained(arguments.pop('pretrained_model_name_or_path'), **arguments)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise AsrError(f'vae: {config.vae} cannot be loaded ({str(error).strip().splitlines()[0]})') from error
+        if not isinstance(arguments.get('pretrained_model_name_or_path'), str):
+            raise AsrError(f"vae: {config.vae} cannot be loaded; give dict(pretrained_model_name_or_path='...')")
+        vae = load_whole(diffusers.AutoencoderKL, 'vae', **find_model(arguments, 'AutoencoderKL', 'vae'))
         vae.requires_grad_(False).eval()
     channels, height, width = sample_shape(model)
     images = build_images(config.data, channels if vae is None else vae.config.in_channels) if data else None

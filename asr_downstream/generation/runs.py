@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
+from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint, state_dict_of
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.config import CONFIG_FILE
 from asr_downstream.engine.resuming import AVERAGE, WEIGHTS
@@ -79,8 +79,10 @@ def load_run(path: Path, data: bool | Path = False, ema: bool | None = None, con
     weights = checkpoint / (AVERAGE if ema else WEIGHTS)
     if not weights.is_file():
         raise CheckpointError(f'{checkpoint}: has no {weights.name}; was it trained with use_ema=False?')
-    parts = build_parts(config, data=bool(data))
-    load_state(parts.model, state_dict_of(read_checkpoint(weights), weights), weights)
+    state = state_dict_of(read_checkpoint(weights), weights)
+    check_weights_finite(state, weights)
+    parts = build_parts(config, data=bool(data), trained=True)
+    load_state(parts.model, state, weights)
     parts.model.eval()
     step = int(checkpoint.name.rpartition('-')[2])
     return Run(folder, config, checkpoint, step, ema, sha256(weights), parts)

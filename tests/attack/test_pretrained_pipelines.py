@@ -20,8 +20,6 @@ from asr_downstream.generation.parts import build_parts
 from asr_downstream.generation.runs import load_run
 from asr_downstream.generation.training import train
 
-WRONG_SCHEDULE = pytest.mark.xfail(strict=True, reason='the schedule of the pipeline is not looked at')
-UNSEEN = pytest.mark.xfail(strict=True, reason='tensors that lack stay without memory, and those of plugs are dropped')
 DAMAGES = ('lacks', 'has more', 'plugged', 'not finite', 'bin')
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
 VELOCITY = dict(prediction_type='v_prediction', beta_schedule='squaredcos_cap_v2', num_train_timesteps=50)
@@ -49,7 +47,6 @@ def schedule(config: Any) -> dict[str, Any]:
     return {key: found[key] for key in VELOCITY}
 
 
-@WRONG_SCHEDULE
 @pytest.mark.parametrize('form', ['subfolder', 'found', 'path'])
 def test_the_schedule_of_the_pipeline_is_taken(tmp_path: Path, pipe: Path, form: str) -> None:
     settings = {'subfolder': pretrained(pipe, subfolder='unet'), 'found': pretrained(pipe)}
@@ -57,7 +54,6 @@ def test_the_schedule_of_the_pipeline_is_taken(tmp_path: Path, pipe: Path, form:
     assert schedule(config) == VELOCITY
 
 
-@WRONG_SCHEDULE
 def test_a_run_keeps_the_schedule_when_the_pipeline_changes(tmp_path: Path, pipe: Path) -> None:
     own = Path(shutil.copytree(pipe, tmp_path / 'own'))
     last = train(config_for(tmp_path, **pretrained(own, subfolder='unet'), max_train_steps=1))
@@ -68,7 +64,6 @@ def test_a_run_keeps_the_schedule_when_the_pipeline_changes(tmp_path: Path, pipe
     assert run.config.noise_scheduler['num_train_timesteps'] == 50
 
 
-@WRONG_SCHEDULE
 @pytest.mark.parametrize(
     ('said', 'both'),
     [
@@ -84,7 +79,6 @@ def test_a_contradiction_names_both_values(tmp_path: Path, pipe: Path, said: Any
     assert_refused(done, key, *both, str(pipe), 'leave')
 
 
-@WRONG_SCHEDULE
 def test_what_agrees_is_taken_and_the_rest_is_the_pipelines(tmp_path: Path, pipe: Path) -> None:
     said = dict(type='DDPMScheduler', prediction_type='v_prediction', variance_type='fixed_large')
     config = config_for(tmp_path, **{**pretrained(pipe, subfolder='unet'), 'noise_scheduler': said})
@@ -101,7 +95,6 @@ def test_without_a_pipeline_the_default_holds(tmp_path: Path, pipe: Path) -> Non
         }  # fmt: skip
 
 
-@WRONG_SCHEDULE
 def test_the_schedulers_of_other_samplers_are_read(tmp_path: Path, pipe: Path) -> None:
     own = Path(shutil.copytree(pipe, tmp_path / 'own'))
     sampler = diffusers.PNDMScheduler(beta_schedule='scaled_linear', beta_start=0.00085, beta_end=0.012)
@@ -123,7 +116,6 @@ def test_the_schedulers_of_other_samplers_are_read(tmp_path: Path, pipe: Path) -
         ('flow', 'FlowMatchEulerDiscreteScheduler'),
     ],
 )
-@WRONG_SCHEDULE
 def test_a_pipeline_that_cannot_be_read_is_named(tmp_path: Path, pipe: Path, damage: str, message: str) -> None:
     own = Path(shutil.copytree(pipe, tmp_path / 'own'))
     if damage == 'no scheduler':
@@ -136,7 +128,6 @@ def test_a_pipeline_that_cannot_be_read_is_named(tmp_path: Path, pipe: Path, dam
         build_parts(config_for(tmp_path, **pretrained(own, subfolder='unet')))
 
 
-@pytest.mark.xfail(strict=True, reason='the class of the folder is not looked at')
 def test_the_part_of_another_class_is_named(tmp_path: Path) -> None:
     own = tmp_path / 'text'
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -149,11 +140,12 @@ def test_the_part_of_another_class_is_named(tmp_path: Path) -> None:
         feature_extractor=None, requires_safety_checker=False,
     ).save_pretrained(own)  # fmt: skip
     for settings in (pretrained(own), pretrained(own, subfolder='unet'), pretrained(own / 'unet')):
-        with pytest.raises(AsrError, match="UNet2DConditionModel.*type='UNet2DModel'"):
+        with pytest.raises(AsrError, match="type='UNet2DModel'") as caught:
             build_model(config_for(tmp_path, **settings))
+        assert 'UNet2DConditionModel' in str(caught.value)
 
 
-@pytest.mark.parametrize('damage', [*(pytest.param(d, marks=UNSEEN) for d in DAMAGES), 'cut'])
+@pytest.mark.parametrize('damage', [*DAMAGES, 'cut'])
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, pipe: Path, damage: str) -> None:
     own = Path(shutil.copytree(pipe / 'unet', tmp_path / 'unet'))
     state = load_file(own / WEIGHTS)
@@ -180,7 +172,6 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, pipe: Path, damage:
     assert_refused(done, str(own), message)
 
 
-@pytest.mark.xfail(strict=True, reason='tensors that lack stay without memory')
 def test_a_vae_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     vae(1).save_pretrained(tmp_path / 'vae')
     state = load_file(tmp_path / 'vae' / WEIGHTS)
