@@ -6,6 +6,8 @@ lets a YAML file construct any Python object, so importing this module replaces 
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,9 @@ import yaml
 from mmengine.config import Config
 from mmengine.fileio import BaseFileHandler, register_handler
 
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import AsrError, did_you_mean
 
-__all__ = ['override', 'plain', 'read_config']
+__all__ = ['check_arguments', 'override', 'plain', 'read_config', 'without_templates']
 
 
 @register_handler(['yaml', 'yml'])
@@ -63,6 +65,38 @@ def override(config: Config, options: dict[str, Any] | None, path: Path) -> None
         config.merge_from_dict(options or {})
     except Exception as error:
         raise AsrError(f'--cfg-options {options}: do not fit {path} ({type(error).__name__}: {error})') from error
+
+
+def without_templates(text: str) -> str:
+    """Text of a config in which MMEngine finds no ``{{ template }}``: names and paths that hold one stay as they are.
+
+    In Python text, two braces can only follow each other inside of a string.
+    """
+    return text.replace('{{', '{\\x7b')
+
+
+def check_arguments(cls: type, arguments: dict[str, Any], what: str, given: Collection[str] = ()) -> None:
+    """Refuse arguments that a class does not take, or that it needs and does not get.
+
+    Args:
+        cls: the class.
+        arguments: of the config.
+        what: where they are, for the message, such as ``'data: Zip'``.
+        given: names of the arguments that do not come from the config.
+
+    Raises:
+        AsrError: see above.
+    """
+    takes = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
+    named = {name for name, p in takes.items() if p.kind is not p.VAR_KEYWORD}
+    if len(named) == len(takes):
+        for key in arguments:
+            if key not in named:
+                known = did_you_mean(key, named) if named else 'it takes none'
+                raise AsrError(f'{what} takes no {key!r}; {known}')
+    for name in sorted(named - arguments.keys()):
+        if takes[name].default is inspect.Parameter.empty:
+            raise AsrError(f'{what} needs {name!r}; add {name}=...')
 
 
 def plain(value: Any) -> Any:

@@ -170,7 +170,15 @@ def check_connected(model: nn.Module) -> None:
 
 
 def render(table: Table, width: int = 140) -> str:
-    """Render a rich table as plain text, for logs and files."""
-    console = Console(file=StringIO(), width=width, color_system=None)
+    """Render a rich table as plain text, for logs and files; what is in its cells is text and no markup."""
+    console = Console(
+        file=StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
     console.print(table)
     return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import track
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 __all__ = ['bar']
 
@@ -17,7 +17,15 @@ def bar(items: Iterable[T], text: str) -> Iterator[T]:
     """Iterate with a bar that goes away when done; where there is no terminal, only say what is done."""
     console = Console()
     if console.is_terminal:
-        yield from track(items, description=text, transient=True, console=console)
+        # a text such as '[bold]' is the name of a run, and no markup
+        columns = (
+            TextColumn('{task.description}', markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, transient=True, console=console) as progress:
+            yield from progress.track(items, description=text)
     else:
         print(f'{text} ...', flush=True)
         yield from items

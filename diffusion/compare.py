@@ -2,8 +2,8 @@
 
     python diffusion/compare.py work_dirs/unet-w32_cifar10 work_dirs/unet-w32-asr-se_cifar10 --out work_dirs/compared
 
-Writes curves.png, results.json and, of steps that all runs have samples of, samples.png. FID is there for the
-checkpoints that diffusion/evaluate.py was run on.
+Writes curves.png, results.json and samples.png, where a step that a run has no samples of is left empty. FID is there
+for the checkpoints that diffusion/evaluate.py was run on.
 """
 
 from __future__ import annotations

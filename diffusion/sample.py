@@ -30,12 +30,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
+    from asr_downstream.files import check_writable
     from asr_downstream.generation.folding import fold_run
     from asr_downstream.generation.pictures import save_grid, save_images
     from asr_downstream.generation.runs import load_run
     from asr_downstream.generation.sampling import build_sampler, generate
 
     run = load_run(args.run, ema=cli.ema(args))
+    out = args.out or run.folder / 'images'
+    check_writable(out)
     if args.show:
         run.parts.condition.choose(args.show)
     model = fold_run(run)[0] if args.fold else run.parts.model
@@ -45,7 +48,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         model.to(device), run.parts, build_sampler(args.sampler, run.parts.scheduler), range(args.num_samples),
         args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images',
     )  # fmt: skip
-    out = args.out or run.folder / 'images'
     save_grid(out / 'grid.png', images, args.columns)
     if args.single:
         save_images(out, images, range(args.num_samples))

@@ -154,7 +154,7 @@ def test_runs_that_cannot_be_folded_or_read_say_why(run: Path, tmp_path: Path) -
     with pytest.raises(CheckpointError, match='is no run of diffusion/train.py'):
         load_run(tmp_path)
     with pytest.raises(CheckpointError, match='nothing to fold'):
-        fold_and_ship(load_run(trained(tmp_path / 'stock')), tmp_path / 'out')
+        fold_run(load_run(trained(tmp_path / 'stock')))
     with pytest.raises(FoldError, match='depend on the input'):
         fold_and_ship(load_run(trained(tmp_path / 'dia', plug=DIA)), tmp_path / 'out')
     with pytest.raises(CheckpointError, match='has no ema.safetensors'):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_downstream import cli
+from asr_downstream.errors import AsrError, CheckpointError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,9 +34,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from asr_downstream.far import evaluation
-    from asr_downstream.files import write_json
+    from asr_downstream.files import check_writable, write_json
     from asr_downstream.versions import versions
 
+    if not (args.folder / 'shipped').is_dir():
+        raise CheckpointError(f'{args.folder}: has no shipped models; give the folder that tools/distill_far.py wrote')
+    check_writable(args.folder)
+    if (args.folder / 'evaluation.json').is_dir():
+        raise AsrError(f'{args.folder / "evaluation.json"}: cannot be written, it is a folder')
     models = {name: model.to(args.device) for name, model in evaluation.load_family(args.folder).items()}
     task = evaluation.task_of(args.folder, models[evaluation.TEACHER], args.data)
     numbers = evaluation.measure_family(models, task, args.rounds)

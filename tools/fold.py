@@ -9,7 +9,8 @@ config as shipped/detector.py, and shipped/fold_report.json. What is shipped nee
 package.
 
 Diffusion: writes a folder that DDPMPipeline.from_pretrained('shipped/digits') loads, with a model card, samples.png
-and fold_report.json. What is shipped needs diffusers and nothing of this package.
+and fold_report.json. What is shipped needs diffusers and nothing of this package. A run without a plug is shipped as it
+is; one whose attention is replaced (FAR) as a folder for asr_downstream.far.shipping.load_far.
 
 The gates of ASR fold exactly. With --calibrate N, gates that depend on the input (SE, DIA, ...) are replaced by their
 mean over N training images; how constant they were and what that changes is printed and in the report.
@@ -38,6 +39,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data-root', type=Path, help="detector: folder of the data set, instead of the config's")
     parser.add_argument('--data', type=Path, help="diffusion: images to calibrate with, instead of the config's")
     parser.add_argument('--weights', choices=['ema', 'raw'], help='diffusion: default: the average, if there is one')
+    parser.add_argument('--license', metavar='ID', help='diffusion: for the model card, such as apache-2.0')
+    parser.add_argument('--base-model', metavar='ID', help='diffusion: for the card: what the training started from')
+    parser.add_argument('--dataset', action='append', metavar='ID', help='diffusion: for the card; may be repeated')
+    parser.add_argument('--tag', action='append', metavar='TAG', help='diffusion: for the card; may be repeated')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='detector: override')
     args = parser.parse_args(argv)
@@ -52,7 +57,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.error('--data goes with --calibrate N')
         fold_run(args)
     elif len(args.paths) == 3:
-        refuse(parser, args, 'a run of diffusion/train.py', ('data', 'weights'))
+        refuse(
+            parser, args, 'a run of diffusion/train.py', ('data', 'weights', 'license', 'base_model', 'dataset', 'tag')
+        )
         fold_detector(args)
     else:
         parser.error('expected RUN OUT, or CONFIG CHECKPOINT OUT')
@@ -70,12 +77,19 @@ def fold_run(args: argparse.Namespace) -> None:
     path, out = args.paths
     if path.is_file():
         raise AsrError(f'{path}: is a file; expected RUN OUT, or for a detector CONFIG CHECKPOINT OUT')
+    from asr_downstream.files import check_writable
+    from asr_downstream.generation.card import Metadata
     from asr_downstream.generation.runs import load_run
     from asr_downstream.generation.shipping import fold_and_ship
 
+    check_writable(out.absolute().parent)
     run = load_run(path, (args.data or True) if args.calibrate else False, cli.ema(args))
-    result = fold_and_ship(run, out, args.calibrate)
-    if result['difference'] is None:
+    metadata = Metadata(args.license, args.base_model, tuple(args.dataset or ()), tuple(args.tag or ()))
+    result = fold_and_ship(run, out, args.calibrate, metadata)
+    if result.get('replaced'):
+        print(f'{out}: {result["model"]} with replaced attention, for asr_downstream.far.shipping.load_far, and a card')
+        return
+    if not result['sites'] or result['difference'] is None:
         print(result['report'])
     else:
         found = result['difference']

@@ -14,7 +14,7 @@ from typing import Any
 
 from mmengine.config import Config
 
-from asr_downstream.configs import override, read_config
+from asr_downstream.configs import override, read_config, without_templates
 from asr_downstream.engine import defaults
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.files import cannot_write, write_atomically
@@ -144,8 +144,11 @@ def point_at_data(spec: Any, data: Path | None = None) -> None:
     """Find the ``path`` of a ``data`` of a config, in place; see `Schema.load`.
 
     Raises:
+        AsrError: its path is no text.
         DataError: ``data`` does not exist.
     """
+    if not isinstance(spec.get('path'), str | None):
+        raise AsrError(f'data: path={spec["path"]!r} should be a text')
     shared = os.environ.get('ASR_DATA_ROOT')
     if data is not None:
         if not data.exists():
@@ -183,7 +186,7 @@ def portable(config: Config, **changes: Any) -> str:
     """
     content = {**config.to_dict(), 'output_dir': None, **changes}
     try:
-        return f'# Resolved config of a run.\n{Config(written(content)).pretty_text}'
+        return f'# Resolved config of a run.\n{without_templates(Config(written(content)).pretty_text)}'
     except Exception as error:  # of yapf, which formats it
         raise AsrError(f'{CONFIG_FILE}: would hold values that cannot be read again ({error})') from error
 

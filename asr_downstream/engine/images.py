@@ -12,7 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from asr_downstream.configs import plain
+from asr_downstream.configs import check_arguments, plain
 from asr_downstream.engine.sources import SOURCES, Source
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.sites import some
@@ -131,6 +131,13 @@ def build_images(spec: dict[str, Any], channels: int) -> Images:
     cls = SOURCES.get(name) if name else None
     if cls is None:
         raise AsrError(f'data: type={name!r} is not known; {did_you_mean(name, SOURCES.module_dict)}')
+    check_arguments(cls, arguments, f'data: {name}')
+    kinds = {'path': str, 'resolution': int, 'random_flip': bool, 'max_bad_share': (int, float)}
+    for key, value in {**own, **arguments}.items():
+        if key in kinds and (not isinstance(value, kinds[key]) or (kinds[key] is int and isinstance(value, bool))):
+            raise AsrError(f'data: {key}={value!r} is of the wrong kind, {type(value).__name__}')
+    if own['resolution'] < 1:
+        raise AsrError(f'data: resolution={own["resolution"]} should be at least 1')
     try:
         source = cls(**arguments)
     except TypeError as error:

@@ -171,6 +171,11 @@ class HubDataset(Source):
             self.rows = datasets.load_dataset(path, name, split=split, **kwargs)
         except Exception as error:  # its errors have no common class
             raise DataError(f'{path}: cannot be loaded by datasets ({type(error).__name__}: {error})') from error
+        if not isinstance(self.rows, datasets.Dataset):  # a stream, or all splits
+            raise DataError(
+                f'{path}: images are drawn by number, which a {type(self.rows).__name__} cannot do; leave out '
+                f"streaming, and name a split='train' (streaming={kwargs.get('streaming', False)}, split={split!r})"
+            )
         self.path = f'{path}[{split}]'
         features = self.rows.features
         self.image_column = self.column(features, image_column, datasets.Image, 'image')

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.image_processing_base import ImageProcessingMixin
 
+from asr_downstream.checkpoint import check_weights_finite
 from asr_downstream.configs import plain
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.draws import generator
@@ -49,6 +50,7 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
             model, found = cls.from_pretrained(pretrained, output_loading_info=True, **arguments)
             if lost := sorted(key for key in found['missing_keys'] if not key.startswith('classifier.')):
                 raise AsrError(f'teacher: {pretrained} has no {some(lost)}: is it a {name}? Its config.json says')
+            check_weights_finite(model.state_dict(), Path(pretrained))
             return model.eval()
         known = vars(cls.config_class())
         for key in arguments:
@@ -57,8 +59,8 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
         return cls(cls.config_class(**arguments)).eval()
     except AsrError:
         raise
-    except (OSError, ValueError, TypeError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0][:200]
+    except Exception as error:  # libraries raise anything for damaged files
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise AsrError(f'teacher: {name} cannot be made from {pretrained or arguments} ({first})') from error
 
 

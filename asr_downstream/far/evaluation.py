@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
@@ -22,13 +21,14 @@ from asr_downstream.far.config import SCHEMA
 from asr_downstream.far.description import mixers
 from asr_downstream.far.relations import attention_maps, draw_relations, mixer_maps, similarity
 from asr_downstream.far.replacing import find_attentions
-from asr_downstream.far.shipping import FAR_FILE, load_far
+from asr_downstream.far.shipping import FAR_FILE, load_far, read_facts
 from asr_downstream.far.stages import replaced
 from asr_downstream.timing import faster_from, paired_times, ratio
 
 __all__ = ['compare_relations', 'load_family', 'measure_family', 'sweep', 'sweep_table', 'table', 'task_of']
 
 TEACHER = 'teacher'
+UNTRAINED, UNIFORM = CONTROLS = 'not trained', 'uniform'  # of the token relations
 TOKENS, BATCHES = (64, 128, 256, 512, 1024, 2048, 4096), (1, 8, 32)
 
 
@@ -36,12 +36,22 @@ def load_family(folder: Path) -> dict[str, nn.Module]:
     """Models below ``folder/shipped``, the teacher first, then by the number of parameters.
 
     Raises:
-        CheckpointError: there is no teacher, or nothing else.
+        CheckpointError: there is no teacher, or nothing else, or two have one name.
     """
     folders = sorted(path.parent for path in (folder / 'shipped').glob(f'[!.]*/{FAR_FILE}'))
-    models = {json.loads((f / FAR_FILE).read_text()).get('name', f.name): load_far(f) for f in folders}
-    if TEACHER not in models or len(models) < 2:
+    named: dict[str, Path] = {}
+    for path in folders:
+        name = read_facts(path).get('name', path.name)
+        if not isinstance(name, str) or not name or name in CONTROLS:
+            raise CheckpointError(f'{path / FAR_FILE}: name={name!r} cannot be the name of a model; give it another')
+        if name in named:
+            raise CheckpointError(f'{path / FAR_FILE}: the name {name!r} is that of {named[name]}; give it another')
+        named[name] = path
+    if TEACHER not in named or len(named) < 2:
         raise CheckpointError(f'{folder}: has no shipped teacher and FAR model; run tools/distill_far.py first')
+    if read_facts(named[TEACHER])['replace'] is not None:
+        raise CheckpointError(f'{named[TEACHER]}: is called {TEACHER!r}, but its attention is replaced')
+    models = {name: load_far(path) for name, path in named.items()}
     rest = sorted((name for name in models if name != TEACHER), key=lambda name: -cost.parameters(models[name]))
     return {name: models[name] for name in (TEACHER, *rest)}
 
@@ -201,8 +211,8 @@ def compare_relations(models: dict[str, nn.Module], task: Classification, images
         TEACHER: attention_maps(teacher, find_attentions(teacher, task.config.replace.get('layers', 'all')), inputs)
     }
     maps |= {name: mixer_maps(model, inputs) for name, model in models.items() if name != TEACHER}
-    maps['not trained'] = mixer_maps(untrained, inputs)
-    maps['uniform'] = {layer: torch.ones_like(found) / found.shape[-1] for layer, found in maps[TEACHER].items()}
+    maps[UNTRAINED] = mixer_maps(untrained, inputs)
+    maps[UNIFORM] = {layer: torch.ones_like(found) / found.shape[-1] for layer, found in maps[TEACHER].items()}
     scores = {
         name: {layer: similarity(found[layer], maps[TEACHER][layer]) for layer in found}
         for name, found in maps.items()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch import nn
 
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.training import train
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.budgets import Budget, cut
 from asr_downstream.far.config import derived, with_epochs
 from asr_downstream.far.description import describe
@@ -38,7 +39,7 @@ from asr_downstream.far.stages import (
     students,
     world,
 )
-from asr_downstream.files import write_json
+from asr_downstream.files import first_line, write_json
 
 __all__ = ['prune_family', 'ship_trained']
 
@@ -149,12 +150,37 @@ def config_task(settings: Config, student: nn.Module, teacher: nn.Module) -> Dis
 
 def cut_once(model: Any, budget: Budget, settings: Config, relative: bool, file: Path | None) -> float:
     """Cut a model, or do as ``file`` says that it was cut before: a latency measured again would give other widths."""
-    if file is not None and file.is_file():
-        content = json.loads(file.read_text())
-        found = scores(model, content['relative'])
-        shrink(model, units_above(found, content['threshold']))
+    if file is not None and file.exists():
+        content = read_cut(file)
+        if content['relative'] != relative:
+            raise AsrError(
+                f'{file}: was cut by {"relative" if content["relative"] else "absolute"} norms; resume with the same'
+            )
+        shrink(model, units_above(scores(model, relative), content['threshold']))
+        if model.replace_spec['widths'] != content['widths']:
+            raise CheckpointError(
+                f'{file}: its threshold {content["threshold"]:g} gives other widths than it says: it is damaged, or '
+                f'the stage before was trained again; delete the folder, or prune without --resume'
+            )
         return content['threshold']
     return cut(model, budget, build_task(settings, model).example(), relative)
+
+
+def read_cut(file: Path) -> dict[str, Any]:
+    """Read how a member was cut.
+
+    Raises:
+        CheckpointError: the file is damaged.
+    """
+    try:
+        content = json.loads(file.read_text(encoding='utf-8'))
+        threshold, relative, widths = content['threshold'], content['relative'], content['widths']
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f'{file}: is damaged ({first_line(error)[:120]}); delete it to cut again') from error
+    number = type(threshold) in (int, float) and math.isfinite(threshold)
+    if not number or not isinstance(relative, bool) or not isinstance(widths, dict):
+        raise CheckpointError(f'{file}: is damaged (a value is of another kind); delete it to cut again')
+    return content
 
 
 def run_once(task: Distillation, folder: Path, resume: bool, say: Callable[[str], None]) -> None:

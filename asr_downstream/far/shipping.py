@@ -6,36 +6,43 @@ import importlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from asr_downstream import description as gates
-from asr_downstream.checkpoint import load_state
+from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint, state_dict_of
 from asr_downstream.configs import plain
-from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.far.description import check_replaced, mixers
 from asr_downstream.far.replacing import replace
-from asr_downstream.files import writable_folder, write_json
+from asr_downstream.files import first_line, writable_folder, write_json, writing
 from asr_downstream.folding import fold
 from asr_downstream.versions import versions
 
-__all__ = ['FAR_FILE', 'load_far', 'save_far']
+__all__ = ['FAR_FILE', 'load_far', 'read_facts', 'save_far']
 
 FAR_FILE = 'far.json'
 WEIGHTS = {'transformers': 'model.safetensors', 'diffusers': 'diffusion_pytorch_model.safetensors'}
 
 
-def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> Path:
+def save_far(
+    model: Any,
+    folder: Path,
+    about: dict[str, Any] | None = None,
+    others: Callable[[Path], Any] | None = None,
+) -> Path:
     """Write a model of transformers or diffusers, replaced or stock, gates folded, to a folder, whole or not at all.
 
     Args:
         model: the model; a stock one is written as its library does, and can be read by that alone.
         folder: is replaced if it is such a folder already.
         about: further facts for ``far.json``.
+        others: writes what else belongs into the folder that it is given, such as a card.
 
     Raises:
         AsrError: the model is of another library, or the folder is something else or cannot be written.
@@ -53,10 +60,6 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
         raise AsrError(f'{folder}: exists and has no {FAR_FILE}; choose another folder')
     if gates.describe(model).sites:
         model = fold(model)[0]
-    aside = writable_folder(folder.with_name(f'.{folder.name}.tmp'))
-    model.config.save_pretrained(aside) if library == 'transformers' else model.save_config(aside)
-    state = {name: value.contiguous() for name, value in model.state_dict().items()}
-    save_file(state, aside / WEIGHTS[library], {'format': 'pt'})
     content = {
         'library': library,
         'class': type(model).__name__,
@@ -65,47 +68,87 @@ def save_far(model: Any, folder: Path, about: dict[str, Any] | None = None) -> P
         **(about or {}),
         'versions': versions(),
     }
-    write_json(aside / FAR_FILE, content)
-    old = folder.with_name(f'.{folder.name}.old')
-    if folder.exists():
-        os.replace(folder, old)
-    os.replace(aside, folder)
-    shutil.rmtree(old, ignore_errors=True)
+    aside = writable_folder(folder.with_name(f'.{folder.name}.tmp'))
+    try:
+        with writing(folder, sum(value.nbytes for value in model.state_dict().values())):
+            model.config.save_pretrained(aside) if library == 'transformers' else model.save_config(aside)
+            state = {name: value.contiguous() for name, value in model.state_dict().items()}
+            save_file(state, aside / WEIGHTS[library], {'format': 'pt'})
+            write_json(aside / FAR_FILE, content)
+            if others is not None:
+                others(aside)
+            old = folder.with_name(f'.{folder.name}.old')
+            if folder.exists():
+                os.replace(folder, old)
+            os.replace(aside, folder)
+            shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
-def load_far(folder: Path) -> Any:
+def load_far(folder: Path | str) -> Any:
     """Read what `save_far` wrote.
 
     Returns:
         The model, in eval mode, on the CPU.
 
     Raises:
-        CheckpointError: it is no such folder, or its weights do not fit.
+        CheckpointError: it is no such folder, a file in it is damaged, or its weights do not fit or are not finite.
     """
-    try:
-        content = json.loads((folder / FAR_FILE).read_text())
-        library, name, spec = content['library'], content['class'], content['replace']
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f'{folder}: has no {FAR_FILE} that can be read; give a folder of save_far') from error
-    if library not in WEIGHTS:
-        raise CheckpointError(f'{folder}: library {library!r} is not known')
-    cls = getattr(importlib.import_module(library), name, None)
+    folder = Path(folder)
+    content = read_facts(folder)
+    library, dtype = content['library'], getattr(torch, content['dtype'])
+    cls = getattr(importlib.import_module(library), content['class'], None)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
-        raise CheckpointError(f'{folder}: {library} has no model {name!r}')
-    settings: Any = cls
-    if library == 'transformers':
-        model = settings(settings.config_class.from_pretrained(folder))
-    else:
-        model = settings.from_config(settings.load_config(folder))
-    if spec is not None:
-        replace(model, spec)
+        raise CheckpointError(f'{folder / FAR_FILE}: {library} has no model {content["class"]!r}')
     weights = folder / WEIGHTS[library]
-    if not weights.is_file():
-        raise CheckpointError(f'{folder}: has no {weights.name}')
-    dtype = getattr(torch, content.get('dtype', 'float32'), None)
-    if not isinstance(dtype, torch.dtype):
-        raise CheckpointError(f'{folder}: dtype {content["dtype"]!r} is not known')
-    nn.Module.to(model, dtype)
-    load_state(model, load_file(weights), weights)
+    state = state_dict_of(read_checkpoint(weights), weights)
+    check_weights_finite(state, weights)
+    settings: Any = cls
+    try:
+        if library == 'transformers':
+            model = settings(settings.config_class.from_pretrained(folder, local_files_only=True))
+        else:
+            model = settings.from_config(settings.load_config(folder, local_files_only=True))
+        nn.Module.to(model, dtype)
+    except Exception as error:  # classes raise anything for settings that make no sense
+        raise CheckpointError(
+            f'{folder / "config.json"}: no {content["class"]} can be made from it ({first_line(error)[:200]}); is it '
+            f'damaged? Ship the model again'
+        ) from error
+    if content['replace'] is not None:
+        try:
+            replace(model, content['replace'])
+        except (PlugError, TypeError, AttributeError, ValueError, KeyError) as error:
+            raise CheckpointError(f'{folder / FAR_FILE}: its "replace" does not fit ({first_line(error)})') from error
+    load_state(model, state, weights)
     return model.eval()
+
+
+def read_facts(folder: Path) -> dict[str, Any]:
+    """Read ``far.json``: ``library``, ``class``, ``dtype`` and ``replace`` are what they should be.
+
+    Raises:
+        CheckpointError: they are not.
+    """
+    path = folder / FAR_FILE
+    try:
+        content = json.loads(path.read_text(encoding='utf-8'))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(
+            f'{folder}: has no {FAR_FILE} that can be read ({first_line(error)[:120]}); give a folder of save_far'
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f'{path}: holds a {type(content).__name__}; give a folder of save_far')
+    found = {'dtype': 'float32', **content}
+    dtype = getattr(torch, found['dtype'], None) if isinstance(found['dtype'], str) else None
+    fits = {
+        'library': isinstance(found.get('library'), str) and found['library'] in WEIGHTS,
+        'class': isinstance(found.get('class'), str) and found['class'].isidentifier(),
+        'dtype': isinstance(dtype, torch.dtype) and dtype.is_floating_point,
+        'replace': 'replace' in found and (found['replace'] is None or isinstance(found['replace'], dict)),
+    }
+    if wrong := [key for key, fit in fits.items() if not fit]:
+        raise CheckpointError(f'{path}: {wrong[0]}={found.get(wrong[0])!r} is not known; is it damaged?')
+    return found

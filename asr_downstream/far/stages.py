@@ -14,7 +14,7 @@ from mmengine.config import Config
 from torch import nn
 
 from asr_downstream import cost
-from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
+from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint, state_dict_of
 from asr_downstream.configs import plain
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.resuming import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
@@ -195,6 +195,10 @@ def load_weights(model: Any, run: Path) -> Any:
         CheckpointError: there is none, or they do not fit.
     """
     checkpoint = checkpoints.find(run)
-    weights = next(path for path in (checkpoint / AVERAGE, checkpoint / WEIGHTS) if path.is_file())
-    load_state(model, state_dict_of(read_checkpoint(weights), weights), weights)
+    weights = next(
+        (path for path in (checkpoint / AVERAGE, checkpoint / WEIGHTS) if path.is_file()), checkpoint / WEIGHTS
+    )
+    state = state_dict_of(read_checkpoint(weights), weights)
+    check_weights_finite(state, weights)
+    load_state(model, state, weights)
     return model

@@ -13,7 +13,7 @@ import torch
 from mmengine.registry import Registry
 from torch import Tensor
 
-from asr_downstream.configs import plain
+from asr_downstream.configs import check_arguments, plain
 from asr_downstream.engine.sources import Source
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.generation.pretrained import load_whole
@@ -96,7 +96,9 @@ class ClassLabels(Condition):
         key = 'num_embeds_ada_norm' if transformer else 'num_class_embeds'
         needed = len(self.classes) + (1 if drop and not transformer else 0)  # DiT adds its own
         if model.config.get(key) != needed:
-            why = f'{len(self.classes)} classes' + (' and one for no class, as drop > 0' if drop else '')
+            why = f'{len(self.classes)} classes'
+            if drop:
+                why += '; DiT adds the one for no class itself' if transformer else ' and one for no class, as drop > 0'
             raise AsrError(f'condition: model.{key}={model.config.get(key)} should be {needed} ({why})')
 
     def describe(self, index: int) -> Tensor:
@@ -217,6 +219,8 @@ class Text(Condition):
 
 def check_drop(drop: float) -> None:
     """Refuse a share that is none."""
+    if isinstance(drop, bool) or not isinstance(drop, int | float):
+        raise AsrError(f'condition: drop={drop!r} should be a share of the samples, from 0 to below 1')
     if not 0 <= drop < 1:
         raise AsrError(f'condition: drop={drop} should be a share of the samples, from 0 to below 1')
 
@@ -241,7 +245,5 @@ def build_condition(spec: dict[str, Any] | None, source: Source | None, model: A
     cls = CONDITIONS.get(name) if name else None
     if cls is None:
         raise AsrError(f'condition: type={name!r} is not known; {did_you_mean(name, CONDITIONS.module_dict)}')
-    try:
-        return cls(source, model, **arguments)
-    except TypeError as error:
-        raise AsrError(f'condition: {name} cannot be made from {arguments} ({error})') from error
+    check_arguments(cls, arguments, f'condition: {name}', given=('source', 'model'))
+    return cls(source, model, **arguments)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.reporting import Reporter
 from asr_downstream.engine.task import Task
+from asr_downstream.errors import DataError
 from asr_downstream.generation.config import SCHEMA
 from asr_downstream.generation.data import Samples
 from asr_downstream.generation.objective import denoising_loss
@@ -65,10 +66,14 @@ class Denoising(Task):
     def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
         """Write ``samples/step-<step>.png``: always the same noise."""
         config = self.config
-        images = generate(
-            model, self.parts, self.sampler, range(config.num_validation_images), config.num_inference_steps,
-            config.seed, config.train_batch_size, config.guidance_scale,
-        )  # fmt: skip
+        try:
+            images = generate(
+                model, self.parts, self.sampler, range(config.num_validation_images), config.num_inference_steps,
+                config.seed, config.train_batch_size, config.guidance_scale,
+            )  # fmt: skip
+        except DataError as error:  # whether the training itself diverged, the loop sees
+            reporter.say(f'step {step}: no samples: {error}')
+            return
         save_grid(run / 'samples' / f'step-{step:07d}.png', images)
         reporter.picture(step, grid(images))
 

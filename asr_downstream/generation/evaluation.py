@@ -20,16 +20,24 @@ from asr_downstream.configs import plain
 from asr_downstream.description import describe
 from asr_downstream.engine.draws import generator
 from asr_downstream.engine.images import Images
-from asr_downstream.errors import DataError
+from asr_downstream.errors import AsrError
+from asr_downstream.files import check_writable
 from asr_downstream.generation.encoder import FILE as ENCODER_FILE
 from asr_downstream.generation.encoder import train_encoder
 from asr_downstream.generation.folding import fold_run
-from asr_downstream.generation.metrics import KID_SUBSETS, Distances, build_extractor, features_of, subset_size
+from asr_downstream.generation.metrics import (
+    KID_SUBSETS,
+    Distances,
+    build_extractor,
+    check_metrics,
+    features_of,
+    subset_size,
+)
 from asr_downstream.generation.parts import Parts
 from asr_downstream.generation.pictures import save_grid
-from asr_downstream.generation.results import Result, save_results
+from asr_downstream.generation.results import Result, save_results, set_aside_damaged
 from asr_downstream.generation.runs import Run, load_run
-from asr_downstream.generation.sampling import build_sampler, generate
+from asr_downstream.generation.sampling import build_sampler, check_can_sample, generate
 from asr_downstream.timing import paired_times, ratio
 from asr_downstream.versions import versions
 
@@ -81,9 +89,11 @@ def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -
         data: the images, instead of those in the config.
 
     Raises:
-        AsrError: a run, its data or the extractor cannot be read.
+        AsrError: a run, its data or the extractor cannot be read, or the plan does not fit; said before any work.
         DataError: a real image cannot be decoded: a set that is silently shorter gives a wrong FID.
     """
+    for path in paths:
+        check_evaluable(load_run(path, False, plan.ema), plan)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     extractor: Any = None
     real: dict[str, tuple[Distances, str]] = {}
@@ -101,6 +111,22 @@ def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -
         save_results(run.folder, found)
         results += found
     return results
+
+
+def check_evaluable(run: Run, plan: Plan) -> None:
+    """Refuse what would only fail after the work: a plan that does not fit a run, or a folder that cannot be written.
+
+    Damaged earlier results are set aside.
+
+    Raises:
+        AsrError: see above.
+    """
+    check_metrics(plan.metrics)
+    if plan.num_samples < 2:
+        raise AsrError(f'{plan.num_samples} generated images are too few to compare; use --num-samples')
+    check_can_sample(run.parts, build_sampler(plan.sampler, run.parts.scheduler), plan.steps, plan.guidance_scale)
+    check_writable(run.folder / 'evaluation')
+    set_aside_damaged(run.folder)
 
 
 def extractor_for(run: Run, plan: Plan) -> Any:
@@ -173,8 +199,6 @@ def evaluate_run(
             plan.guidance_scale, f'{run.folder.name}, {arm}: {plan.num_samples} images',
             partial(run.parts.condition.like_data, order=order),
         )  # fmt: skip
-        if not generated[arm].isfinite().all():
-            raise DataError(f'{run.folder.name}: the generated images are not finite; the training diverged')
         # through 8 bits, as the real images have come
         features = features_of(extractor, ((b * 255).round() / 255 for b in generated[arm].split(256)))
         numbers[arm] = distances.to(features)

@@ -20,7 +20,7 @@ from asr_downstream.generation.runs import Run
 from asr_downstream.generation.sampling import build_sampler, generate
 from asr_downstream.verification import Verification, verify
 
-__all__ = ['SAMPLE_STEPS', 'TOLERANCE', 'calibration_batches', 'compare', 'fold_run', 'stock_of']
+__all__ = ['SAMPLE_STEPS', 'TOLERANCE', 'as_trained', 'calibration_batches', 'compare', 'fold_run', 'stock_of']
 
 # Relative to the largest value. Folding rounds each weight once; a network, and a sampler, add such roundings up.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
@@ -75,6 +75,13 @@ def fold_run(run: Run, calibrate: int | None = None) -> tuple[nn.Module, FoldRep
     return stock, report
 
 
+def as_trained(run: Run) -> tuple[nn.Module, FoldReport]:
+    """Model of a run without a plug, put into a stock one of its own, and a report that says so."""
+    stock = stock_of(run)
+    load_state(stock, run.parts.model.state_dict(), run.checkpoint)
+    return stock, FoldReport(message=f'{run.folder.name}: nothing to fold, it has no plug; shipped as it was trained')
+
+
 def stock_of(run: Run) -> nn.Module:
     """Stock model of a run, with weights of its own."""
     with torch.random.fork_rng():
@@ -96,7 +103,10 @@ def compare(run: Run, folded: nn.Module) -> dict[str, dict[str, float]]:
         name = str(dtype).removeprefix('torch.')
         with in_precision(run, dtype) as parts_of_run:
             ours = nn.Module.to(copy.deepcopy(run.parts.model), dtype)  # diffusers warns in its own to()
-            theirs = fold(ours)[0] if dtype == torch.float64 else folded
+            if dtype == torch.float64 and describe(ours).sites:
+                theirs = fold(ours)[0]
+            else:
+                theirs = nn.Module.to(copy.deepcopy(folded), dtype)
             model = verify_forward(parts_of_run, ours, theirs, dtype).relative
             samples = [sample(parts_of_run, m) for m in (ours, theirs)]
         found[name] = {'model': model, 'sample': float((samples[0] - samples[1]).abs().max())}

@@ -17,7 +17,7 @@ from asr_downstream.files import sha256
 from asr_downstream.generation.encoder import load_encoder
 from asr_downstream.progress import bar
 
-__all__ = ['METRICS', 'Distances', 'Extractor', 'Inception', 'build_extractor', 'features_of']
+__all__ = ['METRICS', 'Distances', 'Extractor', 'Inception', 'build_extractor', 'check_metrics', 'features_of']
 
 METRICS = ('fid', 'kid')
 KID_SUBSETS = 100
@@ -100,6 +100,17 @@ class Given(nn.Module):
         return features
 
 
+def check_metrics(names: Iterable[str]) -> None:
+    """Refuse names of metrics that are not known, or none at all.
+
+    Raises:
+        AsrError: see above.
+    """
+    unknown = sorted(set(names) - set(METRICS))
+    if unknown or not list(names):
+        raise AsrError(f'metrics {unknown or "of which there are none"} are not known; use {", ".join(METRICS)}')
+
+
 class Distances:
     """Distances to a set of real images.
 
@@ -114,8 +125,7 @@ class Distances:
 
     def __init__(self, real: Tensor, metrics: Iterable[str], seed: int = 0) -> None:
         self.metrics = list(metrics)
-        if unknown := set(self.metrics) - set(METRICS):
-            raise AsrError(f'metrics {sorted(unknown)} are not known; use {", ".join(METRICS)}')
+        check_metrics(self.metrics)
         self.real = real.double()
         self.seed = seed
 

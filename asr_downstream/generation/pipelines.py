@@ -10,7 +10,7 @@ from torch import nn
 from asr_downstream.generation.conditions import ClassLabels, Text
 from asr_downstream.generation.runs import Run
 
-__all__ = ['folder_of', 'pipeline_name', 'pipeline_of', 'usage']
+__all__ = ['folder_of', 'loop', 'pipeline_name', 'pipeline_of', 'quoted', 'usage']
 
 
 def pipeline_name(run: Run) -> str | None:
@@ -72,36 +72,55 @@ def usage(run: Run) -> str:
         lines.append(f'images = pipeline(batch_size=16, num_inference_steps={timesteps}).images')
     elif name == 'DiTPipeline':
         lines += [
-            f'labels = pipeline.get_label_ids([{condition.caption(0)!r}])',
+            f'labels = pipeline.get_label_ids([{quoted(condition.caption(0))}])',
             '# other than 1 needs the 1,000 classes of ImageNet, whose number is written into this pipeline',
             f'images = pipeline(labels, guidance_scale=1, num_inference_steps={steps}).images',
         ]
     else:
-        prompt = f'{condition.caption(0)!r}, guidance_scale={guidance}, num_inference_steps={steps}'
+        prompt = f'{quoted(condition.caption(0))}, guidance_scale={guidance}, num_inference_steps={steps}'
         lines.append(f'images = pipeline({prompt}).images')
     return '\n'.join(lines)
 
 
+def quoted(text: str) -> str:
+    """Python literal of a text that can stand in a comment, a table and a code block of Markdown."""
+    return repr(text).replace('`', '\\x60').replace('|', '\\x7c')
+
+
 def loop(run: Run) -> str:
-    """Code for what diffusers has no pipeline for."""
+    """Code for what diffusers has no pipeline for; with guidance, if the run was trained for it."""
     model, condition = type(run.parts.model).__name__, run.parts.condition
     part = folder_of(run.parts.model)
     lines = ['import torch', f'from diffusers import {model}, DDIMScheduler']
-    arguments = ''
+    call = ''
     prepare = []
     if isinstance(condition, ClassLabels):
-        arguments = ', class_labels=labels'
+        call = 'class_labels={}'
         labels = [number % len(condition.classes) for number in range(4)]
-        prepare = [f'labels = torch.tensor({labels})  # of {", ".join(condition.classes)}']
+        names = ', '.join(quoted(condition.classes[label]) for label in labels)
+        prepare = [f'given = torch.tensor({labels})  # {names}']
+        nothing = f'nothing = torch.full_like(given, {len(condition.classes)})  # the null class'
     elif isinstance(condition, Text):
-        arguments = ', encoder_hidden_states=embeddings'
+        call = 'encoder_hidden_states={}'
         lines.append('from transformers import CLIPTextModel, CLIPTokenizer')
+        tokens = "tokenizer({}, padding='max_length', truncation=True, return_tensors='pt').input_ids"
         prepare = [
             "tokenizer = CLIPTokenizer.from_pretrained('THIS FOLDER', subfolder='tokenizer')",
             "encoder = CLIPTextModel.from_pretrained('THIS FOLDER', subfolder='text_encoder')",
-            f'prompts = [{condition.caption(0)!r}] * 4',
-            "tokens = tokenizer(prompts, padding='max_length', truncation=True, return_tensors='pt')",
-            'embeddings = encoder(tokens.input_ids).last_hidden_state.detach()',
+            f'prompts = [{quoted(condition.caption(0))}] * 4',
+            f'given = encoder({tokens.format("prompts")}).last_hidden_state.detach()',
+        ]
+        empty = tokens.format("[''] * 4")
+        nothing = f'nothing = encoder({empty}).last_hidden_state.detach()'
+    predict = f'model(x, t.expand(4){", " if call else ""}{call.format("given")}).sample'
+    step = [f'        x = scheduler.step({predict}, t, x).prev_sample']
+    if condition.drop:
+        scale = run.config.guidance_scale
+        prepare += [nothing, f'guidance = {scale if scale != 1 else 2.0}  # 1: none']
+        step = [
+            f'        predicted = {predict}',
+            f'        without = {predict.replace("given", "nothing")}',
+            '        x = scheduler.step(without + guidance * (predicted - without), t, x).prev_sample',
         ]
     finish = ['images = (x / 2 + 0.5).clamp(0, 1)']
     if run.parts.vae is not None:
@@ -123,7 +142,7 @@ def loop(run: Run) -> str:
             f'x = torch.randn(4, {", ".join(map(str, run.parts.shape))})',
             'with torch.no_grad():',
             '    for t in scheduler.timesteps:',
-            f'        x = scheduler.step(model(x, t.expand(4){arguments}).sample, t, x).prev_sample',
+            *step,
             *finish,
         ]
     )

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.engine.draws import mix
-from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.generation.parts import Parts
 from asr_downstream.progress import bar
 
-__all__ = ['SAMPLERS', 'build_sampler', 'generate']
+__all__ = ['SAMPLERS', 'build_sampler', 'check_can_sample', 'generate']
 
 # diffusers: critical for the cosine schedule, whose last signal-to-noise ratios are next to nothing.
 COSINE = {'lambda_min_clipped': -5.1}
@@ -76,19 +76,29 @@ def generate(
 
     Raises:
         AsrError: training mode, too many steps, or guidance without ``drop``.
+        DataError: images are not finite.
     """
     if model.training:
         raise AsrError(f'{type(model).__name__} is in training mode: call model.eval() first')
-    if not 1 <= steps <= sampler.config.num_train_timesteps:
-        raise AsrError(f'{steps} inference steps: should be between 1 and {sampler.config.num_train_timesteps}')
-    if guidance_scale != 1 and not parts.condition.drop:
-        raise AsrError('guidance needs a condition that was trained with drop > 0')
+    check_can_sample(parts, sampler, steps, guidance_scale)
     batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
     images = []
     for batch in bar(batches, text) if text else batches:
         described = (describe or parts.condition.of_samples)(batch)
         images.append(generate_batch(model, parts, sampler, batch, described, steps, seed, guidance_scale))
     return torch.cat(images) if images else torch.empty(0, *parts.shape)
+
+
+def check_can_sample(parts: Parts, sampler: Any, steps: int, guidance_scale: float = 1.0) -> None:
+    """Refuse a sampling that does not fit a run.
+
+    Raises:
+        AsrError: too many steps, or guidance without ``drop``.
+    """
+    if not 1 <= steps <= sampler.config.num_train_timesteps:
+        raise AsrError(f'{steps} inference steps: should be between 1 and {sampler.config.num_train_timesteps}')
+    if guidance_scale != 1 and not parts.condition.drop:
+        raise AsrError('guidance needs a condition that was trained with drop > 0')
 
 
 def generate_batch(
@@ -120,4 +130,10 @@ def generate_batch(
             plain = model(scaled, when, **nothing).sample
             predicted = plain + guidance_scale * (predicted - plain)
         x = sampler.step(predicted, t, x, generator=streams).prev_sample
-    return parts.decode(x).float().cpu()
+    images = parts.decode(x).float().cpu()
+    if not (x.isfinite().all() and images.isfinite().all()):  # decoding clips infinity to white
+        raise DataError(
+            f'the generated images are not finite: {type(model).__name__} computes NaN or infinity; the training '
+            f'diverged, or the numbers are too large for {str(dtype).removeprefix("torch.")}'
+        )
+    return images

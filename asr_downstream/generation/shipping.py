@@ -15,11 +15,13 @@ import torch
 
 from asr_downstream.configs import plain
 from asr_downstream.cost import parameters
-from asr_downstream.errors import AsrError
-from asr_downstream.files import sha256, writable_folder, write_json
-from asr_downstream.generation.card import model_card
+from asr_downstream.description import describe
+from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.far.shipping import save_far
+from asr_downstream.files import cannot_write, check_writable, sha256, writable_folder, write_json, writing
+from asr_downstream.generation.card import Metadata, far_card, model_card
 from asr_downstream.generation.conditions import Text
-from asr_downstream.generation.folding import compare, fold_run
+from asr_downstream.generation.folding import as_trained, compare, fold_run
 from asr_downstream.generation.pictures import save_grid
 from asr_downstream.generation.pipelines import folder_of, pipeline_of
 from asr_downstream.generation.results import read_results
@@ -34,74 +36,89 @@ REPORT = 'fold_report.json'
 PICTURES, PICTURE_STEPS = 16, 50
 
 
-def fold_and_ship(run: Run, out: Path, calibrate: int | None = None) -> dict[str, Any]:
-    """Fold the model of a run and write a folder that plain diffusers loads.
+def fold_and_ship(
+    run: Run, out: Path, calibrate: int | None = None, metadata: Metadata | None = None
+) -> dict[str, Any]:
+    """Fold the model of a run, if it has a plug, and write a folder that plain diffusers loads.
 
     It holds the pipeline (safetensors only), a model card, ``samples.png`` and ``fold_report.json``. It is written
-    aside, read back, compared with the model of the run, and then renamed.
+    aside, read back, compared with the model of the run, and then renamed. A run whose attention is replaced is written
+    by `asr_downstream.far.shipping.save_far`, which needs this package.
 
     Args:
         run: loaded; with its data if ``calibrate`` is given.
         out: folder to write; one that this function has written before is replaced.
         calibrate: see `asr_downstream.generation.folding.fold_run`.
+        metadata: of the card.
 
     Returns:
         The report.
 
     Raises:
         CheckpointError, FoldError: the model does not fold, or the result differs.
-        AsrError: ``out`` cannot be written or holds something else.
+        AsrError: ``out`` cannot be written or holds something else; said before the work.
     """
+    metadata = metadata or Metadata()
+    plugged = bool(describe(run.parts.model).sites)
+    if calibrate is not None and not plugged:
+        raise CheckpointError(f'{run.folder}: nothing to calibrate, its model has no plug; leave --calibrate out')
+    results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
+    check_writable(out.absolute().parent)
     if run.config.replace is not None:
-        raise AsrError(
-            f'{run.folder}: its attention is replaced by LSTMs, which plain diffusers cannot load; write it with '
-            f'asr_downstream.far.shipping.save_far'
-        )
+        return ship_replaced(run, out, metadata)
     if strange := not_ours(out):
         raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
     start = time.perf_counter()
-    stock, folding = fold_run(run, calibrate)
+    stock, folding = fold_run(run, calibrate) if plugged else as_trained(run)
     seconds = time.perf_counter() - start
     # what a calibrated fold ships is another function: only an exact one can be compared with the run
     difference = compare(run, stock) if folding.calibration is None else None
+    sampler = build_sampler('DDIM', run.parts.scheduler)
+    steps = min(PICTURE_STEPS, sampler.config.num_train_timesteps)
+    images = generate(stock, run.parts, sampler, range(PICTURES), steps, run.config.seed)
     aside = writable_folder(out.absolute().with_name(f'.{out.name}.tmp'))
     try:
-        part = save_parts(run, stock, aside)
-        check_loads(stock, aside / part)
-        images = generate(
-            stock,
-            run.parts,
-            build_sampler('DDIM', run.parts.scheduler),
-            range(PICTURES),
-            PICTURE_STEPS,
-            run.config.seed,
-        )
-        save_grid(aside / 'samples.png', images)
-        weights = sorted((aside / part).glob('*.safetensors'))
-        report = {
-            'run': run.folder.name,
-            'step': run.step,
-            'ema': run.ema,
-            'checkpoint_sha256': run.sha256,
-            'weights': {path.name: sha256(path) for path in weights},
-            'model': type(stock).__name__,
-            'pipeline': (aside / 'model_index.json').is_file(),
-            'plug': plain(run.config.plug),
-            'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
-            'fold_seconds': round(seconds, 3),
-            'difference': difference,
-            'sites': [asdict(site) for site in folding.sites],
-            'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
-            'versions': versions(),
-            'files': sorted([*files_in(aside), REPORT, 'README.md']),
-        }
-        write_json(aside / REPORT, report)
-        results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
-        (aside / 'README.md').write_text(model_card(run, report, results))
+        with writing(out, sum(value.nbytes for value in stock.state_dict().values())):
+            part = save_parts(run, stock, aside)
+            check_loads(stock, aside / part)
+            save_grid(aside / 'samples.png', images)
+            weights = sorted((aside / part).glob('*.safetensors'))
+            report = {
+                'run': run.folder.name,
+                'step': run.step,
+                'ema': run.ema,
+                'checkpoint_sha256': run.sha256,
+                'weights': {path.name: sha256(path) for path in weights},
+                'model': type(stock).__name__,
+                'pipeline': (aside / 'model_index.json').is_file(),
+                'plug': plain(run.config.plug),
+                'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
+                'fold_seconds': round(seconds, 3),
+                'difference': difference,
+                'sites': [asdict(site) for site in folding.sites],
+                'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
+                'versions': versions(),
+                'files': sorted([*files_in(aside), REPORT, 'README.md']),
+            }
+            write_json(aside / REPORT, report)
+            (aside / 'README.md').write_text(model_card(run, report, results, metadata), encoding='utf-8')
         replace_folder(aside, out)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
     return {**report, 'report': folding}
+
+
+def ship_replaced(run: Run, out: Path, metadata: Metadata) -> dict[str, Any]:
+    """Write a run whose attention is replaced, for `asr_downstream.far.shipping.load_far`."""
+    facts = {'model': type(run.parts.model).__name__, 'parameters': parameters(run.parts.model)}
+
+    def others(folder: Path) -> None:
+        save_others(run, folder)
+        (folder / 'README.md').write_text(far_card(run, facts, metadata), encoding='utf-8')
+
+    about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema, 'checkpoint_sha256': run.sha256}
+    save_far(run.parts.model, out, about, others)
+    return {**facts, **about, 'replaced': True, 'sites': [], 'pipeline': False}
 
 
 def files_in(folder: Path) -> set[str]:
@@ -134,13 +151,18 @@ def save_parts(run: Run, stock: Any, folder: Path) -> str:
         pipeline.save_pretrained(folder, safe_serialization=True)
         return name
     stock.save_pretrained(folder / name, safe_serialization=True)
+    save_others(run, folder)
+    return name
+
+
+def save_others(run: Run, folder: Path) -> None:
+    """Write what a model is sampled with: schedule, VAE, text encoder."""
     diffusers.DDPMScheduler.from_config(run.parts.scheduler.config).save_pretrained(folder / 'scheduler')
     if run.parts.vae is not None:
         run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
     if isinstance(run.parts.condition, Text):
         run.parts.condition.encoder.save_pretrained(folder / 'text_encoder')
         run.parts.condition.tokenizer.save_pretrained(folder / 'tokenizer')
-    return name
 
 
 def check_loads(stock: Any, folder: Path) -> None:
@@ -163,4 +185,4 @@ def replace_folder(aside: Path, out: Path) -> None:
         else:
             os.replace(aside, out)
     except OSError as error:
-        raise AsrError(f'{out}: cannot be written ({error}); choose another folder') from error
+        raise cannot_write(out, error) from error

@@ -80,14 +80,9 @@ CHANGES: list[dict[str, Any]] = [
 ]
 
 
-SEEN = ({'library': 'os'}, {'library': 3}, {'class': 'path'}, {'class': 'ViTModel.forward'}, {'class': ...},
-        {'dtype': 'nn'}, {'replace': None})  # fmt: skip
-UNSEEN = pytest.mark.xfail(strict=True, reason='a traceback, or the folder is not named')
-
-
 @pytest.mark.parametrize(
     'changes',
-    [pytest.param(c, marks=() if c in SEEN else UNSEEN, id=json.dumps(c, default=str)[:60]) for c in CHANGES],
+    [pytest.param(c, id=json.dumps(c, default=str)[:60]) for c in CHANGES],
 )
 def test_a_far_json_that_does_not_fit_is_refused(
     copy: Path, changes: dict[str, Any], request: pytest.FixtureRequest
@@ -101,7 +96,6 @@ def test_a_far_json_that_does_not_fit_is_refused(
 TEXTS = ['', '{', '[]', 'null', '3', '"far"', '\xff\xfe', '[' * 100_000]
 
 
-@pytest.mark.xfail(strict=True, reason='a traceback')
 @pytest.mark.parametrize('name', [FAR_FILE, 'config.json'])
 def test_json_that_is_none_is_refused(copy: Path, name: str) -> None:
     for text in TEXTS:
@@ -111,7 +105,6 @@ def test_json_that_is_none_is_refused(copy: Path, name: str) -> None:
                 load()
 
 
-@pytest.mark.xfail(strict=True, reason='a traceback')
 @pytest.mark.parametrize(
     'changes',
     [{'hidden_size': -4}, {'hidden_size': 'wide'}, {'num_attention_heads': 0}, {'num_hidden_layers': None},
@@ -123,9 +116,7 @@ def test_a_config_that_builds_nothing_is_refused(copy: Path, changes: dict[str, 
         load_far(copy / 'shipped/FAR-100')
 
 
-@pytest.mark.parametrize(
-    'damage', [*(pytest.param(d, marks=UNSEEN) for d in ('cut', 'empty', 'zeros', 'huge header')), 'a folder']
-)
+@pytest.mark.parametrize('damage', ['cut', 'empty', 'zeros', 'huge header', 'a folder'])
 def test_damaged_weights_are_refused(copy: Path, damage: str) -> None:
     path = copy / 'shipped/FAR-100/model.safetensors'
     whole = path.read_bytes()
@@ -144,14 +135,12 @@ def test_damaged_weights_are_refused(copy: Path, damage: str) -> None:
 # Names ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='takes the place of the teacher, or of the other')
 @pytest.mark.parametrize('name', ['teacher', 'FAR-100', 'uniform', 'not trained', '', 7, ['x']])
 def test_a_name_that_is_taken_is_refused(copy: Path, name: Any) -> None:
     save_far(far_vit(), copy / 'shipped/mine', {'name': name})
     assert_refused(call('tools/evaluate_far.py', copy, '--rounds', 1), 'mine', 'name')
 
 
-@pytest.mark.xfail(strict=True, reason='a FAR model is taken for the teacher')
 def test_a_far_model_is_no_teacher(copy: Path) -> None:
     shutil.rmtree(copy / 'shipped/teacher')
     save_far(far_vit(), copy / 'shipped/teacher', {'name': 'teacher'})
@@ -179,7 +168,6 @@ CUTS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason='a traceback, or another cut')
 @pytest.mark.parametrize('content', CUTS, ids=[str(c)[:30] for c in CUTS])
 def test_a_cut_that_does_not_fit_is_refused(pruned: Path, content: Any) -> None:
     config = load_config(pruned / 'tiny.py')
@@ -209,9 +197,7 @@ def test_a_whole_cut_is_taken_up(pruned: Path) -> None:
 # Teachers -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    'damage', [pytest.param('not finite', marks=pytest.mark.xfail(strict=True, reason='NaN weights teach')), 'replaced']
-)
+@pytest.mark.parametrize('damage', ['not finite', 'replaced'])
 def test_a_pretrained_teacher_that_is_none_is_refused(tmp_path: Path, damage: str) -> None:
     model = far_vit() if damage == 'replaced' else vit()
     model.save_pretrained(tmp_path / 'vit')  # type: ignore[operator]

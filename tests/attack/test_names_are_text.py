@@ -25,10 +25,8 @@ from asr_downstream.progress import bar
 
 NAMES = ['[bold]', '[/x]', 'a[red]b[/red]', '[link=file:///etc]here', ':smile:', '\\[x]', '[[x]]']
 
-MARKUP = pytest.mark.xfail(strict=True, reason='taken for markup of rich')
 
-
-@pytest.mark.parametrize('name', [pytest.param(n, marks=MARKUP) for n in NAMES])
+@pytest.mark.parametrize('name', NAMES)
 def test_tables_show_names_as_they_are(name: str) -> None:
     table = Table('head ' + name, title='title ' + name, caption='caption ' + name)
     table.add_row('cell ' + name)
@@ -40,7 +38,7 @@ def test_tables_show_names_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize('terminal', [pytest.param(True, marks=MARKUP), False])
+@pytest.mark.parametrize('terminal', [True, False])
 def test_progress_bars_show_names_as_they_are(
     name: str, terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +50,6 @@ def test_progress_bars_show_names_as_they_are(
     assert f'text {name}' in capsys.readouterr().out
 
 
-@pytest.mark.xfail(strict=True, reason='taken for markup, or for a formula of matplotlib')
 @pytest.mark.parametrize('name', ['[bold]', '[/x]', '$', 'a$\\frac$', '_hidden', '{x}', '%s'])
 def test_runs_are_compared_by_their_names(tmp_path: Path, name: str) -> None:
     paths = []
@@ -86,10 +83,9 @@ def picture(folder: Path) -> Path:
 # Templates of MMEngine ------------------------------------------------------------------------------------------------
 
 TEMPLATES = ['{{ fileBasename }}', '{{fileDirname}}', '{{ _base_.x }}', '{{$HOME:x}}', '{{{ fileExtname }}}', '{{ x }}']
-TEMPLATED = pytest.mark.xfail(strict=True, reason='MMEngine puts something else there when it is read back')
 
 
-@pytest.mark.parametrize('name', [pytest.param(n, marks=() if n == '{{ x }}' else TEMPLATED) for n in TEMPLATES])
+@pytest.mark.parametrize('name', TEMPLATES)
 def test_a_resolved_config_reads_back_as_it_was(tmp_path: Path, name: str) -> None:
     config = config_for(tmp_path)
     config.data = dict(type='ImageFolder', path=f'/data/{name}/x', resolution=8)
@@ -102,7 +98,6 @@ def test_a_resolved_config_reads_back_as_it_was(tmp_path: Path, name: str) -> No
     assert again.condition.classes == [name, 'b', f"it's {name}"]
 
 
-@pytest.mark.xfail(strict=True, reason='MMEngine puts something else there when it is read back')
 def test_a_run_on_data_below_such_a_folder_is_read_back(tmp_path: Path) -> None:
     images = write_images(tmp_path / '{{ fileBasename }}' / 'images')
     model = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
@@ -117,7 +112,6 @@ def test_a_run_on_data_below_such_a_folder_is_read_back(tmp_path: Path) -> None:
 # Whose fault it is ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='the message contradicts itself')
 def test_the_classes_of_a_dit_are_counted_as_dit_counts_them(tmp_path: Path) -> None:
     images = write_images(tmp_path / 'images', classes=('cat', 'dog'))
     model = dict(
@@ -131,7 +125,6 @@ def test_the_classes_of_a_dit_are_counted_as_dit_counts_them(tmp_path: Path) -> 
     assert 'adds' in str(caught.value)
 
 
-@pytest.mark.xfail(strict=True, reason='condition is blamed')
 @pytest.mark.parametrize('options', [{'streaming': True}, {'split': None}])
 def test_data_that_has_no_rows_is_blamed_itself(tmp_path: Path, options: dict[str, Any]) -> None:
     images = write_images(tmp_path / 'images')
@@ -147,7 +140,6 @@ def test_data_that_has_no_rows_is_blamed_itself(tmp_path: Path, options: dict[st
     assert 'condition' not in done.stderr
 
 
-@pytest.mark.xfail(strict=True, reason='a TypeError anywhere inside is taken for a wrong argument')
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
@@ -172,7 +164,6 @@ def test_wrong_arguments_are_named(tmp_path: Path, key: str, value: Any, message
 # Cards ----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='written into the code as they are')
 def test_names_of_classes_cannot_leave_the_comment_of_the_code(tmp_path: Path) -> None:
     hostile = 'cat\nraise SystemExit  #'
     names = (hostile, 'dog```', "o'wl")

@@ -17,8 +17,6 @@ from asr_downstream.far.shipping import load_far
 from asr_downstream.generation.runs import load_run
 from asr_downstream.generation.training import train
 
-REFUSED = pytest.mark.xfail(strict=True, reason='refused')
-
 
 @pytest.fixture(scope='module')
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -41,7 +39,6 @@ def code_of(folder: Path) -> dict[str, Any]:
     return scope
 
 
-@REFUSED
 def test_a_run_without_a_plug_ships_as_it_is(stock: Path, tmp_path: Path) -> None:
     done = call('tools/fold.py', stock, tmp_path / 'out')
     assert done.returncode == 0, done.stderr
@@ -65,7 +62,6 @@ def test_there_is_nothing_to_calibrate_without_a_plug(stock: Path, tmp_path: Pat
     assert not (tmp_path / 'out').exists()
 
 
-@REFUSED
 def test_a_run_with_replaced_attention_ships_for_this_package(tmp_path: Path) -> None:
     run = trained(tmp_path, replace=dict(type='FAR'))
     done = call('tools/fold.py', run, tmp_path / 'out')
@@ -86,7 +82,6 @@ def test_a_run_with_replaced_attention_ships_for_this_package(tmp_path: Path) ->
 # Metadata -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='no such options')
 def test_the_card_says_what_it_is_told(stock: Path, tmp_path: Path) -> None:
     options = (
         '--license',
@@ -106,7 +101,6 @@ def test_the_card_says_what_it_is_told(stock: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@REFUSED
 def test_the_card_invents_nothing(stock: Path, tmp_path: Path) -> None:
     call('tools/fold.py', stock, tmp_path / 'out')
     found = front_matter(tmp_path / 'out')
@@ -115,7 +109,6 @@ def test_the_card_invents_nothing(stock: Path, tmp_path: Path) -> None:
     }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason='no such metadata')
 def test_ids_of_the_hub_in_a_config_are_on_the_card(tmp_path: Path) -> None:
     from asr_downstream.generation.card import Metadata
 
@@ -137,7 +130,6 @@ def test_metadata_are_for_runs(tmp_path: Path) -> None:
 # Conditions -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='neither is on the card')
 @pytest.mark.parametrize('kind', ['UNet', 'DiT'])
 def test_the_card_of_classes_names_the_null_class_and_shows_guidance(tmp_path: Path, kind: str) -> None:
     images = write_images(tmp_path / 'images')
@@ -168,7 +160,6 @@ def test_the_card_of_classes_names_the_null_class_and_shows_guidance(tmp_path: P
 # Comparisons ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.xfail(strict=True, reason='only steps that all runs have')
 def test_a_short_run_is_drawn_beside_a_long_one(tmp_path: Path, stock: Path) -> None:
     from PIL import Image
 
