@@ -132,7 +132,7 @@ def build_images(spec: dict[str, Any], channels: int) -> Images:
     if cls is None:
         raise AsrError(f'data: type={name!r} is not known; {did_you_mean(name, SOURCES.module_dict)}')
     check_arguments(cls, arguments, f'data: {name}')
-    kinds = {'path': str, 'resolution': int, 'random_flip': bool, 'max_bad_share': (int, float)}
+    kinds: dict[str, Any] = {'path': str, 'resolution': int, 'random_flip': bool, 'max_bad_share': (int, float)}
     for key, value in {**own, **arguments}.items():
         if key in kinds and (not isinstance(value, kinds[key]) or (kinds[key] is int and isinstance(value, bool))):
             raise AsrError(f'data: {key}={value!r} is of the wrong kind, {type(value).__name__}')

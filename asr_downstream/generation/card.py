@@ -49,7 +49,7 @@ class Metadata:
         return replace(
             self,
             base_model=self.base_model or (base if is_hub_id(base) else None),
-            datasets=self.datasets or ((data,) if is_hub_id(data) else ()),
+            datasets=self.datasets or ((str(data),) if is_hub_id(data) else ()),
         )
 
     def head(self, library: str, tags: tuple[str, ...], task: str | None = None) -> str:
