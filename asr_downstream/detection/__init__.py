@@ -3,6 +3,11 @@
 Needs the extra ``det``; importing this package without it says how to install it.
 """
 
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+
 from asr_downstream.errors import AsrError
 
 INSTALL = (
@@ -11,8 +16,36 @@ INSTALL = (
     "pip install -c constraints.txt -e '.[det]'"
 )
 
+
+class Filtered(io.TextIOBase):
+    """Standard output without what MMDetection prints at import for want of a package that none of its users has."""
+
+    def __init__(self) -> None:
+        self.out = sys.stdout
+        self.skipped = False
+
+    def write(self, text: str) -> int:
+        """Pass a text on; the newline of a line that was left out comes by itself."""
+        if not text.startswith('Could not import OneDL') and not (self.skipped and text == '\n'):
+            self.out.write(text)
+        self.skipped = text.startswith('Could not import OneDL')
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush."""
+        self.out.flush()
+
+
+@contextmanager
+def without_onedl() -> Iterator[None]:
+    """Leave out "Could not import OneDL", which MMDetection logs at level DEBUG and to no logger, so it is printed."""
+    with redirect_stdout(Filtered()):
+        yield
+
+
 try:
-    import mmdet  # noqa: F401
+    with without_onedl():
+        import mmdet.datasets  # noqa: F401
     from mmcv import ops as _ops  # noqa: F401
 except ImportError as error:
     missing = 'mmcv was installed without its compiled ops' if 'mmcv._ext' in str(error) else str(error)

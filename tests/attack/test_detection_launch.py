@@ -53,7 +53,6 @@ ECHO = 'echo "$0 $*"'  # a python that has what is asked for, and says what it w
 BARE = 'exit 1'  # a python that cannot import torch
 
 
-@pytest.mark.xfail(strict=True, reason='only an activated environment has "python"')
 @pytest.mark.parametrize(('python', 'venv', 'used'), [(ECHO, False, 'bin/python3'), (ECHO, True, '.venv/bin/python')])
 def test_dist_train_finds_python_outside_an_activated_environment(
     tmp_path: Path, python: str, venv: bool, used: str
@@ -64,7 +63,6 @@ def test_dist_train_finds_python_outside_an_activated_environment(
     assert done.stdout.strip().endswith('config.py --launcher pytorch --seed 3')
 
 
-@pytest.mark.xfail(strict=True, reason='bash: python: command not found')
 @pytest.mark.parametrize(('python', 'missing'), [(None, 'no python'), (BARE, 'asr_downstream')])
 def test_dist_train_says_what_is_missing(tmp_path: Path, python: str | None, missing: str) -> None:
     done = dist_train(tmp_path, checkout(tmp_path, python, venv=False))
@@ -75,7 +73,6 @@ def test_dist_train_says_what_is_missing(tmp_path: Path, python: str | None, mis
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason='mmdet prints it at import, once for data sets and once for transforms')
 def test_importing_says_nothing() -> None:
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', 'import asr_downstream.detection, mmdet.datasets; print("else")'],
@@ -115,7 +112,6 @@ class Run:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason='the workers of the loader are killed, or the status is 0')
 @pytest.mark.parametrize('processes', [1, 2])
 @pytest.mark.parametrize(('number', 'status'), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 @pytest.mark.parametrize('group', [True, False])
