@@ -7,6 +7,7 @@ pickles name ``getattr``; they are let through only for the buffers' own methods
 from __future__ import annotations
 
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -28,12 +29,13 @@ REFUSED = re.compile(r'Unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+')
 __all__ = ['check_weights_finite', 'load_state', 'not_finite', 'read_checkpoint', 'state_dict_of']
 
 
-def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
+def read_checkpoint(path: Path, trust: bool = False, mmap: bool = False) -> dict[str, Any]:
     """Read ``.pth`` or ``.safetensors``, on the CPU.
 
     Args:
         path: the file.
         trust: unpickle anything in it, which may run code that its author put there.
+        mmap: leave tensors on the disk until they are used.
 
     Raises:
         CheckpointError: missing, damaged, or in need of ``trust``.
@@ -46,7 +48,8 @@ def read_checkpoint(path: Path, trust: bool = False) -> dict[str, Any]:
         if path.suffix == '.safetensors':
             return {'state_dict': load_file(path)}
         with torch.serialization.safe_globals(mmengine_globals()):
-            checkpoint = torch.load(path, map_location='cpu', weights_only=not trust)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch maps no other files
+            checkpoint = torch.load(path, map_location='cpu', weights_only=not trust, mmap=mmap)
     except UnpicklingError as error:
         refused = REFUSED.search(str(error))
         if refused is None:

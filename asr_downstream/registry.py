@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
+from mmengine.registry import HOOKS as ENGINE_HOOKS
 from mmengine.registry import LOOPS as ENGINE_LOOPS
 from mmengine.registry import MODELS as ENGINE_MODELS
 from mmengine.registry import Registry
 
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 
-__all__ = ['ATTENTIONS', 'LOOPS', 'MODELS', 'PLUGS', 'build', 'find']
+__all__ = ['ATTENTIONS', 'HOOKS', 'LOOPS', 'MODELS', 'PLUGS', 'build', 'find']
 
 ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
+HOOKS = Registry('hook', parent=ENGINE_HOOKS, scope='asr_downstream', locations=['asr_downstream.detection.saving'])
 LOOPS = Registry('loop', parent=ENGINE_LOOPS, scope='asr_downstream', locations=['asr_downstream.detection.loops'])
 PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
 MODELS = Registry('model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.plugged'])

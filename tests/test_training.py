@@ -22,13 +22,14 @@ from mmengine.hooks import Hook
 
 from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.detection import training
+from asr_downstream.detection.checkpoints import noted
 from asr_downstream.detection.config import load_config, stock_config
 from asr_downstream.detection.digits import make_digits
 from asr_downstream.detection.loops import StopHook, ValFirst
 from asr_downstream.detection.processes import join
 from asr_downstream.errors import AsrError
 from asr_downstream.layers import Plugged
-from asr_downstream.stopping import StopSignal
+from asr_downstream.stopping import Stopped, StopSignal
 
 ASR = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
@@ -59,9 +60,13 @@ def configured(digits: Path, path: str = ASR, **options: Any) -> Any:
     return load_config(ROOT / path, digits, {**short, **options})
 
 
-def run(config: Any, work_dir: Path, resume: str | None = None, hooks: tuple[Any, ...] = ()) -> tuple[Path, bool]:
+def run(config: Any, work_dir: Path, resume: str | None = None, hooks: tuple[Any, ...] = ()) -> tuple[Any, bool]:
+    """Train; the last checkpoint, and whether the training is complete."""
     training.prepare(config, work_dir, resume)
-    return training.train(config, hooks)
+    try:
+        return training.train(config, hooks), True
+    except Stopped:
+        return noted(work_dir), False
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -100,7 +105,7 @@ def test_a_stopped_training_continues_within_the_epoch_as_if_it_had_not_been(
     stopped, complete = run(configured(digits), work, hooks=(Seen(seen['parts']), StopAt(step)))
     assert not complete
     assert stopped.name == f'stopped_iter_{step + 1}.pth'
-    assert (work / 'last_checkpoint').read_text() == str(stopped)
+    assert (work / 'last_checkpoint').read_text() == stopped.name
     resumed, complete = run(configured(digits), work, 'latest', hooks=(Seen(seen['parts']),))
     assert complete
     assert seen['parts'] == seen['whole']  # every step once, with the same images
@@ -113,7 +118,9 @@ def test_auto_resumes_what_there_is(digits: Path, tmp_path: Path) -> None:
     training.prepare(config, tmp_path, 'auto')
     assert not config.get('resume')
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'epoch_1.pth'))
-    torch.save({'state_dict': {'a': torch.zeros(1)}}, tmp_path / 'epoch_1.pth')
+    meta = {'epoch': 1, 'iter': 6}
+    states = {'optimizer': {}, 'param_schedulers': [], 'message_hub': {}}
+    torch.save({'meta': meta, 'state_dict': {'a': torch.zeros(1)}, **states}, tmp_path / 'epoch_1.pth')
     config = configured(digits)
     training.prepare(config, tmp_path, 'auto')
     assert config.resume
@@ -264,7 +271,7 @@ def test_processes_ask_each_other_rarely_when_steps_are_fast_and_always_when_the
         lambda stop, seconds: (asked.append(runner.iter + 1), [float(runner.iter + 1 >= other_stops), slowest])[1],
     )
     stops: list[int] = []
-    monkeypatch.setattr(StopHook, 'stop', lambda self, runner, batches, epoch, step: stops.append(step))
+    monkeypatch.setattr(StopHook, 'stop', lambda self, runner, epoch, step: stops.append(step))
     runner.epoch = 0
     hook = StopHook(StopSignal())
     for runner.iter in range(40):
@@ -387,7 +394,7 @@ def test_ctrl_c_of_two_processes_leaves_a_run_that_resumes(digits: Path, tmp_pat
             time.sleep(0.5)
         process.send_signal(signal.SIGINT)
         process.wait(timeout=120)
-    stopped = Path((tmp_path / 'last_checkpoint').read_text())
+    stopped = tmp_path / (tmp_path / 'last_checkpoint').read_text()
     assert stopped.name.startswith('stopped_iter_'), log.read_text()[-2000:]
     step = int(stopped.stem.rpartition('_')[2])
     done = subprocess.run(

@@ -11,7 +11,8 @@
 
 Data: --data-root, or ASR_DATA_ROOT=/data for a config whose data_root is data/NAME/.
 
-Ctrl-C ends the training after the step, with a checkpoint that --resume continues from, within the epoch.
+Ctrl-C or a termination ends the training after the step, with a checkpoint that --resume continues from, within the
+epoch, as if there had been no stop; the exit status is 130 or 143, so that a loop over seeds ends too.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mmengine.config import DictAction
 
 from asr_downstream import cli
 from asr_downstream.errors import AsrError
+from asr_downstream.stopping import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,9 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from mmengine.dist import is_main_process
-
-    from asr_downstream.detection import evaluation, processes, training
+    from asr_downstream.detection import checkpoints, evaluation, processes, training
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.loops import ValFirst
 
@@ -83,12 +83,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     processes.join(config, args.launcher)
     training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
-    checkpoint, complete = training.train(config, [ValFirst()] if args.val_first else [])
-    if not is_main_process():
-        return
-    if not complete:
-        print(f'stopped; --resume continues from {checkpoint}')
-    else:
+    try:
+        checkpoint = training.train(config, [ValFirst()] if args.val_first else [])
+    except Stopped:
+        if processes.is_first(config):
+            print(f'stopped; --resume continues from {checkpoints.noted(Path(config.work_dir))}')
+        raise
+    if processes.is_first(config):
         print(f'last checkpoint: {checkpoint or "none, the config writes none (default_hooks.checkpoint)"}')
 
 

@@ -164,7 +164,7 @@ def train_quietly(config: Config, work_dir: Path) -> Path:
     config.custom_hooks = [{'type': EpochLine}]
     prepare(config, work_dir)
     with redirect_stdout(io.StringIO()):
-        checkpoint, _ = train(config)
+        checkpoint = train(config)
     assert checkpoint is not None, 'the configs of the demo write checkpoints'
     return checkpoint
 

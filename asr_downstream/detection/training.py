@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import re
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
+from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,18 @@ from mmengine.runner import Runner
 
 from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.description import describe
+from asr_downstream.detection.checkpoints import newest, noted, read_to_resume
 from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.loops import StopHook, Stopped, bare
+from asr_downstream.detection.draws import DrawsHook
+from asr_downstream.detection.loops import DivergenceHook, StopHook, bare
+from asr_downstream.detection.processes import is_first, together
+from asr_downstream.detection.saving import GuardHook
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import describe as describe_far
 from asr_downstream.files import check_writable
 from asr_downstream.layers import rebind
+from asr_downstream.locks import occupied
 from asr_downstream.stopping import StopSignal
 
 __all__ = ['REPORTS', 'average', 'plan', 'prepare', 'report_to', 'train']
@@ -31,18 +37,21 @@ __all__ = ['REPORTS', 'average', 'plan', 'prepare', 'report_to', 'train']
 # Where training may report besides its own log -> back end of MMEngine, package.
 REPORTS = {'tensorboard': ('TensorboardVisBackend', 'tensorboard'), 'wandb': ('WandbVisBackend', 'wandb')}
 
+# What gloo and NCCL say where another process is gone.
+LOST = re.compile('closed by peer|reset by peer|Broken pipe|NCCL (error|communicator)|gloo', re.IGNORECASE)
+
 
 def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bool = False) -> None:
     """Check everything that a training will read, and set where it writes; changes ``config`` in place.
 
-    The epoch loop becomes one that can be stopped and resumed within an epoch; with ``fold_eval=True`` in the config,
-    validation is of a folded copy.
+    The loop becomes one that can be stopped and resumed within an epoch, and the hook that writes checkpoints one that
+    writes whole ones; with ``fold_eval=True`` in the config, validation is of a folded copy.
 
     Args:
         config: the training config.
         work_dir: folder for logs and checkpoints.
-        resume: ``'latest'`` for the newest checkpoint in ``work_dir``, ``'auto'`` for the same if there is one, or a
-            checkpoint's path.
+        resume: ``'latest'`` for the newest whole checkpoint in ``work_dir``, ``'auto'`` for the same if there is one,
+            or a checkpoint's path.
         trust: read checkpoints that need unpickling.
 
     Raises:
@@ -53,15 +62,14 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
     config.work_dir = str(work_dir)
     if resume is None and config.get('resume') and not config.get('load_from'):
         resume = 'auto'  # MMEngine would look for the newest by itself, unchecked
-    if resume == 'auto' and not (work_dir / 'last_checkpoint').is_file():
-        resume = None
     if resume is not None:
-        config.load_from = str(latest(work_dir) if resume in ('latest', 'auto') else Path(resume))
-        config.resume = True
+        take_up(config, work_dir, resume, trust)
     loop = config.train_cfg
-    if loop.get('type', 'EpochBasedTrainLoop') == 'EpochBasedTrainLoop' and loop.get('by_epoch', True) is not False:
+    kind = loop.get('type', 'EpochBasedTrainLoop' if loop.get('by_epoch', True) is not False else 'IterBasedTrainLoop')
+    if kind in ('EpochBasedTrainLoop', 'IterBasedTrainLoop'):
         loop.pop('by_epoch', None)
-        loop['type'] = 'asr_downstream.EpochBasedTrainLoop'
+        loop['type'] = f'asr_downstream.{kind}'
+    write_whole(config)
     if config.get('fold_eval'):
         validation = config.get('val_cfg')
         if validation is None or validation.get('type', 'ValLoop') not in ('ValLoop', 'asr_downstream.ValLoop'):
@@ -92,16 +100,44 @@ def pretrained(node: Any) -> Iterator[str]:
             yield from pretrained(value)
 
 
-def latest(work_dir: Path) -> Path:
-    """Newest checkpoint of a run, as MMEngine noted it.
+def take_up(config: Config, work_dir: Path, resume: str, trust: bool) -> None:
+    """Set what a training goes on from, and its seed; without a checkpoint, ``'auto'`` starts one.
 
     Raises:
-        CheckpointError: there is none.
+        CheckpointError: there is none, or none that is whole.
     """
-    note = work_dir / 'last_checkpoint'
-    if not note.is_file():
+    say = print if is_first(config) else silent
+    if resume not in ('auto', 'latest'):
+        start = Path(resume)
+    elif (found := newest(work_dir, config, trust, say)) is not None:
+        start = found
+    elif resume == 'auto':
+        return
+    else:
         raise CheckpointError(f'{work_dir}: has no checkpoint to resume from; start without --resume')
-    return Path(note.read_text().strip())
+    seed = read_to_resume(start, config, trust)['meta'].get('seed')
+    randomness = config.get('randomness') or {}
+    if seed is not None and seed != randomness.get('seed'):  # MMEngine keeps it, but not for the order of the data
+        if randomness.get('seed') is not None:
+            say(f'{start}: was trained with seed {seed}, not {randomness["seed"]}; goes on with {seed}')
+        config.randomness = {**randomness, 'seed': int(seed)}
+    config.load_from, config.resume = str(start), True
+
+
+def silent(line: str) -> None:
+    """Say nothing: another process of the launch says it."""
+
+
+def write_whole(config: Config) -> None:
+    """Put the hook of this package in the place of MMEngine's `CheckpointHook`, wherever the config has that."""
+    hooks = config.setdefault('default_hooks', {})
+    hooks.setdefault('checkpoint', {'type': 'CheckpointHook'})  # which MMEngine would add
+    for hook in (hooks['checkpoint'], *(config.get('custom_hooks') or [])):
+        if isinstance(hook, dict) and hook.get('type', 'CheckpointHook') in (
+            'CheckpointHook',
+            'mmengine.CheckpointHook',
+        ):
+            hook['type'] = 'asr_downstream.CheckpointHook'
 
 
 def average(config: Config, momentum: float = 2e-4) -> None:
@@ -129,7 +165,7 @@ def report_to(config: Config, names: Sequence[str]) -> None:
     config.visualizer = {**visualizer, 'vis_backends': backends}
 
 
-def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path | None, bool]:
+def train(config: Config, hooks: Sequence[Hook] = ()) -> Path | None:
     """Train; prints the plugged sites first.
 
     Ctrl-C, or a termination, ends it after the step, with a checkpoint to resume from.
@@ -139,7 +175,66 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path | None, bool
         hooks: for the Runner, besides those of the config.
 
     Returns:
-        The last checkpoint (None if the config writes none), and whether the training is complete.
+        The last checkpoint, or None if the config writes none.
+
+    Raises:
+        AsrError: ``fold_eval=True`` of a model that does not fold; the training diverged, or cannot write; another
+            training writes to the folder.
+        Stopped: it was told to, and has noted a checkpoint.
+    """
+    work_dir = Path(config.work_dir)
+    with ExitStack() as stack:
+        together(lambda: occupy(work_dir, stack) if is_first(config) else None)
+        if config.get('resume') and is_complete(config):
+            return Path(config.load_from)
+        signal = stack.enter_context(StopSignal())
+        runner = build_runner(config)
+        watch = DivergenceHook()
+        for hook in (*hooks, DrawsHook(), GuardHook(), watch, StopHook(signal, watch=watch)):
+            runner.register_hook(hook)
+        began = time.time_ns()
+        try:
+            runner.train()
+            barrier()  # the first process is still writing
+        except RuntimeError as error:
+            if runner.world_size > 1 and LOST.search(str(error)):
+                raise AsrError(
+                    f'another process of the launch has ended; last checkpoint: {noted(work_dir) or "none"}, from '
+                    f'which --resume continues'
+                ) from error
+            raise
+        note = work_dir / 'last_checkpoint'
+        written = note.is_file() and note.stat().st_mtime_ns >= began  # not by an earlier run in this folder
+        if signal.is_set:  # after the last step
+            raise signal.stopped()
+        if written:
+            return noted(work_dir)
+        return Path(config.load_from) if config.get('resume') else None
+
+
+def occupy(work_dir: Path, stack: ExitStack) -> None:
+    """Keep the folder to this training, and tidy up what one has left that was killed while it wrote."""
+    stack.enter_context(occupied(work_dir))
+    for left in work_dir.glob('.*.pth.tmp'):
+        left.unlink()
+
+
+def is_complete(config: Config) -> bool:
+    """Whether the checkpoint that a training goes on from has all of its epochs or iterations; says so."""
+    # `prepare` has read it with the trust that was given, and MMEngine will read it so
+    meta = read_checkpoint(Path(config.load_from), trust=True, mmap=True)['meta']
+    for key, unit in (('max_epochs', 'epoch'), ('max_iters', 'iter')):
+        total = config.train_cfg.get(key)
+        if total is not None and meta[unit] >= total:
+            if is_first(config):
+                what = {'epoch': 'epochs', 'iter': 'iterations'}[unit]
+                print(f'{config.load_from}: has all {total} {what} already; raise train_cfg.{key} to go on')
+            return True
+    return False
+
+
+def build_runner(config: Config) -> Runner:
+    """Build MMEngine's Runner, and say what its model is.
 
     Raises:
         AsrError: ``fold_eval=True`` of a model that does not fold.
@@ -154,18 +249,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> tuple[Path | None, bool
     if config.get('fold_eval') and not (description.sites and all(site.folds for site in description.sites)):
         what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no plug'
         raise AsrError(f'{config.filename}: fold_eval=True, but the model has {what}')
-    note = Path(config.work_dir) / 'last_checkpoint'
-    began = time.time_ns()
-    with StopSignal() as signal:
-        for hook in (*hooks, StopHook(signal)):
-            runner.register_hook(hook)
-        try:
-            runner.train()
-        except Stopped as stopped:
-            return Path(stopped.args[0]), False
-    barrier()  # the first process is still writing
-    written = note.is_file() and note.stat().st_mtime_ns >= began  # not by an earlier run in this folder
-    return latest(Path(config.work_dir)) if written else None, True
+    return runner
 
 
 def plan(config: Config) -> str:
