@@ -77,7 +77,7 @@ class Draws:
 
 
 @functools.cache
-def seeded(stock: type[Any]) -> type[Any]:
+def seeded(stock: Any) -> type[Any]:
     """Make the class of a data set that reads a `Draw` with its seed, and anything else as before.
 
     Without a mixin and slots, so that objects of the stock class can take it. They pickle by the stock class, for
@@ -91,16 +91,17 @@ def seeded(stock: type[Any]) -> type[Any]:
         return stock.__getitem__(self, draw.index)
 
     def reduce(self: Any, protocol: Any) -> Any:
-        _, (_, *arguments), *state = stock.__reduce_ex__(self, 2)  # type: ignore[call-overload]
+        _, (_, *arguments), *state = stock.__reduce_ex__(self, 2)
         return new, (stock, *arguments), *state
 
-    content = {'__slots__': (), '__doc__': stock.__doc__, '__getitem__': get, '__reduce_ex__': reduce}
+    content: dict[str, Any] = {'__slots__': (), '__doc__': stock.__doc__, '__getitem__': get, '__reduce_ex__': reduce}
     return type(stock.__name__, (stock,), content)
 
 
-def new(stock: type[Any], *arguments: Any) -> Any:
+def new(stock: Any, *arguments: Any) -> Any:
     """Make an empty data set, for unpickling."""
-    return seeded(stock).__new__(seeded(stock), *arguments)
+    made = seeded(stock)
+    return made.__new__(made, *arguments)
 
 
 def seed_all(seed: int, devices: bool = False) -> None:
@@ -122,7 +123,8 @@ def draw_by_sample(loader: DataLoader, seed: int) -> Draws | None:
     dataset: Dataset = loader.dataset
     if isinstance(dataset, IterableDataset) or loader.batch_sampler is None or hasattr(dataset, '__getitems__'):
         return None
-    dataset.__class__ = seeded(type(dataset))
+    stock: Any = type(dataset)
+    dataset.__class__ = seeded(stock)
     draws = Draws(loader.batch_sampler, seed)
     object.__setattr__(loader, 'batch_sampler', draws)  # DataLoader refuses; its own iterators have not begun
     return draws

@@ -69,6 +69,9 @@ class CheckpointHook(engine.CheckpointHook):
     The note, ``last_checkpoint``, is relative to the work dir. If a process cannot write, all end.
     """
 
+    file_backend: Any
+    keep_ckpt_ids: deque[int]
+
     def before_train(self, runner: Runner) -> None:
         """Find the folder, and delete what a killed training had replaced already."""
         super().before_train(runner)

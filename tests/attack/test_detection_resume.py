@@ -19,7 +19,7 @@ from mmengine.runner import Runner
 from tiny_detection import FLIP, Dead, DieAt, SignalAt, Steps, as_file, assert_same, pictures, run, tiny
 
 from asr_downstream.detection import training
-from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.errors import CheckpointError
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import train_det
