@@ -19,6 +19,9 @@ from asr_downstream.errors import AsrError, did_you_mean
 
 __all__ = ['check_arguments', 'override', 'plain', 'read_config', 'without_templates']
 
+# libyaml's is 20 times as fast: MMDetection's index of models takes 0.1 s or 2 s.
+LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+
 
 @register_handler(['yaml', 'yml'])
 class SafeYamlHandler(BaseFileHandler):
@@ -26,7 +29,7 @@ class SafeYamlHandler(BaseFileHandler):
 
     def load_from_fileobj(self, file: Any, **kwargs: Any) -> Any:
         """Read an open file."""
-        return yaml.safe_load(file)
+        return yaml.load(file, LOADER)
 
     def dump_to_fileobj(self, obj: Any, file: Any, **kwargs: Any) -> None:
         """Write to an open file."""
