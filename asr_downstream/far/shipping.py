@@ -20,7 +20,7 @@ from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.far.description import check_replaced, mixers
 from asr_downstream.far.replacing import replace
-from asr_downstream.files import first_line, writable_folder, write_json, writing
+from asr_downstream.files import first_line, sha256, writable_folder, write_json, writing
 from asr_downstream.folding import fold
 from asr_downstream.versions import versions
 
@@ -74,7 +74,8 @@ def save_far(
             model.config.save_pretrained(aside) if library == 'transformers' else model.save_config(aside)
             state = {name: value.contiguous() for name, value in model.state_dict().items()}
             save_file(state, aside / WEIGHTS[library], {'format': 'pt'})
-            write_json(aside / FAR_FILE, content)
+            hashes = {name: sha256(aside / name) for name in ('config.json', WEIGHTS[library])}
+            write_json(aside / FAR_FILE, {**content, 'files': hashes})
             if others is not None:
                 others(aside)
             old = folder.with_name(f'.{folder.name}.old')
@@ -102,6 +103,7 @@ def load_far(folder: Path | str) -> Any:
     cls = getattr(importlib.import_module(library), content['class'], None)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise CheckpointError(f'{folder / FAR_FILE}: {library} has no model {content["class"]!r}')
+    check_unchanged(folder, content)
     weights = folder / WEIGHTS[library]
     state = state_dict_of(read_checkpoint(weights), weights)
     check_weights_finite(state, weights)
@@ -124,6 +126,26 @@ def load_far(folder: Path | str) -> Any:
             raise CheckpointError(f'{folder / FAR_FILE}: its "replace" does not fit ({first_line(error)})') from error
     load_state(model, state, weights)
     return model.eval()
+
+
+def check_unchanged(folder: Path, content: dict[str, Any]) -> None:
+    """Refuse files that are not what `save_far` wrote; folders of older versions know no hashes.
+
+    Raises:
+        CheckpointError: see above.
+    """
+    hashes = content.get('files', {})
+    if not isinstance(hashes, dict) or not hashes.keys() <= {'config.json', *WEIGHTS.values()}:
+        raise CheckpointError(f'{folder / FAR_FILE}: files={hashes!r} is not known; is it damaged?')
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f'{path}: is missing; copy the whole folder again')
+        if sha256(path) != expected:
+            raise CheckpointError(
+                f'{path}: is damaged, or was changed since it was written; copy it again, or take it out of "files" in '
+                f'{FAR_FILE} if the change was meant'
+            )
 
 
 def read_facts(folder: Path) -> dict[str, Any]:

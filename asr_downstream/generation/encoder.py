@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from asr_downstream.checkpoint import check_weights_finite
 from asr_downstream.engine.draws import Draws, generator
 from asr_downstream.engine.images import Images
 from asr_downstream.errors import AsrError, CheckpointError
@@ -160,7 +161,8 @@ def load_encoder(path: Path) -> Encoder:
         model = Encoder(len(state['net.fc.bias']))
         model.load_state_dict(state)
         model.about = json.loads(metadata['about'])
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
+        check_weights_finite(state, path)
+    except (OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f'{path}: is no encoder of this package ({type(error).__name__}: {error})') from error
     except Exception as error:  # safetensors has its own class
         raise CheckpointError(f'{path}: is damaged ({error})') from error

@@ -112,6 +112,9 @@ def test_json_that_is_none_is_refused(copy: Path, name: str) -> None:
 )  # fmt: skip
 def test_a_config_that_builds_nothing_is_refused(copy: Path, changes: dict[str, Any]) -> None:
     edit(copy / 'shipped/FAR-100/config.json', **changes)
+    with pytest.raises(CheckpointError, match='config.json: is damaged, or was changed'):
+        load_far(copy / 'shipped/FAR-100')
+    edit(copy / 'shipped/FAR-100' / FAR_FILE, files=...)  # of a version that wrote no hashes
     with pytest.raises(CheckpointError, match='FAR-100.*config.json'):
         load_far(copy / 'shipped/FAR-100')
 
@@ -129,6 +132,13 @@ def test_damaged_weights_are_refused(copy: Path, damage: str) -> None:
             'huge header': (2**63).to_bytes(8, 'little') + whole[8:],
         }[damage])  # fmt: skip
     with pytest.raises(CheckpointError, match='model.safetensors'):
+        load_far(copy / 'shipped/FAR-100')
+
+
+@pytest.mark.parametrize('files', [3, [], {'../teacher/model.safetensors': 'x'}, {'config.json': 4}])
+def test_hashes_that_are_none_are_refused(copy: Path, files: Any) -> None:
+    edit(copy / 'shipped/FAR-100' / FAR_FILE, files=files)
+    with pytest.raises(CheckpointError, match='damaged'):
         load_far(copy / 'shipped/FAR-100')
 
 
