@@ -119,7 +119,7 @@ def run(words: Sequence[object], output: Path, seconds: float = 300, **env: str)
 
 def kill_and_resume(
     first: Sequence[object],
-    resume: Sequence[object],
+    resume: Sequence[object] | Callable[[], Sequence[object]],
     moments: Sequence[Callable[[], bool]],
     output: Path,
     seconds: float = 300,
@@ -129,7 +129,7 @@ def kill_and_resume(
 
     Args:
         first: command line that starts it.
-        resume: command line that continues it.
+        resume: command line that continues it, or what makes it when it is needed.
         moments: when to kill it, in this order; up to 3 ms are added, drawn from ``seed``, to hit within writes.
         output: file for what all of them print.
         seconds: most for each command.
@@ -143,7 +143,8 @@ def kill_and_resume(
     """
     draw, kills = random.Random(seed), 0
     for number, moment in enumerate(moments):
-        with Command(first if number == 0 else resume, output) as command:
+        words = first if number == 0 else resume() if callable(resume) else resume
+        with Command(words, output) as command:
             reached = command.wait_for(moment, seconds)
             time.sleep(draw.uniform(0, 0.003) if reached else 0)
             if command.process.poll() is None:
@@ -152,7 +153,7 @@ def kill_and_resume(
                 raise AssertionError(f'it ended with {command.process.returncode}:\n{command.text}')
             else:
                 return kills
-    status, text = run(resume, output, seconds)
+    status, text = run(resume() if callable(resume) else resume, output, seconds)
     assert status == 0, text
     return kills
 
