@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -30,7 +31,10 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopSignal:
-    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; the second interrupts.
+    """Inside the block, the first Ctrl-C or termination only sets ``is_set``; a Ctrl-C after it interrupts.
+
+    A termination after it does nothing: a cluster signals every process, and its launcher passes it on once more. What
+    does not stop in time is killed by them.
 
     Attributes:
         number: the first signal; None as long as there was none.
@@ -54,10 +58,12 @@ class StopSignal:
         """Note the first one."""
         if os.getpid() != self.process:  # a worker of a data loader, which has this handler from its parent
             return
-        if self.is_set:
+        if self.is_set and number == signal.SIGINT:
             raise Stopped(number)
+        if self.is_set:
+            return
         self.number = number
-        os.write(1, b'\nstopping, with a checkpoint; once more stops at once\n')  # print may be in use
+        os.write(1, b'\nstopping, with a checkpoint; Ctrl-C stops at once\n')  # print may be in use
 
     def stopped(self) -> Stopped:
         """Make the exception that ends the program. A process that another one told to stop ends as after Ctrl-C."""
@@ -73,14 +79,25 @@ def leave_stopping_to_the_parent(worker: int, then: Callable[[int], Any] | None 
 
     Ctrl-C and most launchers signal the whole process group. A worker that dies of it takes the step of its parent
     along, before that can write a checkpoint. torch gives its workers a handler for terminations after the fork, so
-    this has to be done in the worker. As in the parent, the second termination ends it: a worker that hangs does not
-    outlive a parent that terminates it when it exits.
+    this has to be done in the worker. A termination by the parent, which exits and finds that a worker hangs, is
+    obeyed; where the system does not tell who sent it, the second one is.
 
     Args:
         worker: number of the worker.
         then: another ``worker_init_fn`` to call.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+    if hasattr(signal, 'sigwaitinfo'):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=end_with, args=(os.getppid(),), daemon=True).start()
+    else:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     if then is not None:
         then(worker)
+
+
+def end_with(parent: int) -> None:
+    """Wait for a termination that ``parent`` has sent, and end this process."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(128 + signal.SIGTERM)

@@ -63,3 +63,47 @@ def test_the_second_signal_interrupts_at_once() -> None:
         os.kill(os.getpid(), signal.SIGINT)
         time.sleep(1)
     assert caught.value.status == 130
+
+
+def test_a_termination_that_is_passed_on_once_more_changes_nothing() -> None:
+    with StopSignal() as stopping:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.05)
+        assert stopping.stopped().status == 143
+
+
+HUNG = """
+import os, signal, sys, time
+from torch.utils.data import DataLoader
+from asr_downstream.stopping import leave_stopping_to_the_parent
+
+class Items:
+    def __len__(self): return 9
+    def __getitem__(self, i):
+        if i == 1:
+            print(os.getpid(), flush=True)
+            time.sleep(1000)
+        return i
+
+loader = iter(DataLoader(Items(), num_workers=1, worker_init_fn=leave_stopping_to_the_parent))
+next(loader)
+print('ready', flush=True)
+time.sleep(2)
+"""
+
+
+@pytest.mark.timeout(120)
+def test_a_worker_that_hangs_obeys_its_parent_alone() -> None:
+    process = subprocess.Popen([sys.executable, '-c', HUNG], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    lines = sorted(process.stdout.readline().strip() for _ in range(2))
+    assert lines[1] == 'ready'
+    worker = int(lines[0])
+    for _ in range(3):
+        os.kill(worker, signal.SIGTERM)
+    time.sleep(0.3)
+    os.kill(worker, 0)  # it lives
+    process.wait(60)
+    with pytest.raises(ProcessLookupError):
+        os.kill(worker, 0)

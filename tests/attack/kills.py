@@ -29,6 +29,7 @@ class Command:
 
     def __init__(self, words: Sequence[object], output: Path, **env: str) -> None:
         self.output = output
+        self.seen: set[psutil.Process] = set()
         with output.open('ab') as file:
             self.process = subprocess.Popen(
                 [*map(str, words)], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1', **env},
@@ -47,15 +48,24 @@ class Command:
         return self.output.read_text(errors='replace')
 
     def processes(self) -> list[psutil.Process]:
-        """Those of the command that live, it first; torchrun gives each of its processes a session of its own."""
+        """Those of the command that live, it first; torchrun gives each of its processes a session of its own.
+
+        Orphans are among them if this was called before they were.
+        """
+        found: list[psutil.Process] = []
         with suppress(psutil.NoSuchProcess):
             parent = psutil.Process(self.process.pid)
-            return [parent, *parent.children(recursive=True)]
-        return []
+            found = [parent, *parent.children(recursive=True)]
+        self.seen |= set(found)
+        return found + [p for p in self.seen - set(found) if p.is_running()]
 
     def process_ids(self, word: str) -> list[int]:
         """Those whose command line has ``word`` as an argument, without the launcher."""
         return [p.pid for p in self.processes()[1:] if word in p.cmdline()]
+
+    def wait_for_orphans(self, seconds: float = 60) -> None:
+        """Wait for the end of what the command has started."""
+        psutil.wait_procs(self.processes(), seconds)
 
     def children_of(self, pid: int) -> list[int]:
         """Processes that a process has started itself."""

@@ -127,6 +127,7 @@ def test_torchrun_stops_with_a_checkpoint(tmp_path: Path, whom: str) -> None:
             time.sleep(0.3)
             process.process.send_signal(signal.SIGTERM)
         assert process.wait(60) != 0
+        process.wait_for_orphans()
     step = int(checkpoints.find(run).name.rpartition('-')[2])
     assert losses(run)[-1][0] == step
     assert 'diffusion/train.py", line' not in process.text, process.text
