@@ -178,7 +178,17 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 }
 
 
-@pytest.mark.parametrize('damage', DAMAGES)
+# One of each kind is fast.
+FAST = (
+    'garbled optimizer.bin', 'cut model.safetensors', 'empty random_states_0.pkl', 'without progress.json',
+    'bomb random_states_0.pkl', 'NaN in the average', 'shapes of the optimiser', 'list as optimiser', 'negative step',
+    'bad that is not there', 'window of other kinds', 'progress not utf-8',
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'damage', [pytest.param(name, marks=[] if name in FAST else [pytest.mark.slow]) for name in DAMAGES]
+)
 def test_damage_that_the_manifest_does_not_show(run: Path, damage: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(run.parent)
     make, message = DAMAGES[damage]

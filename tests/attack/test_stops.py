@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import command as run_tool
 from far import write_config as write_far_config
 from generation import assert_same, command, losses, write_config
 from kills import Command, has_lines
@@ -42,7 +43,7 @@ class Stopping(Classification):
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('at', [16, 13, 20, 1])
+@pytest.mark.parametrize('at', [16, *(pytest.param(at, marks=pytest.mark.slow) for at in (13, 20, 1))])
 def test_losses_are_those_of_the_uninterrupted_run(tmp_path: Path, at: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = dict(max_train_steps=23, logging_steps=5, gradient_accumulation_steps=2, checkpointing_steps=7)
     run_of(tmp_path / 'whole', **settings)
@@ -181,12 +182,10 @@ def test_two_runs_in_one_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('tool', ['distill_far', 'prune_far'])
 def test_stages_in_a_folder_in_use_are_refused(tmp_path: Path, tool: str) -> None:
-    from far import command as far_command
-
     path, out = write_far_config(tmp_path), tmp_path / 'out'
     more = ['--keep', '0.5'] if tool == 'prune_far' else []
     with occupied(out):
-        done = far_command(tool, path, '--output-dir', out, *more)
+        done = run_tool(tool, path, '--output-dir', out, *more)
     assert done.returncode == 1
     assert f'{out}: is in use by process' in done.stderr
     assert [p.name for p in out.iterdir()] == ['.lock']
