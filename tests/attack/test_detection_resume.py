@@ -114,6 +114,7 @@ def test_absolute_notes_go_on_working(digits: Path, copied: Path, tmp_path: Path
     assert resumed_from(digits, copied) == elsewhere
 
 
+@pytest.mark.slow
 def test_a_run_of_plain_mmengine_resumes(digits: Path, whole: Path, tmp_path: Path) -> None:
     config = Config(tiny(digits, **{'train_cfg.max_epochs': 1}).to_dict())
     config.work_dir = str(tmp_path)
@@ -152,6 +153,7 @@ def test_a_checkpoint_that_cannot_be_resumed_is_refused_in_a_line(
     assert '\n' not in str(error.value)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_model_is_not_resumed(digits: Path, copied: Path) -> None:
     with pytest.raises(CheckpointError, match='another model'):
         run(tiny(digits, **{'train_cfg.max_epochs': 3, 'model.bbox_head.stacked_convs': 2}), copied, 'latest')
@@ -170,7 +172,9 @@ def test_a_finished_run_says_so(digits: Path, copied: Path, capsys: pytest.Captu
     assert 'epoch_2.pth: has all 2 epochs already; raise train_cfg.max_epochs' in said
 
 
-@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+@pytest.mark.parametrize('workers', [0, 2])
 def test_flips_of_a_resumed_run_are_those_of_the_uninterrupted_one(
     digits: Path, whole: Path, tmp_path: Path, workers: int
 ) -> None:
@@ -196,6 +200,7 @@ def test_a_run_with_checkpoints_within_epochs_makes_every_step_once(digits: Path
         assert torch.equal(found['state_dict'][key], value), key
 
 
+@pytest.mark.slow
 def test_an_epoch_of_another_length_leaves_no_negative_time(digits: Path, tmp_path: Path) -> None:
     short = {'train_dataloader.batch_size': 2}
     with pytest.raises(Dead):

@@ -185,7 +185,8 @@ def test_a_loss_that_is_not_finite_ends_the_training(digits: Path, tmp_path: Pat
     assert names(tmp_path) == ['epoch_1.pth']
 
 
-@pytest.mark.parametrize('averaged', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('averaged', [False, True])
 def test_weights_that_are_not_finite_are_never_written(digits: Path, tmp_path: Path, averaged: bool) -> None:
     config = tiny(digits, **ONE)
     if averaged:
@@ -203,7 +204,9 @@ def test_a_folder_takes_one_run_at_a_time(digits: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ('number', 'status'), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_stop_is_seen_by_a_loop_over_runs(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, status: int
 ) -> None:
