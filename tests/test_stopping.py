@@ -55,6 +55,27 @@ def test_a_signal_to_the_group_spares_the_workers(number: signal.Signals, status
     assert 'Traceback' not in err
 
 
+PERSISTENT = """
+from torch.utils.data import DataLoader
+from asr_downstream.stopping import leave_stopping_to_the_parent
+
+loader = DataLoader(
+    range(8), num_workers=1, persistent_workers=True, worker_init_fn=leave_stopping_to_the_parent
+)
+print(sum(len(batch) for batch in loader), flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(120)
+def test_persistent_workers_end_with_their_parent() -> None:
+    """At its exit a program terminates them once, and waits."""
+    done = subprocess.run(
+        [sys.executable, '-c', PERSISTENT], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, '8\n'), done.stderr
+
+
 def test_the_second_signal_interrupts_at_once() -> None:
     with StopSignal() as stopping, pytest.raises(Stopped) as caught:  # noqa: PT012
         os.kill(os.getpid(), signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from mmengine.runner import Runner
 from tiny_detection import FLIP, Dead, DieAt, SignalAt, Steps, as_file, assert_same, pictures, run, tiny
 
 from asr_downstream.detection import training
+from asr_downstream.detection.draws import draw_by_sample
 from asr_downstream.errors import CheckpointError
 
 sys.path.insert(0, str(ROOT / 'tools'))
@@ -280,3 +282,47 @@ def test_whatever_is_drawn_is_drawn_as_without_the_stop(
         run(configured(digits, 0), tmp_path / 'parts', hooks=(stop(4),))
     run(configured(digits, 2), tmp_path / 'parts', 'auto')
     assert_same(tmp_path / 'parts' / 'epoch_2.pth', tmp_path / 'whole' / 'epoch_2.pth')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('sampler', ['InfiniteSampler', 'DefaultSampler'])
+def test_a_loop_without_epochs_goes_on_as_without_the_stop(digits: Path, tmp_path: Path, sampler: str) -> None:
+    def config() -> Any:
+        made = tiny(digits, **FLIPS, **{'train_dataloader.sampler.type': sampler})
+        made.train_cfg = {'type': 'IterBasedTrainLoop', 'max_iters': 8, 'val_interval': 100}
+        made.default_hooks.checkpoint.update(by_epoch=False, interval=2)
+        made.param_scheduler = [{'type': 'LinearLR', 'start_factor': 0.01, 'by_epoch': False, 'begin': 0, 'end': 6}]
+        return made
+
+    run(config(), tmp_path / 'whole')
+    with pytest.raises(Dead):
+        run(config(), tmp_path / 'parts', hooks=(DieAt(5),))
+    run(config(), tmp_path / 'parts', 'auto')
+    assert_same(tmp_path / 'parts' / 'iter_8.pth', tmp_path / 'whole' / 'iter_8.pth')
+
+
+@pytest.mark.parametrize(
+    'copy', [lambda loader: loader.dataset, lambda loader: pickle.loads(pickle.dumps(loader.dataset))]
+)
+def test_what_is_drawn_for_a_picture_follows_from_seed_epoch_and_index(digits: Path, copy: Any) -> None:
+    """Also in a data set that a worker has unpickled."""
+    loader = Runner.build_dataloader(tiny(digits, **FLIPS).train_dataloader, seed=3)
+    stock = type(loader.dataset)
+    draws = draw_by_sample(loader, seed=3)
+    assert draws is not None
+    assert isinstance(loader.dataset, stock)
+    draws.epoch = 0
+    first = flips(copy(loader.dataset), draws)
+    torch.manual_seed(5)
+    assert flips(copy(loader.dataset), draws) == first
+    draws.skip = 2
+    assert flips(copy(loader.dataset), draws) == first[8:]
+    draws.skip, draws.epoch = 0, 1
+    assert flips(copy(loader.dataset), draws) != first
+    assert len(draws) == len(loader) == 3  # what is left of an epoch does not change its length
+
+
+def flips(dataset: Any, draws: Any) -> list[tuple[int, bool]]:
+    """Which pictures come, and whether they are mirrored."""
+    samples = [dataset[draw]['data_samples'] for batch in draws for draw in batch]
+    return [(sample.img_id, sample.flip) for sample in samples]

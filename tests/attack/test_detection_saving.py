@@ -204,9 +204,10 @@ def test_a_folder_takes_one_run_at_a_time(digits: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize(
-    ('number', 'status'), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
-)
+TERMINATED = pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), TERMINATED])
 def test_a_stop_is_seen_by_a_loop_over_runs(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int, status: int
 ) -> None:
