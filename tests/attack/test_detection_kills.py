@@ -70,7 +70,7 @@ def finish(config: Path, work: Path, name: str, processes: int = 1) -> Path:
 def logs(command: Command, step: int, processes: int = 1) -> Callable[[], bool]:
     """The moment when a step is logged, counted from 1."""
     epoch, batch = divmod(step - 1, LENGTH // processes)
-    line = f'Epoch(train)  [{epoch + 1}][{batch + 1}/{LENGTH // processes}]'
+    line = f'Epoch(train) [{epoch + 1}][{batch + 1}/{LENGTH // processes}]'
     return lambda: line in command.text
 
 
