@@ -181,11 +181,9 @@ def schedule_of(pipeline: Pipeline) -> dict[str, Any]:
     except Exception as error:  # the hub has errors of many classes
         first = str(error).strip().partition('\n')[0][:200]
         raise AsrError(f'{where}: {SCHEDULER} cannot be read ({first}); mend it, or say noise_scheduler') from error
-    if not {'num_train_timesteps', 'beta_schedule'} <= stored.keys():
-        kind = pipeline.parts['scheduler']
-        raise AsrError(
-            f'{where}: {found.get("_class_name", kind)} has no betas; models of that kind are not trained here'
-        )
+    if lacking := {'num_train_timesteps', 'beta_schedule'} - stored.keys():
+        kind = found.get('_class_name', pipeline.parts['scheduler'])
+        raise AsrError(f'{where}, a {kind}, has no {some(sorted(lacking))}: models without betas are not trained here')
     known = inspect.signature(diffusers.DDPMScheduler).parameters
     return {'type': 'DDPMScheduler', **{key: stored[key] for key in known if key in stored}}
 

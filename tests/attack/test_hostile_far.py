@@ -178,7 +178,10 @@ CUTS: list[Any] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize('content', CUTS, ids=[str(c)[:30] for c in CUTS])
+@pytest.mark.parametrize(
+    'content',
+    [pytest.param(c, id=str(c)[:30], marks=pytest.mark.slow if n % 4 else ()) for n, c in enumerate(CUTS)],
+)
 def test_a_cut_that_does_not_fit_is_refused(pruned: Path, content: Any) -> None:
     config = load_config(pruned / 'tiny.py')
     path = pruned / 'out/FAR-50/cut.json'

@@ -50,7 +50,10 @@ def test_progress_bars_show_names_as_they_are(
     assert f'text {name}' in capsys.readouterr().out
 
 
-@pytest.mark.parametrize('name', ['[bold]', '[/x]', '$', 'a$\\frac$', '_hidden', '{x}', '%s'])
+@pytest.mark.parametrize(
+    'name',
+    ['[/x]', 'a$\\frac$', *(pytest.param(n, marks=pytest.mark.slow) for n in ('[bold]', '$', '_hidden', '{x}', '%s'))],
+)
 def test_runs_are_compared_by_their_names(tmp_path: Path, name: str) -> None:
     paths = []
     for parent in ('a', 'b'):
@@ -164,6 +167,7 @@ def test_wrong_arguments_are_named(tmp_path: Path, key: str, value: Any, message
 # Cards ----------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_names_of_classes_cannot_leave_the_comment_of_the_code(tmp_path: Path) -> None:
     hostile = 'cat\nraise SystemExit  #'
     names = (hostile, 'dog```', "o'wl")

@@ -145,7 +145,9 @@ def test_the_part_of_another_class_is_named(tmp_path: Path) -> None:
         assert 'UNet2DConditionModel' in str(caught.value)
 
 
-@pytest.mark.parametrize('damage', [*DAMAGES, 'cut'])
+@pytest.mark.parametrize(
+    'damage', [*(pytest.param(d, marks=() if d in ('lacks', 'plugged') else pytest.mark.slow) for d in DAMAGES), 'cut']
+)
 def test_weights_that_do_not_fit_are_refused(tmp_path: Path, pipe: Path, damage: str) -> None:
     own = Path(shutil.copytree(pipe / 'unet', tmp_path / 'unet'))
     state = load_file(own / WEIGHTS)

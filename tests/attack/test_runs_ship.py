@@ -51,6 +51,9 @@ def test_a_run_without_a_plug_ships_as_it_is(stock: Path, tmp_path: Path) -> Non
     assert (report['sites'], report['plug']) == ([], None)
     assert report['difference']['float32']['model'] == report['difference']['float64']['model'] == 0
     assert 'nothing to fold' in (tmp_path / 'out/README.md').read_text()
+    assert front_matter(tmp_path / 'out') == {  # nothing is invented
+        'library_name': 'diffusers', 'pipeline_tag': 'unconditional-image-generation', 'tags': ['diffusion', 'unet'],
+    }  # fmt: skip
     assert 'folded into the weights' not in (tmp_path / 'out/README.md').read_text()
     assert len(code_of(tmp_path / 'out')['images']) == 16
     assert type(diffusers.DDPMPipeline.from_pretrained(tmp_path / 'out').unet) is diffusers.UNet2DModel
@@ -82,6 +85,7 @@ def test_a_run_with_replaced_attention_ships_for_this_package(tmp_path: Path) ->
 # Metadata -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_card_says_what_it_is_told(stock: Path, tmp_path: Path) -> None:
     options = (
         '--license',
@@ -98,14 +102,6 @@ def test_the_card_says_what_it_is_told(stock: Path, tmp_path: Path) -> None:
     assert front_matter(tmp_path / 'out') == {
         'library_name': 'diffusers', 'pipeline_tag': 'unconditional-image-generation', 'license': 'apache-2.0',
         'base_model': 'google/ddpm-cat-256', 'datasets': ['cifar10'], 'tags': ['diffusion', 'unet', 'a: b'],
-    }  # fmt: skip
-
-
-def test_the_card_invents_nothing(stock: Path, tmp_path: Path) -> None:
-    call('tools/fold.py', stock, tmp_path / 'out')
-    found = front_matter(tmp_path / 'out')
-    assert found == {
-        'library_name': 'diffusers', 'pipeline_tag': 'unconditional-image-generation', 'tags': ['diffusion', 'unet'],
     }  # fmt: skip
 
 
@@ -130,7 +126,7 @@ def test_metadata_are_for_runs(tmp_path: Path) -> None:
 # Conditions -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('kind', ['UNet', 'DiT'])
+@pytest.mark.parametrize('kind', [pytest.param('UNet', marks=pytest.mark.slow), 'DiT'])
 def test_the_card_of_classes_names_the_null_class_and_shows_guidance(tmp_path: Path, kind: str) -> None:
     images = write_images(tmp_path / 'images')
     if kind == 'UNet':
@@ -160,6 +156,7 @@ def test_the_card_of_classes_names_the_null_class_and_shows_guidance(tmp_path: P
 # Comparisons ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_short_run_is_drawn_beside_a_long_one(tmp_path: Path, stock: Path) -> None:
     from PIL import Image
 
