@@ -7,7 +7,6 @@ What comes back is no stock model any more: its norms are gone. It is for deploy
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,16 +16,16 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from asr_downstream.copying import copy_of
 from asr_downstream.errors import FoldError
+from asr_downstream.fitness import check_module
 from asr_downstream.layers import Plugged
 from asr_downstream.sites import some
-from asr_downstream.verification import run, verify
+from asr_downstream.verification import check_inputs, outputs_of, run, tolerance, verify
 
 __all__ = ['fuse_conv_bn']
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-# Relative to the largest output: roundings of a hundred layers.
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
 @torch.no_grad()
@@ -44,12 +43,14 @@ def fuse_conv_bn(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[tuple[s
     Raises:
         FoldError: training mode, plugs, nothing to fuse, or the fused model computes something else.
     """
+    check_module(model, 'fuse_conv_bn', FoldError)
+    check_inputs(inputs, 'fuse_conv_bn')
     plugged = [path for path, m in model.named_modules() if isinstance(m, Plugged)]
     if plugged:
         raise FoldError(f'{some(plugged, 2)}: is plugged; fold the model first, then fuse')
     if any(m.training for m in model.modules() if isinstance(m, _BatchNorm)):
         raise FoldError('a batch norm is in training mode: call model.eval() first (fusing is for inference)')
-    fused = copy.deepcopy(model)
+    fused = copy_of(model, FoldError)
     pairs = observe(fused, inputs)
     if not pairs:
         raise FoldError(f'{type(model).__name__}: no batch norm follows a convolution')
@@ -66,7 +67,7 @@ def fuse_conv_bn(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[tuple[s
         parent, _, name = norm_path.rpartition('.')
         setattr(fused.get_submodule(parent), name, nn.Identity())
     found = verify(fused, model, inputs)
-    if not found.relative <= TOLERANCE.get(next(model.parameters()).dtype, 1e-2):
+    if not found.relative <= tolerance(model):
         raise FoldError(
             f'the fused model computes something else (relative difference {found.relative:.1e}): a convolution has '
             f'another reader than its norm, or the outputs are not continuous in the weights'
@@ -107,7 +108,7 @@ def observe(model: nn.Module, inputs: Any) -> list[tuple[str, str]]:
         elif isinstance(module, _BatchNorm) and module.track_running_stats:
             handles.append(module.register_forward_pre_hook(before_norm(path)))
     try:
-        run(model, inputs[0] if isinstance(inputs, list) else inputs)
+        outputs_of(model, inputs[0] if isinstance(inputs, list) else inputs, run)
     finally:
         for handle in handles:
             handle.remove()
