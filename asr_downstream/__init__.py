@@ -11,12 +11,12 @@ The core needs torch and mmengine. The adapters are `asr_downstream.detection` (
 the other extras; importing this package imports none of them.
 """
 
+from asr_downstream.attaching import rebind
 from asr_downstream.attention import ChannelAttention, pool
 from asr_downstream.description import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
 from asr_downstream.folding import fold
 from asr_downstream.fusing import fuse_conv_bn
-from asr_downstream.layers import rebind
 from asr_downstream.plugging import plug
 from asr_downstream.recording import record
 from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS

@@ -114,8 +114,9 @@ class Fixed(nn.Module):
 
     uses_input = False
 
-    def __init__(self, gates: Tensor) -> None:
+    def __init__(self, gates: Tensor, confined: bool) -> None:
         super().__init__()
+        self.confined = confined
         self.register_buffer('gates', gates[None])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -128,7 +129,11 @@ def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
     model = copy_of(model, FoldError)
     for site in sites:
         layer: Any = model.get_submodule(site.path)
-        gate = ConstantGate(Fixed(site.mean.to(layer.weight.device)), len(site.mean))
+        mean = site.mean.to(layer.weight.device)
+        relative = any(gate.reference is not None for gate in layer.dynamic)
+        gate = ConstantGate(Fixed(mean, all(g.confined for g in layer.dynamic) and not relative), len(mean))
+        if relative:  # the mean is of gates that were divided by their first ones
+            gate.reference = torch.ones_like(mean)[None]
         layer.gate = nn.ModuleList([*(layer.gate or ()), gate.eval()])
         layer.dynamic = None
     return model
@@ -183,15 +188,39 @@ def refine(model: nn.Module, data: Iterable[Any], step: Step) -> None:
                     norm.get_buffer(name).copy_(value)
 
 
-def finite(value: float) -> float:
+def finite(value: Any) -> float:
     """Return a metric as a float.
 
     Raises:
         FoldError: it is no number.
     """
-    if not math.isfinite(value):
-        raise FoldError(f'calibrate: the metric is {value}, and nothing can be compared with that')
-    return float(value)
+    try:
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise FoldError(f'calibrate: the metric is {value!r}, which is no number') from error
+    if not math.isfinite(number):
+        raise FoldError(f'calibrate: the metric is {number}, and nothing can be compared with that')
+    return number
+
+
+def check_arguments(calibrate: Any, step: Any, refine_norms: Any, metric: Any, max_drop: Any) -> None:
+    """Refuse arguments of `asr_downstream.fold` that mean nothing.
+
+    Raises:
+        FoldError: see above.
+    """
+    if isinstance(calibrate, Tensor):
+        raise FoldError('calibrate: a tensor is one batch; give a list of batches, [x]')
+    if not isinstance(calibrate, Iterable) or isinstance(calibrate, str | bytes):
+        raise FoldError(f'calibrate={calibrate!r} should be a list or a loader of batches')
+    for name, function in (('step', step), ('metric', metric)):
+        if function is not None and not callable(function):
+            raise FoldError(f'{name}={function!r} should be a function')
+    if not isinstance(refine_norms, bool):
+        raise FoldError(f'refine_norms={refine_norms!r} should be True or False')
+    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if max_drop is not None and (not number or math.isnan(max_drop)):
+        raise FoldError(f'max_drop={max_drop!r} should be a number')
 
 
 def calibrate(

@@ -81,8 +81,9 @@ def measure_constancy(
             try:
                 step(model, copy_of(batch))
             except TypeError as error:
+                first = str(error).strip().splitlines()[0]
                 raise FoldError(
-                    f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({error}); '
+                    f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({first}); '
                     f'say how with step=lambda model, batch: model(...)'
                 ) from error
             batches += 1

@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.attaching import orphans
 from asr_downstream.errors import PlugError
+from asr_downstream.fitness import check_module
 from asr_downstream.gates import ConstantGate, Gate
-from asr_downstream.layers import Plugged, orphans
+from asr_downstream.layers import Plugged
 from asr_downstream.sharing import Member, SharedUnit
 from asr_downstream.sites import find_sites, some
 
@@ -102,6 +104,7 @@ def describe(model: nn.Module) -> Description:
 
     Of a stock model, say which sites there are to plug.
     """
+    check_module(model, 'describe')
     rows = []
     units: dict[SharedUnit, list[str]] = {}
     for path, layer in model.named_modules():

@@ -12,32 +12,27 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError, FoldError, PlugError
 
-__all__ = ['WRAPPERS', 'check_bare', 'check_module', 'check_own', 'check_weights', 'qualified_names']
+__all__ = ['WRAPPERS', 'check_bare', 'check_module', 'check_own', 'check_weights', 'names_of']
 
-DDP = 'torch.nn.parallel.distributed.DistributedDataParallel'
-# Qualified name of what wraps or shards models -> how to come to the bare model, for fold.
+FULL = 'load its full state dict into an unwrapped plugged model, and fold that'
+# Package and class of what wraps or shards models -> how to come to the bare model, for fold. Where in the package the
+# class lies changes with its version.
 WRAPPERS: dict[str, str] = {
-    DDP: 'fold(model.module)',
-    'torch.nn.parallel.data_parallel.DataParallel': 'fold(model.module)',
-    'torch.distributed.fsdp.fully_sharded_data_parallel.FullyShardedDataParallel': (
-        'load its full state dict into an unwrapped plugged model, and fold that'
-    ),
-    'torch.distributed.fsdp._fully_shard._fully_shard.FSDPModule': (
-        'load its full state dict into an unwrapped plugged model, and fold that'
-    ),
-    'torch._dynamo.eval_frame.OptimizedModule': 'fold(model._orig_mod), before torch.compile',
-    'torch.jit._script.ScriptModule': 'fold the model before it becomes TorchScript',
-    'deepspeed.runtime.engine.DeepSpeedEngine': (
-        'load its full state dict into an unwrapped plugged model, and fold that'
-    ),
+    'torch.DistributedDataParallel': 'fold(model.module)',
+    'torch.DataParallel': 'fold(model.module)',
+    'torch.FullyShardedDataParallel': FULL,
+    'torch.FSDPModule': FULL,
+    'torch.OptimizedModule': 'fold(model._orig_mod), before torch.compile',
+    'torch.ScriptModule': 'fold the model before it becomes TorchScript',
+    'deepspeed.DeepSpeedEngine': FULL,
 }
-SHARDED = 'torch.distributed.tensor._api.DTensor'
+SHARDED = 'torch.DTensor'
 FLATTENED = '_fsdp_flattened'  # what FSDP1 sets on parameters that are views of its flat one
 
 
-def qualified_names(value: Any) -> list[str]:
-    """Qualified names of the class of a value and of its bases: ``'module.Class'``."""
-    return [f'{cls.__module__}.{cls.__qualname__}' for cls in type(value).__mro__]
+def names_of(cls: type) -> list[str]:
+    """Package and name of a class and of its bases: ``'torch.Linear'``."""
+    return [f'{base.__module__.partition(".")[0]}.{base.__name__}' for base in cls.__mro__]
 
 
 def check_module(model: Any, function: str, error: type[AsrError] = AsrError) -> None:
@@ -66,14 +61,13 @@ def check_bare(model: nn.Module, error: type[AsrError]) -> None:
         AsrError: of type ``error``.
     """
     for path, module in model.named_modules():
-        found = next((name for name in qualified_names(module) if name in WRAPPERS), None)
+        found = next((name for name in names_of(type(module)) if name in WRAPPERS), None)
         if found is not None:
             what = found.rpartition('.')[2]
             raise error(f'{named(path, model)}: is wrapped by {what}; {advice(error, what, WRAPPERS[found])}')
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if SHARDED in qualified_names(tensor) or getattr(tensor, FLATTENED, False):
-            full = 'load its full state dict into an unwrapped plugged model, and fold that'
-            raise error(f'{path}: is sharded over processes; {advice(error, "FSDP", full)}')
+        if SHARDED in names_of(type(tensor)) or getattr(tensor, FLATTENED, False):
+            raise error(f'{path}: is sharded over processes; {advice(error, "FSDP", FULL)}')
         if tensor.is_meta:
             raise error(f'{path}: is on the meta device, so it has no values; build the model, load its weights first')
     if error is PlugError and (wrapper := outer_wrapper(model)) is not None:

@@ -6,25 +6,28 @@ computed and checked before the first one is stored, and they are stored in a co
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream import calibration
+from asr_downstream.attaching import detach
 from asr_downstream.calibration import Calibration, Metric
 from asr_downstream.constancy import Step, groups
+from asr_downstream.copying import copy_of
 from asr_downstream.description import attention_name, check_connected
-from asr_downstream.errors import FoldError
-from asr_downstream.gates import Gate
-from asr_downstream.layers import Plugged, detach
+from asr_downstream.errors import AsrError, FoldError
+from asr_downstream.fitness import check_bare, check_module, check_own, check_weights
+from asr_downstream.gates import Gate, saturation
+from asr_downstream.layers import Plugged
 from asr_downstream.sharing import Member, unregister
 from asr_downstream.sites import some
+from asr_downstream.verification import Verification, check_inputs, compare, run, tolerance
 
 __all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
 
@@ -41,6 +44,7 @@ class FoldedSite:
         rounding: largest difference between the folded weight or bias and its float64 value, over the largest
             magnitude; half a unit in the last place of the dtype, or less.
         kept: input-dependent gates stay at this site (``dynamic='keep'``).
+        saturated: what is odd about the gates, if all of them are at one end, see `asr_downstream.gates.saturation`.
     """
 
     path: str
@@ -51,6 +55,7 @@ class FoldedSite:
     gate_max: float
     rounding: float
     kept: bool = False
+    saturated: str = ''
 
 
 @dataclass(frozen=True)
@@ -62,12 +67,14 @@ class FoldReport:
         message: one line for a person.
         spec: what was plugged.
         calibration: what ``fold(calibrate=...)`` measured.
+        checked: what ``fold(check=...)`` found, plugged against folded.
     """
 
     sites: tuple[FoldedSite, ...] = ()
     message: str = ''
     spec: Any = field(default=None, compare=False)
     calibration: Calibration | None = field(default=None, compare=False)
+    checked: Verification | None = field(default=None, compare=False)
 
     @property
     def already_stock(self) -> bool:
@@ -94,6 +101,7 @@ def fold(
     refine_norms: bool = False,
     metric: Metric | None = None,
     max_drop: float | None = None,
+    check: Any = None,
 ) -> tuple[nn.Module, FoldReport]:
     """Fold the gates of ``model`` and return a stock copy.
 
@@ -115,20 +123,30 @@ def fold(
         max_drop: how much may be lost at most: of ``metric``, or without one the relative change of the outputs (root
             mean square). The least constant sites stay unfolded until it holds; sites of one recurrent unit go
             together.
+        check: inputs to compare the plugged model and the folded one on, as `asr_downstream.verify` takes them, or
+            batches for ``step``. Folding is exact as far as layers go; a model that reads the weight of a site past
+            its layer, ``F.conv2d(x, self.conv.weight)``, is only found out by running it. With ``calibrate`` the
+            constant gates, and the means in place of the others, are compared with what they fold to.
 
     Returns:
-        The folded copy and a report.
+        The folded copy and a report. Gates that are all at one end are named in a warning.
 
     Raises:
-        FoldError: training mode, gates that depend on the input, gates or folded weights that are not finite, or gates
-            that a converter has disconnected. The model has not been touched.
+        FoldError: training mode, gates that depend on the input, gates or folded weights that are not finite, weights
+            that are shared with another layer, computed from others, quantised, sharded or on the meta device, gates
+            that a converter has disconnected, or with ``check`` a folded model that computes something else. The model
+            has not been touched.
     """
+    check_module(model, 'fold', FoldError)
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
+    finish = partial(fold_exactly, check=comparison(check, step))
     if calibrate is None:
-        if step is not None or refine_norms or metric is not None or max_drop is not None:
+        if (step is not None and check is None) or refine_norms or metric is not None or max_drop is not None:
             raise FoldError('fold: step, refine_norms, metric and max_drop belong to calibrate=...')
-        return fold_exactly(model, dynamic)
+        return finish(model, dynamic)
+    check_bare(model, FoldError)
+    calibration.check_arguments(calibrate, step, refine_norms, metric, max_drop)
     check_connected(model)
     check_mode(model)
     if not groups(model):
@@ -136,15 +154,46 @@ def fold(
             warnings.warn(
                 'all gates are constant and fold exactly: refine_norms, metric and max_drop are not used', stacklevel=2
             )
-        return fold_exactly(model, dynamic)
-    finish = partial(fold_exactly, dynamic='keep')
-    folded, report, found = calibration.calibrate(model, calibrate, finish, step, refine_norms, metric, max_drop)
+        return finish(model, dynamic)
+    keep = partial(finish, dynamic='keep')
+    folded, report, found = calibration.calibrate(model, calibrate, keep, step, refine_norms, metric, max_drop)
     return folded, replace(report, calibration=found)
 
 
+Check: TypeAlias = Callable[[nn.Module, nn.Module], Verification] | None
+
+
+def comparison(check: Any, step: Step | None) -> Check:
+    """What compares the plugged and the folded model on the inputs that the user gave; None without any."""
+    if check is None:
+        return None
+    try:
+        check_inputs(check, 'fold: check')
+    except AsrError as error:
+        raise FoldError(str(error)) from None
+
+    def against(plugged: nn.Module, folded: nn.Module) -> Verification:
+        calls = check if isinstance(check, list) else [check]
+        try:
+            found = compare(folded, plugged, calls, step or run)
+        except AsrError as error:
+            raise FoldError(f'check: {error}') from error
+        if not found.relative <= tolerance(plugged):
+            worst = max(found.outputs, key=lambda d: d.relative)
+            raise FoldError(
+                f'the folded model computes something else ({worst.output}: relative difference {worst.relative:.1e}): '
+                f'a weight is read elsewhere than by its layer, which gates do not reach, or the outputs are not '
+                f'continuous in the weights; leave such layers out of sites=[...], or check other outputs with step=...'
+            )
+        return found
+
+    return against
+
+
 @torch.no_grad()
-def fold_exactly(model: nn.Module, dynamic: str) -> tuple[nn.Module, FoldReport]:
+def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[nn.Module, FoldReport]:
     """Fold the constant gates."""
+    check_bare(model, FoldError)
     check_connected(model)
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     if not layers:
@@ -152,12 +201,15 @@ def fold_exactly(model: nn.Module, dynamic: str) -> tuple[nn.Module, FoldReport]
             f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
         )
         warnings.warn(message, stacklevel=4)
-        return make_stock_(copy.deepcopy(model)), FoldReport(message=message)
+        return make_stock_(copy_of(model, FoldError)), FoldReport(message=message)
     check_mode(model)
     check_constant(layers, dynamic)
     check_whole(model, layers)
+    for path, layer in layers.items():
+        check_weights(path, layer, FoldError)
+    check_own(model, layers, FoldError)
 
-    folded = copy.deepcopy(model)
+    folded = copy_of(model, FoldError)
     copies: dict[str, Any] = {path: folded.get_submodule(path) for path in layers}
     scaled = {path: scaled_parameters(path, layer) for path, layer in copies.items() if layer.gate is not None}
     for path, new in scaled.items():
@@ -180,7 +232,23 @@ def fold_exactly(model: nn.Module, dynamic: str) -> tuple[nn.Module, FoldReport]
     else:
         make_stock_(folded)
         message = f'folded {len(sites)} sites of {type(model).__name__}'
-    return folded, FoldReport(sites, message, specs(model))
+    checked = None if check is None else check(model, folded)
+    warn_saturated(sites)
+    return folded, FoldReport(sites, message, specs(model), checked=checked)
+
+
+def warn_saturated(sites: Iterable[FoldedSite]) -> None:
+    """Name the sites whose gates are all at one end: what they do is legal, and hardly ever meant."""
+    by_state: dict[str, list[str]] = {}
+    for site in sites:
+        if site.saturated:
+            by_state.setdefault(site.saturated, []).append(site.path)
+    for state, paths in by_state.items():
+        warnings.warn(
+            f'{some(paths)}: the gates of all channels {state}; the folded layer does no more than that: look at the '
+            f'training (learning rate, weight decay, loss) before you ship it',
+            stacklevel=5,
+        )
 
 
 def specs(model: nn.Module) -> dict[str, Any]:
@@ -222,10 +290,16 @@ def check_whole(model: nn.Module, layers: dict[str, Any]) -> None:
 
 def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     """Compute the folded weight and bias of one site in float64; changes only the precision of its gates."""
-    for gate in layer.gate:
-        for module in (gate, *chain_of(gate)):
-            module.double()
-    v = layer.constant()
+    try:
+        for gate in layer.gate:
+            for module in (gate, *chain_of(gate)):
+                module.double()
+        v = layer.constant()
+    except RuntimeError as error:
+        raise FoldError(
+            f'{path}: its gates cannot be computed in float64 ({str(error).strip().splitlines()[0]}); fold before '
+            f'gates are quantised or converted'
+        ) from error
     if not v.isfinite().all():
         raise FoldError(
             f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
@@ -253,6 +327,7 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
         gate_max=float(v.max()),
         rounding=rounding,
         kept=layer.dynamic is not None,
+        saturated=saturation(list(layer.gate), v),
     )
     return ScaledParameters(rounded['weight'], rounded.get('bias'), site)
 

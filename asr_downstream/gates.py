@@ -20,10 +20,11 @@ from asr_downstream.sharing import Member
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ['ConstantGate', 'DynamicGate', 'Gate']
+__all__ = ['ConstantGate', 'DynamicGate', 'Gate', 'saturation']
 
 # Below this, dividing by the first gate would blow up its rounding error and its gradients.
 SMALLEST_REFERENCE = 1e-4
+CLOSED, OPEN = 1e-3, 0.999  # gates that are all beyond one of these are named when they are folded
 
 
 class Gate(nn.Module):
@@ -53,6 +54,12 @@ class Gate(nn.Module):
         would lose the start that its attention has chosen, and ``preserve=True`` with it.
         """
         return self
+
+    @property
+    def confined(self) -> bool:
+        """Whether the attention's gates lie in (0, 1), see `asr_downstream.attention.base.ChannelAttention`."""
+        attention = self.attention.unit.attention if isinstance(self.attention, Member) else self.attention
+        return getattr(attention, 'confined', True)
 
     def example(self) -> Tensor:
         """Return a tensor with the dtype and device of the gates."""
@@ -174,3 +181,29 @@ class DynamicGate(Gate):
         gate = self.gates(x)
         # Under autocast some attentions answer in float32: the feature map keeps its own precision.
         return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim())).to(x.dtype)
+
+
+def saturation(gates: list[ConstantGate], v: Tensor) -> str:
+    """Say what is odd about constant gates that are all at one end; '' if they are not.
+
+    A gate in (0, 1), such as a sigmoid, is closed for all channels where its branch is gone, and open for all where it
+    does nothing and its gradient has vanished. What is held against the bounds is the attention's own gate for "open",
+    and what is folded, divided by the first gates under ``preserve=True``, for "closed": there it says how much is
+    left of what the branch was. Free scales (`LayerScale`, ``confined = False``) start near 0 by design and may be 1,
+    so of them only exact zeros are odd, and with ``preserve=True`` what is left.
+
+    Args:
+        gates: of one site.
+        v: their product as it is folded, ``(C,)``.
+    """
+    if not v.any():
+        return 'are all 0'
+    confined = [gate.confined for gate in gates]
+    relative = any(gate.reference is not None for gate in gates)
+    if bool((v.abs() < CLOSED).all()) and (all(confined) or relative):
+        return f'are below {CLOSED:g}' + (' of what they were at the start' if relative else '')
+    for gate, bounded in zip(gates, confined, strict=True):
+        own = gate.probe()
+        if bounded and bool(((own > OPEN) & (own <= 1)).all()):
+            return f'are above {OPEN:g}'
+    return ''

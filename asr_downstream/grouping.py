@@ -60,8 +60,11 @@ def group_sites(sites: list[Site], share: Share) -> list[Group]:
 
 def listed(sites: list[Site], share: Sequence[Sequence[str]]) -> list[Group]:
     """Groups that the user has written down."""
-    if any(isinstance(patterns, str) for patterns in share):
-        raise PlugError(f'share={share!r} should be a list of groups, each a list of patterns: [{share!r}]')
+    if not isinstance(share, list | tuple):
+        raise PlugError(f"share={share!r} should be 'stage', 'width', or lists of patterns of sites")
+    if any(not isinstance(p, list | tuple) or any(not isinstance(item, str) for item in p) for p in share):
+        one = f': [{share!r}]' if all(isinstance(p, str) for p in share) else ''
+        raise PlugError(f'share={share!r} should be a list of groups, each a list of patterns{one}')
     groups: list[Group] = []
     taken: set[str] = set()
     for number, patterns in enumerate(share):

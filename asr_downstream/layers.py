@@ -6,7 +6,7 @@ functional, so no feature map is multiplied or kept for the backward pass. Each 
 only the gates; parameter names, buffers and ``isinstance`` stay those of the stock class, and a layer is plugged and
 unplugged by changing its class, so that everyone who holds it holds it still.
 
-`LAYERS` is the table of what can be plugged and folded.
+`LAYERS` is the table of what can be plugged and folded; layers of frameworks join it when they are met.
 """
 
 from __future__ import annotations
@@ -19,10 +19,9 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.fused import can_fuse, gated_batch_norm
-from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.regained import can_regain, can_rescale, regained_scale, rescaled_layer
 
-__all__ = ['LAYERS', 'Plugged', 'attach', 'detach', 'orphans', 'rebind']
+__all__ = ['FRAMEWORK_LAYERS', 'LAYERS', 'Plugged', 'plugged_class']
 
 
 class Plugged:
@@ -314,46 +313,41 @@ LAYERS: dict[type[nn.Module], type[Plugged]] = {
 }
 
 
-def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
-    """Turn a stock ``layer`` into its plugged class, in place."""
-    layer.__class__ = LAYERS[type(layer)]
-    layer.register_module('gate', nn.ModuleList(gates) if gates else None)
-    layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
-    for slot in (layer.gate, layer.dynamic):
-        if slot is not None:
-            slot.train(layer.training)
+# Package and class of a framework's own kind of these layers, which computes the same -> its mixin. By name, so that
+# nothing is imported for it and nobody has to import an adapter first.
+FRAMEWORK_LAYERS: dict[str, type[Plugged]] = {
+    # mmcv's wrappers only treat empty inputs in another way, in torch before 1.5
+    'mmcv.cnn.bricks.wrappers.Conv2d': PluggedConv2d,
+    'mmcv.cnn.bricks.wrappers.Conv3d': PluggedConv3d,
+    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': PluggedConvTranspose2d,
+    'mmcv.cnn.bricks.wrappers.ConvTranspose3d': PluggedConvTranspose3d,
+    'mmcv.cnn.bricks.wrappers.Linear': PluggedLinear,
+    # what norm_cfg=dict(type='SyncBN') builds, and what revert_sync_batchnorm puts in its place
+    'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': PluggedSyncBatchNorm,
+    'mmengine.model.utils._BatchNormXd': _BatchNorm,
+}
 
 
-def detach(layer: Any) -> None:
-    """Turn a plugged ``layer`` back into its stock class, in place; its gates are dropped."""
-    del layer.gate, layer.dynamic
-    layer.__class__ = layer.stock
+def plugged_class(stock: type[nn.Module]) -> type[Plugged] | None:
+    """Plugged class of a stock class; None: it is no layer that can be plugged.
 
-
-def rebind(model: nn.Module) -> list[str]:
-    """Plug layers again that a converter has rebuilt, and return their paths.
-
-    ``SyncBatchNorm.convert_sync_batchnorm`` builds a new stock layer and moves the children of the old one to it: the
-    gates are still there, but nobody asks them. Call this after such a conversion.
+    That of a framework's layer is made when the first one is met.
     """
-    paths = orphans(model)
-    for path in paths:
-        layer = model.get_submodule(path)
-        if type(layer) not in LAYERS:
-            raise PlugError(f'{path}: was converted to {type(layer).__name__}, which cannot be plugged')
-        slots = {slot: layer._modules.pop(slot, None) for slot in ('gate', 'dynamic')}
-        attach(layer, *(list(slots[slot] or ()) for slot in ('gate', 'dynamic')))  # type: ignore[arg-type]
-    return paths
+    if stock not in LAYERS:
+        mixin = FRAMEWORK_LAYERS.get(f'{stock.__module__}.{stock.__qualname__}')
+        if mixin is None:
+            return None
+        body = {'stock': stock, '__module__': __name__, '__reduce_ex__': reduce_by_stock, '__doc__': stock.__doc__}
+        LAYERS[stock] = type(f'Plugged{stock.__name__}', (mixin, stock), body)
+    return LAYERS[stock]
 
 
-def orphans(model: nn.Module) -> list[str]:
-    """Paths of stock layers that carry gates which nobody asks (see `rebind`)."""
-    return [
-        path
-        for path, layer in model.named_modules()
-        if not isinstance(layer, Plugged)
-        and any(
-            isinstance(child, nn.ModuleList) and len(child) > 0 and isinstance(child[0], Gate)
-            for child in layer.children()
-        )
-    ]
+def reduce_by_stock(layer: Any, protocol: Any) -> tuple[Any, ...]:
+    """Pickle a layer of a class that was made: by its stock class, which can be imported."""
+    return blank, (layer.stock,), layer.__dict__
+
+
+def blank(stock: type[nn.Module]) -> Any:
+    """Return a plugged layer without anything in it, to be filled by pickle."""
+    cls: Any = plugged_class(stock)
+    return cls.__new__(cls)

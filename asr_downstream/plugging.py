@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from asr_downstream.attaching import attach
 from asr_downstream.description import Description, describe
 from asr_downstream.errors import PlugError
+from asr_downstream.fitness import check_bare, check_module, check_own, check_weights
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
-from asr_downstream.layers import Plugged, attach
+from asr_downstream.layers import Plugged
 from asr_downstream.plugs import Plug
 from asr_downstream.registry import PLUGS, build
 from asr_downstream.sharing import SharedUnit, check_free, register
@@ -46,7 +48,8 @@ def plug(model: nn.Module, spec: Spec) -> Description:
         PlugError: unknown names or arguments, no site, a layer that cannot be plugged, or gates that do not fit; the
             model has not been touched.
     """
-    specs = [spec] if isinstance(spec, dict) else list(spec)
+    check_module(model, 'plug', PlugError)
+    specs = spec_list(spec)
     if not specs:
         raise PlugError("the spec is empty: expected dict(type='ASR', attention=dict(type='SE')) or a list of such")
     plugs: list[Plug] = [build(PLUGS, s) for s in specs]
@@ -54,12 +57,13 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     layers: dict[str, nn.Module] = {}
     gates: defaultdict[str, list[Gate]] = defaultdict(list)
     units: list[SharedUnit] = []
-    owners = parameter_owners(model)
+    check_bare(model, PlugError)
     for number, item in enumerate(plugs):
         sites = item.select(trainable_sites(model, item))
         for site in sites:
-            check_layer(model, site, owners)
+            check_layer(model, site)
             layers[site.path] = site.layer
+        check_own(model, {site.path: site.layer for site in sites}, PlugError)
         built, shared = item.build(sites, partial(own_random_stream, number))
         units += shared
         for path, of_site in built.items():
@@ -83,6 +87,19 @@ def plug(model: nn.Module, spec: Spec) -> Description:
         )
     model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
     return describe(model)
+
+
+def spec_list(spec: Any) -> list[dict[str, Any]]:
+    """The specs as a list.
+
+    Raises:
+        PlugError: it is neither a dict nor a list.
+    """
+    if isinstance(spec, dict):
+        return [spec]
+    if not isinstance(spec, list | tuple):
+        raise PlugError(f"plug: expected a dict like dict(type='ASR', attention=dict(type='SE')), got {spec!r}")
+    return list(spec)
 
 
 def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
@@ -114,8 +131,8 @@ def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
     return rest
 
 
-def check_layer(model: nn.Module, site: Site, owners: dict[int, set[int]]) -> None:
-    """Refuse a layer that has no place for gates, has gates already, or shares its weight with another layer."""
+def check_layer(model: nn.Module, site: Site) -> None:
+    """Refuse a layer that has no place for gates, or has gates already."""
     layer = site.layer
     if isinstance(layer, Plugged):
         raise PlugError(
@@ -133,31 +150,11 @@ def check_layer(model: nn.Module, site: Site, owners: dict[int, set[int]]) -> No
             f'{site.path}: {type(layer).__name__} has affine=False, so there is no weight to fold gates into; '
             f'build it with affine=True, or plug the layer before it'
         )
-    for name in ('weight', 'bias'):
-        if getattr(layer, name, None) is not None and layer._parameters.get(name) is None:
-            raise PlugError(
-                f'{site.path}: its {name} is computed from other tensors (weight_norm, prune, a parametrization), so '
-                f'nothing can be folded into it; remove that first, or leave the layer out of sites=[...]'
-            )
-    for name, parameter in layer.named_parameters(recurse=False):
-        if len(owners[id(parameter)]) > 1:
-            raise PlugError(
-                f'{site.path}: its {name} is shared with another layer, which gates would scale as well; '
-                f'leave it out of sites=[...]'
-            )
+    check_weights(site.path, layer, PlugError)
     try:
         _ = site.channels
     except PlugError as error:
         raise PlugError(f'{site.path}: {error}') from None
-
-
-def parameter_owners(model: nn.Module) -> dict[int, set[int]]:
-    """Map each parameter to the modules that hold it."""
-    owners: defaultdict[int, set[int]] = defaultdict(set)
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)].add(id(module))
-    return owners
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from torch import nn
 from asr_downstream.errors import PlugError
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.grouping import Share, group_sites
-from asr_downstream.layers import LAYERS
-from asr_downstream.registry import ATTENTIONS, PLUGS, build, find
+from asr_downstream.layers import plugged_class
+from asr_downstream.registry import ATTENTIONS, PLUGS, build, check_arguments, find
 from asr_downstream.sharing import Member, SharedUnit
 from asr_downstream.sites import Site, some
 
@@ -52,13 +52,25 @@ class Plug:
         skip: Sequence[str] = (),
         preserve: bool = False,
     ) -> None:
-        if not isinstance(attention, dict) or 'type' not in attention:
+        if not isinstance(attention, dict) or not isinstance(attention.get('type'), str):
             raise PlugError(
                 f"{type(self).__name__}: attention={attention!r} should be a dict, as in attention=dict(type='SE')"
             )
         self.factory = find(ATTENTIONS, attention['type'])
-        if isinstance(skip, str):
-            raise PlugError(f'skip={skip!r} should be a list of patterns, [{skip!r}]')
+        check_arguments(
+            f'attention {attention["type"]!r}', self.factory, {k: v for k, v in attention.items() if k != 'type'}
+        )
+        if 'channels' in attention:
+            raise PlugError(
+                f'{type(self).__name__}: channels={attention["channels"]!r} is that of each layer; leave it out'
+            )
+        if not patterns(skip):
+            one = f', [{skip!r}]' if isinstance(skip, str) else ''
+            raise PlugError(f'skip={skip!r} should be a list of patterns{one}')
+        if not isinstance(sites, str) and not patterns(sites):
+            raise PlugError(f"sites={sites!r} should be 'residual', 'all' or a list of patterns")
+        if not isinstance(sites, str) and not sites:
+            raise PlugError("sites=[] is empty: use 'residual', 'all' or patterns of layers, ['layer1.*.bn2']")
         self.attention = attention
         self.sites = sites
         self.skip = list(skip)
@@ -183,6 +195,11 @@ class Plug:
             raise PlugError(f'{path}: the first gates of {self.attention["type"]} are not finite')
 
 
+def patterns(value: Any) -> bool:
+    """Whether a value is a list of texts."""
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
 @PLUGS.register_module()
 class ASR(Plug):
     """Attention on a learned input (ASR, ECCV 2024): constant gates, which fold into the site's layer.
@@ -208,10 +225,10 @@ class ASR(Plug):
         share: Share = None,
     ) -> None:
         super().__init__(attention, sites, skip, preserve)
-        if not isinstance(repeat, int) or repeat < 1:
+        if repeat < 1:
             raise PlugError(f'ASR: repeat={repeat!r} must be a whole number of at least 1')
-        self.repeat = repeat
-        self.init = init
+        self.repeat = int(repeat)
+        self.init = float(init)
         self.share = 'stage' if share is None and getattr(self.factory, 'recurrent', False) else share
 
     @property
@@ -257,7 +274,8 @@ class Attention(Plug):
 
     def gate(self, site: Site, attention: nn.Module) -> Gate:
         if getattr(attention, 'uses_input', True):
-            return DynamicGate(attention, site.channels, LAYERS[site.stock].positions)
+            kind: Any = plugged_class(site.stock)
+            return DynamicGate(attention, site.channels, kind.positions)
         return ConstantGate(attention, site.channels)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from asr_downstream.fitness import check_module
 from asr_downstream.gates import Gate
 from asr_downstream.layers import Plugged
 from asr_downstream.sharing import Member, SharedUnit
@@ -41,6 +42,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
             model(images)
         seen.gates['layer1.0.bn3'][0]  # (B, C)
     """
+    check_module(model, 'record')
     found = Recording()
     handles = []
     places: dict[tuple[int, int, int], str] = {}

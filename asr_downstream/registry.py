@@ -6,6 +6,10 @@ imports ``asr_downstream.registry`` by itself on the first such type, and the ad
 
 from __future__ import annotations
 
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
 from typing import Any
 
 from mmengine.registry import HOOKS as ENGINE_HOOKS
@@ -36,12 +40,64 @@ def build(registry: Registry, spec: Any, **defaults: Any) -> Any:
     kwargs = {**defaults, **spec}
     name = kwargs.pop('type')
     factory = find(registry, name)
+    check_arguments(f'{what} {name!r}', factory, kwargs)
     try:
         return factory(**kwargs)
     except AsrError:
         raise
     except Exception as error:
         raise PlugError(f'{what} {name!r} does not take these arguments: {error}') from error
+
+
+def check_arguments(what: str, factory: Any, arguments: Mapping[Any, Any]) -> None:
+    """Refuse arguments that ``factory`` does not take, and values that are not of the kind it says it takes.
+
+    The kinds are those that its signature names: ``bool``, ``int``, ``float`` and ``str``, or None; others are left to
+    it. True is no number, and 'no' is not False.
+
+    Raises:
+        PlugError: see above.
+    """
+    known = inspect.signature(factory).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for key, value in arguments.items():
+        if key not in known:
+            if takes_any and isinstance(key, str):
+                continue
+            hint = did_you_mean(key, [k for k in known if k != 'channels']) if isinstance(key, str) else ''
+            raise PlugError(f'{what} takes no {key!r}{"; " + hint if hint else ""}')
+        kinds = kinds_of(known[key].annotation)
+        if kinds and not any(KINDS[kind](value) for kind in kinds):
+            names = ' or '.join(NAMES[kind] for kind in kinds)
+            raise PlugError(f'{what}: {key}={value!r} should be {names}')
+
+
+def is_true_or_false(value: Any) -> bool:
+    """Whether a value is a truth value, of Python or numpy."""
+    return isinstance(value, bool) or type(value).__name__ == 'bool' and hasattr(value, 'dtype') and value.ndim == 0
+
+
+KINDS: dict[str, Callable[[Any], bool]] = {
+    'bool': is_true_or_false,
+    'int': lambda value: isinstance(value, Integral) and not is_true_or_false(value),
+    'float': lambda value: isinstance(value, Real) and not is_true_or_false(value) and math.isfinite(value),
+    'str': lambda value: isinstance(value, str),
+    'None': lambda value: value is None,
+}
+NAMES = {
+    'bool': 'True or False',
+    'int': 'a whole number',
+    'float': 'a number that is finite',
+    'str': 'a text',
+    'None': 'None',
+}
+
+
+def kinds_of(annotation: Any) -> list[str]:
+    """Names of the kinds that an annotation allows; none if it allows others than those of `KINDS`."""
+    text = annotation if isinstance(annotation, str) else getattr(annotation, '__name__', '')
+    names = [name.strip() for name in text.split('|')]
+    return names if all(name in KINDS for name in names) else []
 
 
 def find(registry: Registry, name: Any) -> Any:

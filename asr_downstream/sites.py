@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
+from typing import Any
 
 from torch import nn
 
 from asr_downstream.errors import PlugError
-from asr_downstream.layers import LAYERS, Plugged
+from asr_downstream.layers import LAYERS, Plugged, plugged_class
 from asr_downstream.sharing import SharedAttentions
 
 __all__ = ['NOT_SITES', 'SITES', 'Site', 'find_sites', 'register_site', 'sites_table']
@@ -112,7 +113,8 @@ class Site:
     @property
     def channels(self) -> int:
         """Number of channels that a gate scales."""
-        return LAYERS[self.stock].channels_of(self.layer)
+        kind: Any = plugged_class(self.stock)
+        return kind.channels_of(self.layer)
 
 
 def sites_table() -> str:
@@ -149,7 +151,15 @@ def register_site(block: type[nn.Module] | str, path: str, shortcut: str = '') -
         block: the class, or its qualified name such as ``'mypackage.blocks.MyBlock'``.
         path: attribute path of the layer inside the block, such as ``'bn2'`` or ``'branch.3'``.
         shortcut: attribute of the block that says whether it has a shortcut; blocks without one are left out.
+
+    Raises:
+        PlugError: these are no class and no path.
     """
+    if not isinstance(block, type | str) or not isinstance(path, str) or not path or not isinstance(shortcut, str):
+        raise PlugError(
+            f'register_site({block!r}, {path!r}): expected a class of blocks, or its qualified name, and the path of a '
+            f"layer in it, as in register_site(MyBlock, 'bn2')"
+        )
     SITES[block if isinstance(block, str) else qualified_name(block)] = Branch((path,), shortcut)
 
 
@@ -223,7 +233,7 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
         if not is_layer(layer):
             raise PlugError(
                 f'{path}: {qualified_name(type(layer))} is not a layer that can be folded; those are '
-                f"{', '.join(cls.__name__ for cls in LAYERS)}; name other layers with sites=['pattern']"
+                f"{foldable()}; name other layers with sites=['pattern']"
             )
         found[path] = layer
     if not found and without:
@@ -257,7 +267,7 @@ def matching_sites(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module
             name, module = next(iter(matches.items()))
             raise PlugError(
                 f'sites: {pattern!r} matches {name} ({qualified_name(type(module))}), which is not a layer that can be '
-                f'folded; those are {", ".join(cls.__name__ for cls in LAYERS)}, and not their subclasses'
+                f'folded; those are {foldable()}, and not their subclasses'
             )
         found.update(layers)
     return {name: m for name, m in modules.items() if name in found}
@@ -265,7 +275,12 @@ def matching_sites(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module
 
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a layer of the fold table, stock or plugged."""
-    return type(module) in LAYERS or isinstance(module, Plugged)
+    return isinstance(module, Plugged) or plugged_class(type(module)) is not None
+
+
+def foldable() -> str:
+    """Names of the classes of the fold table."""
+    return ', '.join(dict.fromkeys(cls.__name__ for cls in LAYERS))
 
 
 def inside_gate(model: nn.Module, name: str) -> bool:

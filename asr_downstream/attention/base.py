@@ -25,12 +25,14 @@ class ChannelAttention(nn.Module):
             so no psi is learned for it and it always folds.
         on_learned_input: constructor arguments that apply when the input is a learned vector psi (plug ``ASR``), which
             has one position and a batch of one. They may be overridden in the spec.
+        confined: the gates lie in (0, 1), as those of a sigmoid do; False for free scales (LayerScale).
         of_mean: the gates depend on a map only through its mean over the positions: ``self(x) == self(pool(x))``. The
             mean may then be computed in another way (`asr_downstream.fused`).
         recurrent: has ``step(y, state) -> (gates, state)``, which carries a state along the sites that share it.
     """
 
     uses_input: ClassVar[bool] = True
+    confined: ClassVar[bool] = True
     of_mean: ClassVar[bool] = False
     recurrent: ClassVar[bool] = False
     on_learned_input: ClassVar[dict[str, Any]] = {}
@@ -50,7 +52,13 @@ def pool(x: Tensor) -> Tensor:
 
 
 def hidden_width(channels: int, reduction: int) -> int:
-    """Width of a bottleneck: ``channels // reduction``, at least 1 (the official code's rounding gives 0 at C <= 8)."""
+    """Width of a bottleneck: ``channels // reduction``, at least 1 (the official code's rounding gives 0 at C <= 8).
+
+    Raises:
+        ValueError: the reduction is below 1.
+    """
+    if reduction < 1:
+        raise ValueError(f'reduction={reduction!r} should be at least 1')
     return max(channels // reduction, 1)
 
 

@@ -28,6 +28,7 @@ class LayerScale(ChannelAttention):
     """
 
     uses_input: ClassVar[bool] = False
+    confined: ClassVar[bool] = False
 
     def __init__(self, channels: int, init_value: float = 1e-5) -> None:
         super().__init__(channels)

@@ -20,10 +20,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.attaching import detach
 from asr_downstream.cost import saved_bytes
 from asr_downstream.description import render
 from asr_downstream.folding import fold
-from asr_downstream.layers import Plugged, detach
+from asr_downstream.layers import Plugged
 from asr_downstream.models import resnet56
 from asr_downstream.plugging import plug
 from asr_downstream.registry import MODELS

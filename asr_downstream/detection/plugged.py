@@ -18,13 +18,13 @@ from mmdet.models import backbones, detectors, necks
 from mmdet.models.detectors.base import BaseDetector
 from torch import nn
 
-from asr_downstream.detection import layers  # noqa: F401  (layers of mmengine and mmcv join the fold table)
+from asr_downstream.attaching import rebind
 from asr_downstream.detection.checkpointing import use_non_reentrant
 from asr_downstream.detection.distilling import DistilledDetector
 from asr_downstream.detection.replaced import keep_fresh, put_lstms, refuse_both, report_load
 from asr_downstream.far.lstm import MultiHeadLSTM
 from asr_downstream.gates import Gate
-from asr_downstream.layers import Plugged, rebind
+from asr_downstream.layers import Plugged
 from asr_downstream.plugging import Spec
 from asr_downstream.plugging import plug as attach_plug
 from asr_downstream.registry import MODELS

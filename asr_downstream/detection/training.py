@@ -16,6 +16,7 @@ from mmengine.dist import barrier
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from asr_downstream.attaching import rebind
 from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.description import describe
 from asr_downstream.detection.checkpoints import newest, noted, read_to_resume
@@ -28,7 +29,6 @@ from asr_downstream.detection.saving import GuardHook
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import describe as describe_far
 from asr_downstream.files import check_writable
-from asr_downstream.layers import rebind
 from asr_downstream.locks import occupied
 from asr_downstream.stopping import StopSignal
 

@@ -216,7 +216,6 @@ def test_arrays_of_text_are_not_numbers() -> None:
     assert verify(make, make, ONE).absolute == 0
 
 
-@pytest.mark.xfail(strict=True, raises=TypeError, reason='fold takes no inputs to compare on')
 def test_fold_error_of_a_model_that_returns_nothing_to_compare() -> None:
     model = Call(lambda x: 'text')
     model.layer = nn.Linear(3, 8)
