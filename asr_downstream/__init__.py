@@ -6,6 +6,7 @@
     record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
     describe(model)        the table of the sites
+    load_plugged(folder)   what save_pretrained of a plugged model of diffusers or transformers has written
 
 The core needs torch and mmengine. The adapters are `asr_downstream.detection` (MMDetection: extra ``det``) and those of
 the other extras; importing this package imports none of them.
@@ -17,6 +18,7 @@ from asr_downstream.description import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
 from asr_downstream.folding import fold
 from asr_downstream.fusing import fuse_conv_bn
+from asr_downstream.loading import load_plugged
 from asr_downstream.plugging import plug
 from asr_downstream.recording import record
 from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
@@ -39,6 +41,7 @@ __all__ = [
     'describe',
     'fold',
     'fuse_conv_bn',
+    'load_plugged',
     'plug',
     'pool',
     'rebind',

@@ -25,6 +25,7 @@ from asr_downstream.errors import AsrError, FoldError
 from asr_downstream.fitness import check_bare, check_module, check_own, check_weights
 from asr_downstream.gates import Gate, saturation
 from asr_downstream.layers import Plugged
+from asr_downstream.saving import forget, keep_dynamic
 from asr_downstream.sharing import Member, unregister
 from asr_downstream.sites import some
 from asr_downstream.verification import Verification, check_inputs, compare, run, tolerance
@@ -225,6 +226,7 @@ def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[n
     sites = tuple(new.site for new in scaled.values())
     left = [path for path, layer in layers.items() if layer.dynamic is not None]
     if left:
+        keep_dynamic(folded, set(left))
         message = (
             f'folded {len(sites)} sites of {type(model).__name__}; input-dependent gates are still plugged at '
             f'{some(left, 3)}'
@@ -348,7 +350,7 @@ def units_in_use(model: nn.Module) -> set[int]:
 def make_stock_(model: nn.Module) -> nn.Module:
     """Give back their stock class to modules that an adapter has subclassed (attribute ``stock_class``), in place."""
     for module in model.modules():
-        module.__dict__.pop('plug_spec', None)
+        forget(module)
         stock = getattr(type(module), 'stock_class', None)
         if stock is not None:
             module.__class__ = stock

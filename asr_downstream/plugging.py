@@ -22,6 +22,7 @@ from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.layers import Plugged
 from asr_downstream.plugs import Plug
 from asr_downstream.registry import PLUGS, build
+from asr_downstream.saving import Attached, attached, watch
 from asr_downstream.sharing import SharedUnit, check_free, register
 from asr_downstream.sites import Site, find_sites, some
 
@@ -57,6 +58,7 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     layers: dict[str, nn.Module] = {}
     gates: defaultdict[str, list[Gate]] = defaultdict(list)
     units: list[SharedUnit] = []
+    records: list[Attached] = []
     check_bare(model, PlugError)
     for number, item in enumerate(plugs):
         sites = item.select(trainable_sites(model, item))
@@ -66,6 +68,8 @@ def plug(model: nn.Module, spec: Spec) -> Description:
         check_own(model, {site.path: site.layer for site in sites}, PlugError)
         built, shared = item.build(sites, partial(own_random_stream, number))
         units += shared
+        constant = all(isinstance(gate, ConstantGate) for of_site in built.values() for gate in of_site)
+        records.append(attached(specs[number], list(built), constant))
         for path, of_site in built.items():
             if any(isinstance(g, DynamicGate) for g in gates[path]) and any(
                 isinstance(g, ConstantGate) for g in of_site
@@ -85,7 +89,9 @@ def plug(model: nn.Module, spec: Spec) -> Description:
             [g for g in gates[path] if isinstance(g, ConstantGate)],
             [g for g in gates[path] if isinstance(g, DynamicGate)],
         )
+    model.plug_sites = [*getattr(model, 'plug_sites', []), *records]  # type: ignore[assignment]
     model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
+    watch(model)
     return describe(model)
 
 

@@ -37,6 +37,8 @@ class Budget:
     KINDS = ('units', 'parameters', 'latency', 'threshold')
 
     def __post_init__(self) -> None:
+        if isinstance(self.value, bool) or not isinstance(self.value, int | float):
+            raise AsrError(f'budget: {self.kind}={self.value!r} should be a number')
         if self.kind not in self.KINDS or not self.value > 0:
             raise AsrError(f'budget: {self.kind}={self.value} should be one of {", ".join(self.KINDS)}, greater than 0')
         if self.kind in ('units', 'latency') and self.value > 1:

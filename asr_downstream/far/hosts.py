@@ -52,9 +52,11 @@ class StandIn(nn.Module):
 class TransformersStandIn(StandIn):
     """Returns what attentions of transformers return: the tokens, and None for the attention weights."""
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, hidden_states: Tensor, attention_mask: Any = None, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, None]:
         """Mix tokens ``(B, N, C)``; further tensors are refused, but for masks that keep all tokens."""
-        refuse_others(args, kwargs, keep=True)
+        refuse_others(args, {'attention_mask': attention_mask, **kwargs}, keep=True)
         return self.mix(hidden_states), None
 
 
@@ -79,7 +81,7 @@ class TorchStandIn(StandIn):
         Compares query and key, and looks into masks: on an accelerator both wait for it.
         """
         refuse_others(args, kwargs, keep=False)
-        if key is not query and (key.shape != query.shape or not torch.equal(key, query)):
+        if key is not query and (key.shape != query.shape or not (traced() or torch.equal(key, query))):
             raise PlugError(
                 'a multi-head LSTM stands in for self-attention, but query and key differ: this is cross-attention; '
                 'leave it out of layers=[...]'
@@ -181,8 +183,18 @@ def refuse_others(args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool) -> 
         raise PlugError('is_causal=True was given, but a bidirectional LSTM reads later tokens too')
 
 
+def traced() -> bool:
+    """Whether the model is compiled, exported or traced, so that there are no values to look at."""
+    return torch.compiler.is_compiling() or torch.compiler.is_exporting() or torch.jit.is_tracing()
+
+
 def is_open(mask: Tensor, named: bool, keep: bool) -> bool:
-    """Whether a tensor is a mask that hides nothing: boolean, or, if it is named so, added to the scores."""
+    """Whether a tensor is a mask that hides nothing: boolean, or, if it is named so, added to the scores.
+
+    While a model is compiled or exported there are no values to look at, and a mask counts as open.
+    """
+    if traced() and (named or mask.dtype == torch.bool):
+        return True
     if mask.dtype == torch.bool:
         return bool((mask == keep).all())
     return named and not bool(mask.any())

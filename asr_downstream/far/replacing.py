@@ -16,7 +16,9 @@ from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.description import Description, describe
 from asr_downstream.far.hosts import HOSTS, Host, StandIn, TransformersStandIn, find_host, has, stand_in
 from asr_downstream.far.lstm import VARIANTS, MultiHeadLSTM
+from asr_downstream.fitness import check_bare, check_module
 from asr_downstream.plugging import own_random_stream
+from asr_downstream.saving import watch
 from asr_downstream.sites import some
 
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
@@ -70,11 +72,14 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
     Raises:
         PlugError: nothing matches, or a match has what an LSTM would ignore; the model has not been touched.
     """
+    check_module(model, 'replace', PlugError)
     if not isinstance(spec, dict) or spec.get('type') != 'FAR':
         raise PlugError(f"replace: expected dict(type='FAR', variant='M3', layers='all'), got {spec!r}")
     for key in spec:
         if key not in TAKES:
-            raise PlugError(f'FAR: takes no {key!r}; {did_you_mean(key, TAKES)}')
+            raise PlugError(f'FAR: takes no {key!r}; {did_you_mean(str(key), TAKES)}')
+    check_kinds(spec)
+    check_bare(model, PlugError)
     if getattr(model, 'replace_spec', None) is not None:
         raise PlugError(f'{type(model).__name__}: has replacements already; start from the teacher')
     found = find_attentions(model, spec.get('layers', 'all'), spec.get('heads'), spec.get('projection'))
@@ -88,7 +93,37 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
         if new is not place.attention:
             put(model, place.path, new)
     model.replace_spec = copy.deepcopy({**spec, 'layers': [p.path for p in found]})  # type: ignore[assignment]
+    watch(model)
     return describe(model)
+
+
+def check_kinds(spec: dict[str, Any]) -> None:
+    """Refuse values of a spec that are of another kind than they should be.
+
+    Raises:
+        PlugError: there is one.
+    """
+    for key, kind, should in (
+        ('variant', str, f'one of {", ".join(VARIANTS)}'),
+        ('execution', str, "a text such as 'auto'"),
+        ('projection', str | None, 'a path inside the module'),
+        ('widths', dict | None, 'a dict: path of an attention -> pairs of numbers of hidden units'),
+    ):
+        if key in spec and not isinstance(spec[key], kind):
+            raise PlugError(f'FAR: {key}={spec[key]!r} should be {should}')
+    heads = spec.get('heads')
+    if heads is not None and (type(heads) is not int or heads < 1):
+        raise PlugError(f'FAR: heads={heads!r} should be a whole number of at least 1')
+    for path, pairs in (spec.get('widths') or {}).items():
+        if not isinstance(pairs, list | tuple) or not all(is_pair(pair) for pair in pairs):
+            raise PlugError(
+                f'FAR: widths of {path}: {pairs!r} should be pairs (ahead, back) of numbers of hidden units'
+            )
+
+
+def is_pair(value: Any) -> bool:
+    """Whether these are two numbers of hidden units."""
+    return isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
 
 
 def build_mixer(place: Place, spec: dict[str, Any], widths: Any) -> tuple[MultiHeadLSTM, nn.Module]:
@@ -132,7 +167,10 @@ def find_attentions(
     Raises:
         PlugError: there is none, or one cannot be replaced; the message says why.
     """
-    numbered = not isinstance(layers, str) and isinstance(layers, Sequence) and all(type(n) is int for n in layers)
+    listed = isinstance(layers, Sequence) and not isinstance(layers, str)
+    numbered = listed and all(type(n) is int for n in layers)
+    if listed and not numbered and not all(isinstance(pattern, str) for pattern in layers):
+        raise PlugError(f"FAR: layers={layers!r} should be 'all', numbers of layers, or patterns")
     if (layers == 'all' or numbered) and (heads is not None or projection is not None):
         raise PlugError('FAR: heads and projection go with patterns, layers=[...]; those of known classes are seen')
     if layers == 'all':

@@ -15,13 +15,17 @@ from safetensors.torch import save_file
 from torch import nn
 
 from asr_downstream import description as gates
+from asr_downstream import saving
 from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint, state_dict_of
 from asr_downstream.configs import plain
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
+from asr_downstream.far.card import card
 from asr_downstream.far.description import check_replaced, mixers
 from asr_downstream.far.replacing import replace
 from asr_downstream.files import first_line, sha256, writable_folder, write_json, writing
+from asr_downstream.fitness import check_module
 from asr_downstream.folding import fold
+from asr_downstream.loading import folder_path
 from asr_downstream.versions import versions
 
 __all__ = ['FAR_FILE', 'load_far', 'read_facts', 'save_far']
@@ -32,24 +36,31 @@ WEIGHTS = {'transformers': 'model.safetensors', 'diffusers': 'diffusion_pytorch_
 
 def save_far(
     model: Any,
-    folder: Path,
+    folder: Path | str,
     about: dict[str, Any] | None = None,
     others: Callable[[Path], Any] | None = None,
+    check: Any = None,
 ) -> Path:
     """Write a model of transformers or diffusers, replaced or stock, gates folded, to a folder, whole or not at all.
+
+    The folder has the library's config, weights, ``far.json`` and a model card, and `load_far` reads it. The weights of
+    a replaced model have a name that the library does not look for: it would load them without the LSTMs.
 
     Args:
         model: the model; a stock one is written as its library does, and can be read by that alone.
         folder: is replaced if it is such a folder already.
         about: further facts for ``far.json``.
-        others: writes what else belongs into the folder that it is given, such as a card.
+        others: writes what else belongs into the folder that it is given, such as another card.
+        check: inputs to compare a model with gates and its folded self on, see `asr_downstream.fold`.
 
     Raises:
         AsrError: the model is of another library, or the folder is something else or cannot be written.
         FoldError: gates depend on the input.
     """
-    library = type(model).__module__.partition('.')[0]
-    if library not in WEIGHTS:
+    check_module(model, 'save_far')
+    folder = Path(folder)
+    library = saving.library_of(model)
+    if library is None:
         raise AsrError(
             f'{type(model).__name__}: is neither of transformers nor of diffusers; save its state_dict() and '
             f'model.replace_spec, and call replace(model, spec) before loading them'
@@ -59,7 +70,7 @@ def save_far(
     if folder.exists() and not (folder / FAR_FILE).is_file():
         raise AsrError(f'{folder}: exists and has no {FAR_FILE}; choose another folder')
     if gates.describe(model).sites:
-        model = fold(model)[0]
+        model = fold(model, check=check)[0]
     content = {
         'library': library,
         'class': type(model).__name__,
@@ -71,11 +82,12 @@ def save_far(
     aside = writable_folder(folder.with_name(f'.{folder.name}.tmp'))
     try:
         with writing(folder, sum(value.nbytes for value in model.state_dict().values())):
-            model.config.save_pretrained(aside) if library == 'transformers' else model.save_config(aside)
-            state = {name: value.contiguous() for name, value in model.state_dict().items()}
-            save_file(state, aside / WEIGHTS[library], {'format': 'pt'})
-            hashes = {name: sha256(aside / name) for name in ('config.json', WEIGHTS[library])}
+            saving.save_config(model, library, aside)
+            weights = WEIGHTS[library] if content['replace'] is None else saving.WEIGHTS
+            save_file(saving.safe_state(model.state_dict()), aside / weights, {'format': 'pt'})
+            hashes = {name: sha256(aside / name) for name in ('config.json', weights)}
             write_json(aside / FAR_FILE, {**content, 'files': hashes})
+            (aside / 'README.md').write_text(card(content, model), encoding='utf-8')
             if others is not None:
                 others(aside)
             old = folder.with_name(f'.{folder.name}.old')
@@ -97,14 +109,16 @@ def load_far(folder: Path | str) -> Any:
     Raises:
         CheckpointError: it is no such folder, a file in it is damaged, or its weights do not fit or are not finite.
     """
-    folder = Path(folder)
+    folder = folder_path(folder, 'load_far')
     content = read_facts(folder)
     library, dtype = content['library'], getattr(torch, content['dtype'])
     cls = getattr(importlib.import_module(library), content['class'], None)
     if not isinstance(cls, type) or not issubclass(cls, nn.Module):
         raise CheckpointError(f'{folder / FAR_FILE}: {library} has no model {content["class"]!r}')
     check_unchanged(folder, content)
-    weights = folder / WEIGHTS[library]
+    weights = folder / WEIGHTS[library]  # where those of replaced models were as well, once
+    if content['replace'] is not None and not weights.is_file():
+        weights = folder / saving.WEIGHTS
     state = state_dict_of(read_checkpoint(weights), weights)
     check_weights_finite(state, weights)
     settings: Any = cls
@@ -135,7 +149,7 @@ def check_unchanged(folder: Path, content: dict[str, Any]) -> None:
         CheckpointError: see above.
     """
     hashes = content.get('files', {})
-    if not isinstance(hashes, dict) or not hashes.keys() <= {'config.json', *WEIGHTS.values()}:
+    if not isinstance(hashes, dict) or not hashes.keys() <= {'config.json', saving.WEIGHTS, *WEIGHTS.values()}:
         raise CheckpointError(f'{folder / FAR_FILE}: files={hashes!r} is not known; is it damaged?')
     for name, expected in hashes.items():
         path = folder / name

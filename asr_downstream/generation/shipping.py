@@ -117,7 +117,7 @@ def ship_replaced(run: Run, out: Path, metadata: Metadata) -> dict[str, Any]:
         (folder / 'README.md').write_text(far_card(run, facts, metadata), encoding='utf-8')
 
     about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema, 'checkpoint_sha256': run.sha256}
-    save_far(run.parts.model, out, about, others)
+    save_far(run.parts.model, out, about, others, run.parts.inputs(2))
     return {**facts, **about, 'replaced': True, 'sites': [], 'pipeline': False}
 
 

@@ -42,7 +42,6 @@ def tokens() -> dict[str, Any]:
     return noisy(4, 'hidden_states') | {'class_labels': torch.tensor([0, 4])}
 
 
-mend = pytest.mark.xfail(strict=True, reason='the mask is looked into while exporting')
 CASES = {
     'ViT': (vit, pixels),
     'ViT, eager attention': (lambda: eager(vit()), pixels),
@@ -53,10 +52,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(
-    ('build', 'inputs'),
-    [pytest.param(*c, id=n, marks=[mend] if 'iT' in n and n != 'DiT' else []) for n, c in CASES.items()],
-)
+@pytest.mark.parametrize(('build', 'inputs'), CASES.values(), ids=CASES)
 def test_exported_models_compute_the_same(build: Any, inputs: Any) -> None:
     model, given = replaced(build()), inputs()
     with torch.no_grad():

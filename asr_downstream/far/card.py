@@ -1,0 +1,43 @@
+"""The model card of a folder of `asr_downstream.far.save_far`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from asr_downstream.cost import parameters
+from asr_downstream.far.description import describe
+
+__all__ = ['card']
+
+INSIDE = ('library', 'class', 'dtype', 'replace', 'versions', 'name')  # what the table of facts leaves out
+
+
+def card(content: dict[str, Any], model: nn.Module) -> str:
+    """Text of ``README.md``.
+
+    Args:
+        content: of ``far.json``.
+        model: that is shipped.
+    """
+    name, library, kind = content.get('name', content['class']), content['library'], content['class']
+    if content['replace'] is None:
+        tags = kind
+        what = f'A stock `{kind}` of {library} with {parameters(model):,} parameters.'
+        use = f"from {library} import {kind}\n\nmodel = {kind}.from_pretrained('FOLDER').eval()"
+    else:
+        tags = 'far, lstm'
+        rows = describe(model).rows
+        units, full = sum(row.units for row in rows), sum(row.full for row in rows)
+        what = (
+            f'A `{kind}` of {library} with {parameters(model):,} parameters, of which {len(rows)} self-attentions are '
+            f'replaced by multi-head LSTMs (FAR, arXiv 2505.21535), form {rows[0].variant}, with {units:,} of {full:,} '
+            f'hidden units. {library} alone cannot load it: the package asr_downstream builds the LSTMs.'
+        )
+        use = "from asr_downstream.far import load_far\n\nmodel = load_far('FOLDER')"
+    facts = ''.join(f'| {key} | `{value}` |\n' for key, value in content.items() if key not in INSIDE)
+    table = f'\n| | |\n|---|---|\n{facts}' if facts else ''
+    return (
+        f'---\nlibrary_name: {library}\ntags: [{tags}]\n---\n# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'
+    )
