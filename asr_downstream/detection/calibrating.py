@@ -103,10 +103,12 @@ def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> 
     if plan.max_drop is not None and not plan.evaluate:
         raise DataError('max_drop is about AP, which has to be measured: leave evaluate=True')
     model.to(get_device())
+    batches = calibration_batches(config, plan.images, plan.seed)
     return fold(
         model,
-        calibrate=calibration_batches(config, plan.images, plan.seed),
+        calibrate=batches,
         step=preprocessed_features,
+        check=batches[:1],
         refine_norms=plan.refine_norms,
         metric=(lambda m: evaluate(config, m, 'AP').metrics['AP']) if plan.evaluate else None,
         max_drop=plan.max_drop,

@@ -17,6 +17,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
+from asr_downstream import description as gates
 from asr_downstream.engine import checkpoints
 from asr_downstream.engine.training import train
 from asr_downstream.errors import AsrError, CheckpointError
@@ -56,13 +57,18 @@ def ship_trained(config: Config, out: Path) -> list[Path]:
 
 def ship(config: Config, out: Path) -> list[Path]:
     """See `ship_trained`."""
-    found = [save_far(load_teacher(config, out), out / SHIPPED / 'teacher', {'name': 'teacher'})]
+    found = [save_checked(config, load_teacher(config, out), out / SHIPPED / 'teacher', {'name': 'teacher'})]
     if after := students(config):
         student = load_student(config, out, after[-1])
-        found.append(
-            save_far(student, out / SHIPPED / 'FAR-100', {'name': 'FAR-100', 'config': Path(config.filename).name})
-        )
+        about = {'name': 'FAR-100', 'config': Path(config.filename).name}
+        found.append(save_checked(config, student, out / SHIPPED / 'FAR-100', about))
     return found
+
+
+def save_checked(config: Config, model: Any, folder: Path, about: dict[str, Any]) -> Path:
+    """Write a model to a folder; gates are folded, and the folded model is compared with it on an input of its task."""
+    inputs = build_task(config, model).example() if gates.describe(model).sites else None
+    return save_far(model, folder, about, check=inputs)
 
 
 def prune_family(
@@ -137,7 +143,7 @@ def make_family(
             'relative': relative,
         }
         if not int(os.environ.get('RANK', '0')):
-            shipped.append(save_far(member, out / SHIPPED / budget.name, about))
+            shipped.append(save_checked(settings, member, out / SHIPPED / budget.name, about))
     return shipped
 
 

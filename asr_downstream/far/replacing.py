@@ -116,9 +116,7 @@ def check_kinds(spec: dict[str, Any]) -> None:
         raise PlugError(f'FAR: heads={heads!r} should be a whole number of at least 1')
     for path, pairs in (spec.get('widths') or {}).items():
         if not isinstance(pairs, list | tuple) or not all(is_pair(pair) for pair in pairs):
-            raise PlugError(
-                f'FAR: widths of {path}: {pairs!r} should be pairs (ahead, back) of numbers of hidden units'
-            )
+            raise PlugError(f'FAR: widths of {path}: {pairs!r} should be pairs (ahead, back) of hidden units')
 
 
 def is_pair(value: Any) -> bool:

@@ -69,7 +69,8 @@ def fold_run(run: Run, calibrate: int | None = None) -> tuple[nn.Module, FoldRep
     if calibrate is None:
         folded, report = fold(model)
     else:
-        folded, report = fold(model, calibrate=calibration_batches(run, calibrate), step=call)
+        batches = calibration_batches(run, calibrate)
+        folded, report = fold(model, calibrate=batches, step=call, check=batches[:1])
     stock = stock_of(run)
     load_state(stock, folded.state_dict(), run.checkpoint)
     return stock, report
