@@ -20,6 +20,7 @@ from asr_downstream.copying import copy_of
 from asr_downstream.description import render
 from asr_downstream.errors import FoldError
 from asr_downstream.gates import ConstantGate, Gate
+from asr_downstream.layers import Plugged
 from asr_downstream.progress import bar
 from asr_downstream.verification import tensors
 
@@ -137,6 +138,14 @@ def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
         layer.gate = nn.ModuleList([*(layer.gate or ()), gate.eval()])
         layer.dynamic = None
     return model
+
+
+def settle(model: nn.Module) -> None:
+    """Give means the precision of their layers, in place: folding wants them exact, a forward wants one precision."""
+    for layer in model.modules():
+        for gate in (layer.gate or ()) if isinstance(layer, Plugged) else ():  # type: ignore[attr-defined]
+            if isinstance(gate.attention, Fixed):
+                gate.to(layer.weight.dtype)
 
 
 @torch.no_grad()

@@ -175,6 +175,7 @@ def comparison(check: Any, step: Step | None) -> Check:
 
     def against(plugged: nn.Module, folded: nn.Module) -> Verification:
         calls = check if isinstance(check, list) else [check]
+        calibration.settle(plugged)
         try:
             found = compare(folded, plugged, calls, step or run)
         except AsrError as error:

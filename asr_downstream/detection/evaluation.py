@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import json
 import tempfile
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import nn
 
 from asr_downstream import cost
+from asr_downstream.copying import copy_of
 from asr_downstream.description import render
 from asr_downstream.detection.scores import KINDS, Scores, score
 from asr_downstream.errors import DataError
@@ -197,7 +197,7 @@ def gmacs(model: nn.Module, image: dict[str, Any]) -> float:
 
     NaN, with a warning, where the counter cannot follow a model.
     """
-    counted = copy.deepcopy(model).requires_grad_(False)
+    counted = copy_of(model).requires_grad_(False)
     try:
         return cost.gmacs(lambda: counted.test_step(image))  # type: ignore[operator]
     except Exception as error:

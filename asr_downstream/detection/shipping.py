@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from asr_downstream.checkpoint import load_state
+from asr_downstream.copying import copy_of
 from asr_downstream.description import describe
 from asr_downstream.detection.calibrating import CalibrationPlan, fold_calibrated
 from asr_downstream.detection.config import partly_stock_config, stock_config
@@ -107,7 +107,7 @@ def fold_checkpoint(
 
 def compare_exactly(plugged: nn.Module) -> Verification:
     """Fold and compare in float64, where nothing but the algebra is left."""
-    exact = copy.deepcopy(plugged).double()
+    exact = copy_of(plugged).double()
     return compare_features(exact, fold(exact)[0])
 
 

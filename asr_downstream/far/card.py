@@ -38,6 +38,4 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
         use = "from asr_downstream.far import load_far\n\nmodel = load_far('FOLDER')"
     facts = ''.join(f'| {key} | `{value}` |\n' for key, value in content.items() if key not in INSIDE)
     table = f'\n| | |\n|---|---|\n{facts}' if facts else ''
-    return (
-        f'---\nlibrary_name: {library}\ntags: [{tags}]\n---\n# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'
-    )
+    return f'---\nlibrary_name: {library}\ntags: [{tags}]\n---\n# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.checkpoint import load_state
+from asr_downstream.copying import copy_of
 from asr_downstream.description import describe
 from asr_downstream.engine.draws import generator
 from asr_downstream.errors import CheckpointError, FoldError
@@ -103,11 +103,11 @@ def compare(run: Run, folded: nn.Module) -> dict[str, dict[str, float]]:
     for dtype, bound in TOLERANCE.items():
         name = str(dtype).removeprefix('torch.')
         with in_precision(run, dtype) as parts_of_run:
-            ours = nn.Module.to(copy.deepcopy(run.parts.model), dtype)  # diffusers warns in its own to()
+            ours = nn.Module.to(copy_of(run.parts.model), dtype)  # diffusers warns in its own to()
             if dtype == torch.float64 and describe(ours).sites:
                 theirs = fold(ours)[0]
             else:
-                theirs = nn.Module.to(copy.deepcopy(folded), dtype)
+                theirs = nn.Module.to(copy_of(folded), dtype)
             model = verify_forward(parts_of_run, ours, theirs, dtype).relative
             samples = [sample(parts_of_run, m) for m in (ours, theirs)]
         found[name] = {'model': model, 'sample': float((samples[0] - samples[1]).abs().max())}

@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -119,15 +120,16 @@ def test_check_compares_on_real_inputs_and_refuses() -> None:
     fold(bad)  # not asked for
 
 
-def test_check_holds_for_calibrated_folds_too() -> None:
-    spec = dict(type='Attention', attention=SE, sites=['a'])
-    good, bad = net(spec=spec), net(ReadsElsewhere, dict(ASR, sites=['b']))
-    plug(bad, dict(spec, sites=['a']))
-    assert fold(good, calibrate=[X], check=X)[1].checked.relative < 1e-10  # type: ignore[union-attr]
-    both = net(ReadsElsewhere, ASR)
-    plug(both, dict(spec, sites=['b']))
+@pytest.mark.parametrize('dtype', [torch.float64, torch.float32])
+def test_check_holds_for_calibrated_folds_too(dtype: torch.dtype) -> None:
+    spec = dict(type='Attention', attention=SE)
+    x, bound = X.to(dtype), 1e-10 if dtype == torch.float64 else 1e-5
+    good = net(spec=dict(spec, sites=['a'])).to(dtype)
+    assert fold(good, calibrate=[x], check=x)[1].checked.relative < bound  # type: ignore[union-attr]
+    bad = net(ReadsElsewhere, ASR)  # its constant gates are ignored, those of b are not
+    plug(bad, dict(spec, sites=['b']))
     with pytest.raises(FoldError, match='computes something else'):
-        fold(both, calibrate=[X], check=[X], step=lambda model, x: model(x))
+        fold(bad.eval().to(dtype), calibrate=[x], check=[x], step=lambda model, batch: model(batch))
 
 
 def pruned(layer: nn.Module) -> None:
@@ -187,6 +189,43 @@ def test_tensors_with_a_graph_are_copied() -> None:
     assert folded.lists['a'][0] is folded.priors
     assert model.priors is table
     assert table.grad_fn is not None
+
+
+@pytest.mark.det
+@pytest.mark.slow
+@pytest.mark.timeout(200)
+def test_clrnet_of_mmdet_folds() -> None:
+    mmdet = pytest.importorskip('mmdet')
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    from mmengine.registry import DefaultScope
+
+    file = Path(mmdet.__file__).parent / '.mim/configs/clrnet/clrnet.py'
+    config = Config.fromfile(file).model
+    config.data_preprocessor = dict(type='DetDataPreprocessor')
+    config.backbone.init_cfg = None
+    with DefaultScope.overwrite_default_scope('mmdet'):
+        model = MODELS.build(config)
+    with pytest.raises(RuntimeError, match='graph leaves'):
+        copy.deepcopy(model)
+    plug(model, dict(type='ASR', attention=dict(type='SE')))
+    model.eval()
+    folded, report = fold(model)
+    assert len(report.sites) == 13
+    x = torch.randn(1, 3, 64, 64)
+    assert verify(Features(model), Features(folded), x).relative < 1e-4
+
+
+class Features(nn.Module):
+    """A detector up to its neck."""
+
+    def __init__(self, detector: nn.Module) -> None:
+        super().__init__()
+        self.detector = detector
+        self.eval()
+
+    def forward(self, x: Tensor) -> Any:
+        return self.detector.extract_feat(x)  # type: ignore[operator]
 
 
 def test_the_meta_device_has_nothing_to_plug_or_fold() -> None:
