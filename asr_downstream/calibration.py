@@ -142,8 +142,9 @@ def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
 
 def settle(model: nn.Module) -> None:
     """Give means the precision of their layers, in place: folding wants them exact, a forward wants one precision."""
-    for layer in model.modules():
-        for gate in (layer.gate or ()) if isinstance(layer, Plugged) else ():  # type: ignore[attr-defined]
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    for layer in layers:
+        for gate in layer.gate or ():
             if isinstance(gate.attention, Fixed):
                 gate.to(layer.weight.dtype)
 

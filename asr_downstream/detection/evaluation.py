@@ -199,7 +199,7 @@ def gmacs(model: nn.Module, image: dict[str, Any]) -> float:
     """
     counted = copy_of(model).requires_grad_(False)
     try:
-        return cost.gmacs(lambda: counted.test_step(image))  # type: ignore[operator]
+        return cost.gmacs(lambda: counted.test_step(image))
     except Exception as error:
         warnings.warn(f'the multiply-adds of {type(model).__name__} cannot be counted: {error}', stacklevel=2)
         return float('nan')
