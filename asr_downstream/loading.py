@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from asr_downstream.checkpoint import load_state, read_checkpoint
+from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.fitness import check_module
 from asr_downstream.plugging import plug
@@ -54,6 +54,7 @@ def load_plugged(folder: str | Path, model: nn.Module | None = None) -> Any:
                 raise CheckpointError(f'{folder / SPEC}: {step}: {type(model).__name__} has no {path!r}') from error
             rebuild[step](part, spec)
     state = read_checkpoint(folder / WEIGHTS)['state_dict']
+    check_weights_finite(state, folder / WEIGHTS)
     take_dtypes(model, state)
     load_state(model, state, folder / WEIGHTS)
     return model.eval()

@@ -121,7 +121,7 @@ def test_a_config_that_builds_nothing_is_refused(copy: Path, changes: dict[str, 
 
 @pytest.mark.parametrize('damage', ['cut', 'empty', 'zeros', 'huge header', 'a folder'])
 def test_damaged_weights_are_refused(copy: Path, damage: str) -> None:
-    path = copy / 'shipped/FAR-100/model.safetensors'
+    path = copy / 'shipped/FAR-100/asr_downstream.safetensors'
     whole = path.read_bytes()
     if damage == 'a folder':
         path.unlink()
@@ -131,7 +131,7 @@ def test_damaged_weights_are_refused(copy: Path, damage: str) -> None:
             'cut': whole[: len(whole) // 2], 'empty': b'', 'zeros': bytes(len(whole)),
             'huge header': (2**63).to_bytes(8, 'little') + whole[8:],
         }[damage])  # fmt: skip
-    with pytest.raises(CheckpointError, match='model.safetensors'):
+    with pytest.raises(CheckpointError, match='asr_downstream.safetensors'):
         load_far(copy / 'shipped/FAR-100')
 
 

@@ -185,7 +185,7 @@ TARGETS = [
     Target('diffusion/run/encoder.safetensors', encoded),
     Target('far/out/shipped/FAR-100/far.json', family),
     Target('far/out/shipped/FAR-100/config.json', family),
-    Target('far/out/shipped/FAR-100/model.safetensors', family),
+    Target('far/out/shipped/FAR-100/asr_downstream.safetensors', family),
     Target('far/out/shipped/teacher/far.json', family),
     Target('far/out/finetune/checkpoint-2/model.safetensors', student),
     Target('far/out/finetune/checkpoint-2/manifest.json', student),

@@ -110,7 +110,7 @@ def test_a_family_with_weights_that_are_not_finite_has_no_accuracy(tmp_path: Pat
         if name != 'teacher':
             far_model(model)
         save_far(model, tmp_path / 'shipped' / name, {'name': name})
-    path = tmp_path / 'shipped/FAR-100/model.safetensors'
+    path = tmp_path / 'shipped/FAR-100/asr_downstream.safetensors'
     state = load_file(path)
     state['classifier.bias'][:] = float('nan')
     save_file(state, path)

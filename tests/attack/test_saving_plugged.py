@@ -259,6 +259,13 @@ def test_a_class_of_ones_own_is_given(tmp_path: Path) -> None:
     assert torch.equal(asr_downstream.load_plugged(tmp_path, model=Own())(x), model(x))
 
 
+def not_finite(folder: Path) -> None:
+    path = folder / 'asr_downstream.safetensors'
+    state = load_file(path)
+    state['conv_in.bias'][0] = float('nan')
+    save_file(state, path)
+
+
 def rewrite(folder: Path, **changes: Any) -> None:
     path = folder / 'asr_downstream.json'
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -269,6 +276,7 @@ DAMAGE = {
     'no spec': (lambda f: (f / 'asr_downstream.json').unlink(), 'save_pretrained of a plugged'),
     'no weights': (lambda f: (f / 'asr_downstream.safetensors').unlink(), 'asr_downstream.safetensors'),
     'cut weights': (lambda f: (f / 'asr_downstream.safetensors').write_bytes(b'x' * 50), 'damaged'),
+    'not finite': (not_finite, 'conv_in.bias'),
     'other weights': (lambda f: save_file({'a': torch.ones(1)}, f / 'asr_downstream.safetensors'), 'another model'),
     'text': (lambda f: (f / 'asr_downstream.json').write_text('{'), 'asr_downstream.json'),
     'list': (lambda f: (f / 'asr_downstream.json').write_text('[]'), 'asr_downstream.json'),
