@@ -83,9 +83,18 @@ def cannot_write(path: Path, error: BaseException, needed: int | None = None) ->
         space = f'{size(free)} free' if needed is None else f'{size(needed)} needed, {size(free)} free'
         full = isinstance(error, OSError) and error.errno in FULL
         if full or not isinstance(error, OSError) or (needed is not None and free < needed):
-            reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
-            return AsrError(f'{path}: cannot be written ({reason}); {space}: make room or choose another folder')
+            return AsrError(
+                f'{path}: cannot be written ({reason_of(error)}); {space}: make room or choose another folder'
+            )
     return AsrError(f'{path}: cannot be written ({first_line(error)}); choose another folder or check the permissions')
+
+
+def reason_of(error: BaseException) -> str:
+    """Why something cannot be written; torch names the position in its own file where the disk ended."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = first_line(error)
+    return 'not all of it fits' if 'inline_container' in text or 'unexpected pos' in text else text
 
 
 def first_line(error: BaseException) -> str:
