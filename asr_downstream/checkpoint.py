@@ -6,15 +6,15 @@ pickles name ``getattr``; they are let through only for the buffers' own methods
 
 from __future__ import annotations
 
+import pickletools
 import re
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -23,8 +23,8 @@ from asr_downstream.sites import inside_gate, some
 
 # Names that plugging adds, in the checkpoint of a model that is not at hand.
 GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
-# How torch names what a weights-only load does not let through; anything else it says is about a damaged file.
-REFUSED = re.compile(r'Unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+')
+# How torch names what a weights-only load does not let through, in most of its messages.
+REFUSED = re.compile(r'unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+', re.IGNORECASE)
 
 __all__ = ['check_weights_finite', 'load_state', 'not_finite', 'read_checkpoint', 'state_dict_of']
 
@@ -51,23 +51,63 @@ def read_checkpoint(path: Path, trust: bool = False, mmap: bool = False) -> dict
             mmap = mmap and zipfile.is_zipfile(path)  # torch maps no other files
             checkpoint = torch.load(path, map_location='cpu', weights_only=not trust, mmap=mmap)
     except UnpicklingError as error:
-        refused = REFUSED.search(str(error))
-        if refused is None:
+        said = REFUSED.search(str(error))
+        refused = said[0].strip() if said else ', '.join(named_in(path))
+        if not refused:
             raise damaged(path, error) from error
         raise CheckpointError(
             f'{path}: holds more than weights and was not read, because unpickling it can run code '
-            f'({refused[0].strip()}); add --trust only if you trust where it comes from'
+            f'({refused[:200]}); add --trust only if you trust where it comes from'
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, SafetensorError) as error:
+    except PermissionError:
+        raise
+    except Exception as error:  # damaged bytes lead anywhere: IndexError, AttributeError, struct.error, ...
         raise damaged(path, error) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint with weights')
     return dict(checkpoint)
 
 
+def named_in(path: Path) -> list[str]:
+    """Classes and functions that the pickles in a file name, without running them; none if no pickle is whole."""
+    found: list[str] = []
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                for member in (name for name in archive.namelist() if name.endswith('.pkl')):
+                    with archive.open(member) as file:
+                        found += names_of(file)
+        else:
+            with path.open('rb') as file:
+                found += names_of(file)
+    except Exception:  # a damaged archive
+        return []
+    return list(dict.fromkeys(found))
+
+
+def names_of(file: IO[bytes]) -> Iterator[str]:
+    """Names in the whole pickles at the start of a file; torch's old format has several before the weights."""
+    try:
+        while True:
+            names, texts = [], ['', '']
+            for opcode, argument, _ in pickletools.genops(file):
+                if opcode.name in ('GLOBAL', 'INST'):
+                    names.append(str(argument).replace(' ', '.'))
+                elif opcode.name == 'STACK_GLOBAL':
+                    names.append('.'.join(texts))
+                elif isinstance(argument, str):
+                    texts = [texts[1], argument]
+            yield from names
+    except Exception:  # the end, or no pickle
+        return
+
+
 def damaged(path: Path, error: Exception) -> CheckpointError:
     """Error for a file that cannot be parsed."""
-    first = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+    text = str(error).strip()
+    if 'WeightsUnpickler error:' in text:  # before it stands advice about other ways of loading
+        text = text.partition('WeightsUnpickler error:')[2].strip()
+    first = text.splitlines()[0][:120] if text else type(error).__name__
     return CheckpointError(
         f'{path}: is damaged or not a checkpoint ({path.stat().st_size:,} bytes; {first}); copy or train it again'
     )

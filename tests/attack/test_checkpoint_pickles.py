@@ -71,7 +71,6 @@ def pickled(protocol: int) -> Callable[[Any, Path], None]:
 FORMS = {'zip': zipped, 'legacy': legacy} | {f'protocol {p}': pickled(p) for p in (0, 2, 4, 5)}
 
 
-@pytest.mark.xfail(strict=True, reason='blocked modules and newer protocols count as damage')
 @pytest.mark.parametrize('form', FORMS)
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_what_would_run_code_is_refused_as_that(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,13 +100,12 @@ def test_cut_pickles_are_damaged(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
-@pytest.mark.xfail(strict=True, raises=IndexError, reason='errors of the unpickler itself come through')
 @pytest.mark.filterwarnings('ignore:Detected pickle protocol')
 def test_flipped_bytes_end_in_one_line(tmp_path: Path) -> None:
     """Whatever the reader trips over: a mutated file is read, or refused by its name."""
     draw = random.Random(0)
     path = tmp_path / 'a.pth'
-    ends = {'read': 0, 'refused': 0}
+    said = []
     for form in ('zip', 'legacy', 'protocol 2', 'protocol 4'):
         FORMS[form]({'meta': {'epoch': 1, 'name': 'x'}, 'none': None}, path)
         whole = path.read_bytes()
@@ -118,9 +116,7 @@ def test_flipped_bytes_end_in_one_line(tmp_path: Path) -> None:
             path.write_bytes(mutated)
             try:
                 read_checkpoint(path)
-                ends['read'] += 1
             except CheckpointError as error:
-                assert str(error).startswith(f'{path}: ')
-                assert '\n' not in str(error)
-                ends['refused'] += 1
-    assert min(ends.values()) > 0
+                said.append(str(error))
+    assert all(text.startswith(f'{path}: ') and '\n' not in text for text in said)
+    assert 0 < len(said) < 240, 'some are read, some are not'
