@@ -1,0 +1,48 @@
+"""Tiny data sets of detection, whole ones to be broken by tests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+WIDTH, HEIGHT = 64, 48
+Content = dict[str, Any]
+
+
+def coco(split: str, images: int = 3, boxes: int = 2) -> Content:
+    """A sound COCO file of cells and dust."""
+    return {
+        'images': [
+            {'id': n, 'file_name': f'{split}{n}.png', 'width': WIDTH, 'height': HEIGHT} for n in range(1, images + 1)
+        ],
+        'annotations': [
+            {
+                'id': number + 1, 'image_id': number // boxes + 1, 'category_id': 1 + number % 2,
+                'bbox': [4 + number, 5, 20, 16], 'area': 320, 'iscrowd': 0,
+                'segmentation': [[4, 5, 24, 5, 24, 21, 4, 21]],
+            }
+            for number in range(images * boxes)
+        ],
+        'categories': [{'id': 1, 'name': 'cell'}, {'id': 2, 'name': 'dust'}],
+    }  # fmt: skip
+
+
+def tiny_set(root: Path, change: Callable[[Content], Any] | None = None, split: str = 'train') -> Path:
+    """Write ``annotations/{train,val}.json`` and ``images/``; ``change`` alters the content of one split."""
+    (root / 'annotations').mkdir(parents=True)
+    (root / 'images').mkdir()
+    draw = np.random.default_rng(0)
+    for name in ('train', 'val'):
+        content = coco(name)
+        for image in content['images']:
+            pixels = draw.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
+            Image.fromarray(pixels).save(root / 'images' / image['file_name'])
+        if name == split and change is not None:
+            change(content)
+        (root / 'annotations' / f'{name}.json').write_text(json.dumps(content))
+    return root
