@@ -23,7 +23,7 @@ def coco(split: str, images: int = 3, boxes: int = 2) -> Content:
         'annotations': [
             {
                 'id': number + 1, 'image_id': number // boxes + 1, 'category_id': 1 + number % 2,
-                'bbox': [4 + number, 5, 20, 16], 'area': 320, 'iscrowd': 0,
+                'bbox': [4 + number % 6, 5, 20, 16], 'area': 320, 'iscrowd': 0,
                 'segmentation': [[4, 5, 24, 5, 24, 21, 4, 21]],
             }
             for number in range(images * boxes)

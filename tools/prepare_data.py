@@ -43,14 +43,12 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         print('\n'.join(convert_voc(args.root, args.overwrite)))
         return
-    from asr_downstream.detection.coco import check_annotations, check_tree, unpack
+    from asr_downstream.detection.coco import check_tree, unpack
 
     if args.set == 'check':
-        from asr_downstream.detection.datasets import find_splits
+        from asr_downstream.detection.checking import check_set
 
-        for split, files in find_splits(args.root).items():
-            print(f'{split}: {files.annotations}, images in {files.images}')
-            print(f'  {check_annotations(files.annotations, files.images)}')
+        check_set(args.root)
         return
     if args.unpack:
         unpack(args.root)

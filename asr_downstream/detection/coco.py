@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import warnings
 import zipfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -13,6 +15,9 @@ from typing import Any
 from mmengine.config import Config
 from rich.progress import Progress
 
+from asr_downstream.detection.headers import examine_files
+from asr_downstream.detection.headers import missing as missing_files
+from asr_downstream.detection.soundness import Finding, examine, per_class
 from asr_downstream.errors import DataError
 from asr_downstream.files import writable_folder
 from asr_downstream.sites import some
@@ -23,14 +28,22 @@ __all__ = [
     'check_datasets',
     'check_tree',
     'evaluators',
+    'examine_set',
     'leaves',
     'path_of',
     'read_annotations',
+    'summary',
     'unpack',
 ]
 
 SPLITS = ('train2017', 'val2017')
 ARCHIVES = ('train2017.zip', 'val2017.zip', 'annotations_trainval2017.zip')
+FIELDS = {
+    'images': ('id', 'file_name', 'width', 'height'),
+    'annotations': ('id', 'image_id', 'category_id', 'bbox', 'area'),
+    'categories': ('id', 'name'),
+}
+SAMPLE = 2000  # images whose headers are read before a training or a test; all of them takes minutes on a slow disk
 TREE = 'COCO_ROOT/ { annotations/instances_{train2017,val2017}.json  train2017/*.jpg  val2017/*.jpg }'
 
 
@@ -79,45 +92,86 @@ def read_annotations(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_bytes())
     except ValueError as error:
         raise DataError(f'{path}: is not JSON ({error}); give a COCO detection file') from error
-    missing = [k for k in ('images', 'annotations', 'categories') if not isinstance(content, dict) or k not in content]
+    except RecursionError as error:
+        raise DataError(f'{path}: is not JSON (nested too deeply); give a COCO detection file') from error
+    missing = [k for k in FIELDS if not isinstance(content, dict) or not isinstance(content.get(k), list)]
     if missing:
         raise DataError(
             f'{path}: is not a COCO detection file: it has no {", ".join(missing)}; '
             f'expected images, annotations (with id, image_id, category_id, bbox, area) and categories'
         )
-    for key, fields in (
-        ('images', ('id', 'file_name', 'width', 'height')),
-        ('annotations', ('id', 'image_id', 'category_id', 'bbox', 'area')),
-        ('categories', ('id', 'name')),
-    ):
+    for key, fields in FIELDS.items():
+        needed = set(fields)
         for index, entry in enumerate(content[key]):
-            absent = [f for f in fields if f not in entry]
-            if absent:
+            if not isinstance(entry, dict) or not needed <= entry.keys():
+                absent = [f for f in fields if not isinstance(entry, dict) or f not in entry]
                 raise DataError(f'{path}: {key}[{index}] has no {", ".join(absent)}')
     names = [category['name'] for category in content['categories']]
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f'{path}: has a category whose name is no text: {odd[0]!r:.80}')
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise DataError(f'{path}: has several categories named {some(twice)}; remove or rename those without boxes')
     return content
 
 
-def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = None) -> str:
+def examine_set(
+    path: Path, images: Path, most: int | None = None, turn: bool = True
+) -> tuple[dict[str, Any], list[Finding]]:
+    """Read a COCO file and find everything that is wrong with it and with its images.
+
+    Args:
+        path: the file.
+        images: folder that its ``file_name`` entries start from.
+        most: number of images whose headers are read; default: all. That they are there is looked at for all.
+        turn: whether images are turned as EXIF says when they are read.
+
+    Raises:
+        DataError: it cannot be read as such a file.
+    """
+    content = read_annotations(path)
+    entries = [image for image in content['images'] if isinstance(image['file_name'], str)]
+    absent = set(missing_files([entry['file_name'] for entry in entries], images))
+    lost = [entry['file_name'] for entry in entries if entry['file_name'] in absent]
+    findings = []
+    if lost:
+        text = f'{len(lost)} of the {len(content["images"])} images of {path.name} are missing: {some(lost, 3)}'
+        findings.append(Finding(f'{images}: {text}'))
+    findings += examine(content)
+    findings += examine_files([entry for entry in entries if entry['file_name'] not in absent], images, most, turn)
+    return content, findings
+
+
+def check_annotations(
+    path: Path, images: Path, classes: Iterable[str] | None = None, most: int | None = SAMPLE, turn: bool = True
+) -> str:
     """Check that a COCO file is sound, that its images are there, and that it has the classes of the config.
+
+    What MMDetection deals with by itself, such as boxes outside of their image, is a warning.
+
+    Args:
+        path: the file.
+        images: folder that its ``file_name`` entries start from.
+        classes: names that the config gives.
+        most: number of images whose headers are read.
+        turn: whether images are turned as EXIF says when they are read.
 
     Returns:
         One line: pictures, boxes, classes.
 
     Raises:
-        DataError: with what is missing, where, and how much of it.
+        DataError: with what is wrong or missing, where, and how much of it.
     """
-    content = read_annotations(path)
-    present = {p.relative_to(images).as_posix() for p in images.rglob('*')}
-    absent = [i['file_name'] for i in content['images'] if i['file_name'] not in present]
-    if absent:
+    content, findings = examine_set(path, images, most, turn)
+    if wrong := [finding.text for finding in findings if finding.wrong]:
+        where = '' if wrong[0].startswith(str(images)) else f'{path}: '
         raise DataError(
-            f'{images}: {len(absent)} of the {len(content["images"])} images of {path.name} are missing: '
-            f'{some(absent, 3)}'
+            f'{where}{"; ".join(wrong)}; mend the file, or leave these out of it ("tools/prepare_data.py check FOLDER" '
+            f'lists everything)'
         )
+    if os.environ.get('RANK', '0') == '0':  # once a launch
+        for finding in findings:
+            warnings.warn(f'{path}: {finding.text}', stacklevel=2)
     names = {c['name'] for c in content['categories']}
     unknown = [c for c in classes or () if c not in names]
     if unknown:
@@ -132,7 +186,14 @@ def check_annotations(path: Path, images: Path, classes: Iterable[str] | None = 
                 f'{path}: has the categories in the order {some(order, 10)}, the config in the order '
                 f'{some(list(classes), 10)}; labels are numbered by the order of the file: use that in metainfo'
             )
-    return f'{len(content["images"])} images, {len(content["annotations"])} boxes, {len(names)} classes'
+    return summary(content)
+
+
+def summary(content: dict[str, Any], named: bool = False) -> str:
+    """One line about a COCO file, on request with the boxes of each class."""
+    counts = per_class(content)
+    line = f'{len(content["images"])} images, {len(content["annotations"])} boxes, {len(counts)} classes'
+    return line + (': ' + ', '.join(f'{name} {count:,}' for name, count in counts.items()) if named and counts else '')
 
 
 def check_datasets(config: Config, *loaders: str) -> None:
@@ -141,11 +202,19 @@ def check_datasets(config: Config, *loaders: str) -> None:
         for dataset in leaves((config.get(loader) or {}).get('dataset') or {'datasets': []}):
             if dataset.get('type') == 'CocoDataset':
                 files = path_of(dataset)
-                check_annotations(files.annotations, files.images, (dataset.get('metainfo') or {}).get('classes'))
+                classes = (dataset.get('metainfo') or {}).get('classes')
+                check_annotations(files.annotations, files.images, classes, turn=turns(dataset))
         for evaluator in evaluators(config, loader):
             truth = evaluator.get('ann_file')
             if truth and not Path(truth).is_file():
                 raise DataError(f'{truth}: no such annotation file, but the evaluator of {loader} names it')
+
+
+def turns(dataset: Any) -> bool:
+    """Whether the pipeline of a data set's config turns images as EXIF says, which is its default."""
+    steps = [step for step in dataset.get('pipeline') or () if 'LoadImageFromFile' in str(step.get('type'))]
+    kind = steps[0].get('color_type', 'color') if steps else 'color'
+    return kind in ('color', 'grayscale')
 
 
 def check_tree(root: Path) -> list[str]:

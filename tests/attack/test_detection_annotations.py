@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +82,6 @@ def check(root: Path, split: str = 'train') -> str:
     return check_annotations(root / 'annotations' / f'{split}.json', root / 'images')
 
 
-@pytest.mark.xfail(strict=True, reason='trained in silence, or a traceback')
 @pytest.mark.parametrize('case', WRONG)
 def test_what_would_train_wrongly_stops(case: str, tmp_path: Path) -> None:
     change, message = WRONG[case]
@@ -94,22 +93,21 @@ def test_what_would_train_wrongly_stops(case: str, tmp_path: Path) -> None:
     check(root, 'val')
 
 
-@pytest.mark.xfail(strict=True, reason='nothing is said')
 @pytest.mark.parametrize('case', SAID)
-def test_what_mmdetection_drops_is_said_with_counts(case: str, tmp_path: Path, capfd: Any) -> None:
+def test_what_mmdetection_drops_is_said_with_counts(case: str, tmp_path: Path) -> None:
     change, message = SAID[case]
-    check(tiny_set(tmp_path / 'set', change))
-    found = ' '.join(capfd.readouterr().err.split())
-    assert 'WARNING' in found
-    assert re.search(message, found), found
+    root = tiny_set(tmp_path / 'set', change)
+    with pytest.warns(UserWarning, match=message) as said:
+        check(root)
+    assert all(str(warning.message).startswith(f'{root}/annotations/train.json: ') for warning in said)
 
 
-def test_a_sound_set_says_nothing(tmp_path: Path, capfd: Any) -> None:
-    assert check(tiny_set(tmp_path / 'set')) == '3 images, 6 boxes, 2 classes'
-    assert not capfd.readouterr().err
+def test_a_sound_set_says_nothing(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert check(tiny_set(tmp_path / 'set')) == '3 images, 6 boxes, 2 classes'
 
 
-@pytest.mark.xfail(strict=True, reason='RecursionError')
 def test_nested_brackets_are_no_json(tmp_path: Path) -> None:
     path = tmp_path / 'train.json'
     path.write_text('[' * 100_000)
@@ -117,7 +115,6 @@ def test_nested_brackets_are_no_json(tmp_path: Path) -> None:
         check_annotations(path, tmp_path)
 
 
-@pytest.mark.xfail(strict=True, reason='found one at a time, or not at all')
 def test_check_lists_everything_and_fails(tmp_path: Path) -> None:
     def change(content: Any) -> None:
         content['annotations'][0]['bbox'][0] = NAN
@@ -137,14 +134,12 @@ def test_check_lists_everything_and_fails(tmp_path: Path) -> None:
         assert text in done.stdout
 
 
-@pytest.mark.xfail(strict=True, reason='classes are counted, not named')
 def test_check_names_the_classes(tmp_path: Path) -> None:
     done = command('prepare_data', 'check', tiny_set(tmp_path / 'set'))
     assert done.returncode == 0
     assert '3 images, 6 boxes, 2 classes: cell 3, dust 3' in done.stdout
 
 
-@pytest.mark.xfail(strict=True, reason='not looked at')
 def test_training_and_testing_refuse_it(tmp_path: Path) -> None:
     config = load_config(COCO, tiny_set(tmp_path / 'set', box(NAN, 1, 2, 3), 'val'))
     check_datasets(config, 'train_dataloader')
@@ -153,7 +148,6 @@ def test_training_and_testing_refuse_it(tmp_path: Path) -> None:
             check_datasets(config, loader)
 
 
-@pytest.mark.xfail(strict=True, reason='sizes are not compared')
 def test_a_rotation_in_exif_turns_the_size(tmp_path: Path) -> None:
     root = tiny_set(tmp_path / 'set', lambda c: c['images'][0].update(file_name='turned.jpg'))
     turned = Image.Exif()
@@ -163,7 +157,6 @@ def test_a_rotation_in_exif_turns_the_size(tmp_path: Path) -> None:
         check(root)
 
 
-@pytest.mark.xfail(strict=True, reason='files behind a link are missing')
 def test_a_folder_that_is_a_link_is_followed_and_a_loop_is_not(tmp_path: Path) -> None:
     root = tiny_set(tmp_path / 'set', lambda c: [i.update(file_name=f'linked/{i["file_name"]}') for i in c['images']])
     (root / 'images/linked').symlink_to(root / 'images')
@@ -171,21 +164,19 @@ def test_a_folder_that_is_a_link_is_followed_and_a_loop_is_not(tmp_path: Path) -
     check(root)
 
 
-@pytest.mark.xfail(strict=True, reason='opened, which waits for ever')
 def test_what_is_no_file_is_missing(tmp_path: Path) -> None:
     root = tiny_set(tmp_path / 'set')
     (root / 'images/train1.png').unlink()
     os.mkfifo(root / 'images/train1.png')
-    with pytest.raises(DataError, match=r'1 of 3 images are missing .*train1.png'):
+    with pytest.raises(DataError, match=r'1 of the 3 images of train.json are missing: train1.png'):
         check(root)
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason='no such check')
 def test_a_set_of_the_size_of_coco_is_checked_in_seconds() -> None:
     from asr_downstream.detection.soundness import examine
 
     content = coco('train', images=118_000, boxes=7)
     began = time.perf_counter()
     assert not list(examine(content))
-    assert time.perf_counter() - began < 20
+    assert time.perf_counter() - began < 30

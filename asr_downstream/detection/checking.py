@@ -1,0 +1,34 @@
+"""`tools/prepare_data.py check`: everything that can be found out about a data set without training on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from asr_downstream.detection.coco import examine_set, summary
+from asr_downstream.detection.datasets import find_splits
+from asr_downstream.errors import DataError
+
+__all__ = ['check_set']
+
+
+def check_set(root: Path) -> None:
+    """Examine both splits of a COCO-format data set, with all their images, and print what is found.
+
+    Raises:
+        DataError: a training would be wrong.
+    """
+    wrong = 0
+    shown: dict[Path, str] = {}
+    for split, files in find_splits(root).items():
+        print(f'{split}: {files.annotations}, images in {files.images}')
+        content, findings = examine_set(files.annotations, files.images)
+        print(f'  {summary(content, named=True)}')
+        for finding in findings:
+            print(f'  {finding}')
+        wrong += sum(finding.wrong for finding in findings)
+        ours = {(files.images / i['file_name']).resolve(): split for i in content['images'] if i['file_name']}
+        if shared := sorted(path.name for path in shown.keys() & ours.keys()):
+            print(f'  note: {len(shared):,} images are in {shown[next(iter(shown))]} too ({", ".join(shared[:3])})')
+        shown |= ours
+    if wrong:
+        raise DataError(f'{root}: {wrong} findings would make a training wrong, see above')
