@@ -14,7 +14,7 @@ from asr_downstream.stopping import Stopped
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
 
-__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'run']
+__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
@@ -33,6 +33,17 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text!r} should be a whole number of at least 1')
     return int(text)
+
+
+def part(text: str) -> float:
+    """Parse a number between 0 and 1, both left out."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} should be between 0 and 1, such as 0.8')
+    return value
 
 
 def add_calibration(parser: argparse.ArgumentParser) -> None:

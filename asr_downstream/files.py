@@ -31,6 +31,7 @@ __all__ = [
     'writable_folder',
     'write_atomically',
     'write_json',
+    'write_together',
     'writing',
 ]
 
@@ -58,6 +59,31 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int | Non
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def write_together(writes: dict[Path, Callable[[Path], Any]]) -> None:
+    """Write several files that belong together: all of them aside first, so that a full disk leaves none of them.
+
+    Args:
+        writes: file -> what is given the path to write to.
+
+    Raises:
+        AsrError: one cannot be written; nothing is left of any, and files that were there still are.
+    """
+    aside = {path: path.with_name(f'.{path.name}.tmp') for path in writes}
+    try:
+        for path, write in writes.items():
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write(aside[path])
+                flush(aside[path])
+        for path, temporary in aside.items():
+            with writing(path):
+                os.replace(temporary, path)
+    finally:
+        for temporary in aside.values():
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 @contextmanager

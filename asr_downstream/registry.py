@@ -15,15 +15,19 @@ from typing import Any
 from mmengine.registry import HOOKS as ENGINE_HOOKS
 from mmengine.registry import LOOPS as ENGINE_LOOPS
 from mmengine.registry import MODELS as ENGINE_MODELS
+from mmengine.registry import TRANSFORMS as ENGINE_TRANSFORMS
 from mmengine.registry import Registry
 
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 
-__all__ = ['ATTENTIONS', 'HOOKS', 'LOOPS', 'MODELS', 'PLUGS', 'build', 'find']
+__all__ = ['ATTENTIONS', 'HOOKS', 'LOOPS', 'MODELS', 'PLUGS', 'TRANSFORMS', 'build', 'find']
 
 ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
 HOOKS = Registry('hook', parent=ENGINE_HOOKS, scope='asr_downstream', locations=['asr_downstream.detection.saving'])
 LOOPS = Registry('loop', parent=ENGINE_LOOPS, scope='asr_downstream', locations=['asr_downstream.detection.loops'])
+TRANSFORMS = Registry(
+    'transform', parent=ENGINE_TRANSFORMS, scope='asr_downstream', locations=['asr_downstream.detection.loading']
+)
 PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
 MODELS = Registry('model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.plugged'])
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from PIL import Image
 
 WIDTH, HEIGHT = 64, 48
+CLASSES = ('cell', 'dust')
 Content = dict[str, Any]
 
 
-def coco(split: str, images: int = 3, boxes: int = 2) -> Content:
+def coco(split: str, images: int = 3, boxes: int = 2, classes: Sequence[str] = CLASSES) -> Content:
     """A sound COCO file of cells and dust."""
     return {
         'images': [
@@ -28,17 +29,19 @@ def coco(split: str, images: int = 3, boxes: int = 2) -> Content:
             }
             for number in range(images * boxes)
         ],
-        'categories': [{'id': 1, 'name': 'cell'}, {'id': 2, 'name': 'dust'}],
+        'categories': [{'id': number, 'name': name} for number, name in enumerate(classes, 1)],
     }  # fmt: skip
 
 
-def tiny_set(root: Path, change: Callable[[Content], Any] | None = None, split: str = 'train') -> Path:
+def tiny_set(
+    root: Path, change: Callable[[Content], Any] | None = None, split: str = 'train', classes: Sequence[str] = CLASSES
+) -> Path:
     """Write ``annotations/{train,val}.json`` and ``images/``; ``change`` alters the content of one split."""
     (root / 'annotations').mkdir(parents=True)
     (root / 'images').mkdir()
     draw = np.random.default_rng(0)
     for name in ('train', 'val'):
-        content = coco(name)
+        content = coco(name, classes=classes)
         for image in content['images']:
             pixels = draw.integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
             Image.fromarray(pixels).save(root / 'images' / image['file_name'])

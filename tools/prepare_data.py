@@ -5,6 +5,7 @@ python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tr
 python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
 python tools/prepare_data.py check /data/cells            # what --data-root /data/cells would find: any COCO-format set
 python tools/prepare_data.py voc /data/VOCdevkit          # write annotations/{train,val}.json in COCO format into it
+python tools/prepare_data.py voc /data/flat --split 0.8   # images and *.xml without ImageSets: 80 % for training
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     check = sets.add_parser('check', help='check any data set in COCO format')
     check.add_argument('root', type=Path, help='folder')
     voc = sets.add_parser('voc', help='convert PASCAL VOC to COCO format')
-    voc.add_argument('root', type=Path, help='VOCdevkit, or one of its years; annotations/ is written there')
+    voc.add_argument('root', type=Path, help='VOCdevkit, a year, or images and *.xml; annotations/ is written there')
+    voc.add_argument('--split', type=cli.part, metavar='PART', help='without ImageSets: so much of it is for training')
+    voc.add_argument('--seed', type=int, default=0, help='of that draw (default: 0)')
     voc.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
     args = parser.parse_args(argv)
 
@@ -41,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.set == 'voc':
         from asr_downstream.detection.voc import convert_voc
 
-        print('\n'.join(convert_voc(args.root, args.overwrite)))
+        print('\n'.join(convert_voc(args.root, args.overwrite, args.split, args.seed)))
         return
     from asr_downstream.detection.coco import check_tree, unpack
 

@@ -14,6 +14,7 @@ from mmengine.registry import init_default_scope
 
 from asr_downstream.configs import override, read_config
 from asr_downstream.detection.datasets import fit_to_data
+from asr_downstream.detection.loading import name_files
 from asr_downstream.errors import AsrError, DataError, FoldError
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
@@ -49,6 +50,7 @@ def load_config(
         raise AsrError(f'{path}: has no "model"; expected an MMDetection config')
     override(config, options, path)
     init_default_scope(config.get('default_scope', 'mmdet'))
+    name_files(config)
     shared = os.environ.get('ASR_DATA_ROOT')
     if needs_data and data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
         data_root = Path(shared) / Path(config.data_root).name

@@ -21,6 +21,9 @@ __all__ = ['find_splits', 'fit_to_data']
 
 # Words in the name of an annotation file, or of its folder, that say what it is for, the best first.
 WORDS = {'train': ('train', 'trainval'), 'val': ('val', 'valid', 'validation', 'test')}
+# What heads call the number of classes.
+COUNTS = ('num_classes', 'num_things_classes')
+LARGE = 64_000_000  # bytes of an annotation file that takes seconds to read
 LOADERS = {'train_dataloader': 'train', 'val_dataloader': 'val', 'test_dataloader': 'val'}
 TREE = 'DIR/ { annotations/{train,val}.json  images/ } or DIR/{train,valid}/ { _annotations.coco.json  *.jpg }'
 COCO_CLASSES = tuple(CocoDataset.METAINFO['classes'])
@@ -48,6 +51,8 @@ def fit_to_data(config: Config, root: Path) -> str | None:
         missing = [leaf for leaf in of_loader if not path_of(leaf).annotations.is_file()]
         if missing:
             said += [s for s in find_files(config, root, loader, of_loader) if s not in said]
+        elif len(of_loader) == 1 and not has_images(path_of(of_loader[0])):
+            said += [s for s in find_images(root, loader, of_loader[0]) if s not in said]
     if not any((leaf.get('metainfo') or {}).get('classes') for leaf in every):
         classes = classes_of({name: path_of(of_loader[0]) for name, of_loader in loaders.items()})
         if classes != COCO_CLASSES:
@@ -58,8 +63,34 @@ def fit_to_data(config: Config, root: Path) -> str | None:
     return '; '.join(said) or None
 
 
+def has_images(files: Split) -> bool:
+    """Whether the images of an annotation file are where a config has them, as far as that is known in no time."""
+    if not files.images.is_dir():
+        return False
+    if files.annotations.stat().st_size > LARGE:
+        return True
+    try:
+        return all((files.images / name).is_file() for name in probes(files.annotations))
+    except DataError:  # is said where the file is used
+        return True
+
+
+def find_images(root: Path, loader: str, leaf: Any) -> list[str]:
+    """Find the images of an annotation file that is where the config has it; what is not found is said later."""
+    annotations = path_of(leaf).annotations
+    try:
+        images = images_of(annotations, root, WORDS[LOADERS[loader]])
+    except DataError:
+        return []
+    leaf.update(data_root='', ann_file=str(annotations), data_prefix={'img': f'{images}/'})
+    return [f'{LOADERS[loader]}: images in {images}']
+
+
 def find_files(config: Config, root: Path, loader: str, of_loader: list[Any]) -> list[str]:
-    """Find the files of one loader and set them, also in its evaluator; a missing training set is left to training."""
+    """Find the files of one loader and set them, also in its evaluator.
+
+    A training set that is missing or unsound is left to training, which says so: a test does not need it.
+    """
     split = LOADERS[loader]
     if len(of_loader) > 1:
         names = [str(path_of(leaf).annotations) for leaf in of_loader]
@@ -67,9 +98,12 @@ def find_files(config: Config, root: Path, loader: str, of_loader: list[Any]) ->
     try:
         found = find_splits(root, (split,))[split]
     except DataError:
-        if split == 'train':
+        annotations = best(annotation_files(root), root, WORDS[split])
+        if split != 'train':
+            raise
+        if annotations is None:
             return []
-        raise
+        found = Split(annotations, path_of(of_loader[0]).images)
     of_loader[0].update(data_root='', ann_file=str(found.annotations), data_prefix={'img': f'{found.images}/'})
     for evaluator in evaluators(config, loader):
         if 'ann_file' in evaluator:
@@ -98,27 +132,38 @@ def classes_of(files: dict[str, Split]) -> tuple[str, ...]:
 
 
 def count_classes(config: Config, old: int, new: int) -> int:
-    """Set ``num_classes`` in every head that has the old number; returns how many there were.
+    """Set the number of classes in every head that has the old number, and weights of classes; returns how many heads.
 
     Raises:
         DataError: no head has the old number.
     """
 
-    def change(node: Any) -> int:
-        if isinstance(node, dict):
-            mine = node.get('num_classes') == old
-            if mine:
-                node['num_classes'] = new
-            return mine + sum(change(value) for value in node.values())
-        return sum(map(change, node)) if isinstance(node, list | tuple) else 0
+    def change(node: Any, within: bool = False) -> int:
+        if isinstance(node, list | tuple):
+            return sum(change(value, within) for value in node)
+        if not isinstance(node, dict):
+            return 0
+        mine = [key for key in COUNTS if node.get(key) == old]
+        for key in mine:
+            node[key] = new
+        within = within or bool(mine)
+        weights = node.get('class_weight')
+        if within and isinstance(weights, list | tuple) and len(weights) >= old:  # stuff and no object come last
+            node['class_weight'] = [*weights[:1] * new, *weights[old:]]
+        return bool(mine) + sum(change(value, within) for value in node.values())
 
     changed = change(config.model)
     if not changed:
         raise DataError(
-            f'{config.filename}: the data have {new} classes, but the model has no num_classes={old} to change; set '
-            f'num_classes and metainfo=dict(classes=...) in the config'
+            f'{config.filename}: the data have {new} classes, but the model has no {" or ".join(COUNTS)} of {old} to '
+            f'change; set it and metainfo=dict(classes=...) in the config'
         )
     return changed
+
+
+def annotation_files(root: Path) -> list[Path]:
+    """JSON files in a folder and in the folders in it."""
+    return sorted({*root.glob('*.json'), *root.glob('*/*.json')})
 
 
 def find_splits(root: Path, wanted: tuple[str, ...] = ('train', 'val')) -> dict[str, Split]:
@@ -127,7 +172,7 @@ def find_splits(root: Path, wanted: tuple[str, ...] = ('train', 'val')) -> dict[
     Raises:
         DataError: with what is there, and what is expected.
     """
-    files = sorted({*root.glob('*.json'), *root.glob('*/*.json')})
+    files = annotation_files(root)
     splits = {}
     for name in wanted:
         annotations = best(files, root, WORDS[name])
@@ -156,18 +201,29 @@ def best(files: list[Path], root: Path, wanted: tuple[str, ...]) -> Path | None:
     return None
 
 
+def probes(annotations: Path) -> list[str]:
+    """First, middle and last image of an annotation file.
+
+    Raises:
+        DataError: it has none.
+    """
+    names = [image['file_name'] for image in read_annotations(annotations)['images']]
+    if not names:
+        raise DataError(f'{annotations}: has no images')
+    if odd := [name for name in names if not isinstance(name, str)]:
+        raise DataError(f'{annotations}: has an image whose file_name is no text: {odd[0]!r:.80}')
+    return list(dict.fromkeys([names[0], names[len(names) // 2], names[-1]]))
+
+
 def images_of(annotations: Path, root: Path, wanted: tuple[str, ...]) -> Path:
     """Folder that holds the images of an annotation file; of several, the one named for the split.
 
     Raises:
         DataError: there is none, or several that cannot be told apart.
     """
-    names = [image['file_name'] for image in read_annotations(annotations)['images']]
-    if not names:
-        raise DataError(f'{annotations}: has no images')
-    probes = {names[0], names[len(names) // 2], names[-1]}
+    names = probes(annotations)
     folders = [annotations.parent, root, *(p for depth in ('*', '*/*') for p in sorted(root.glob(depth)) if p.is_dir())]
-    found = [f for f in dict.fromkeys(folders) if all((f / probe).is_file() for probe in probes)]
+    found = [f for f in dict.fromkeys(folders) if all((f / name).is_file() for name in names)]
     if not found:
         raise DataError(f'{root}: {names[0]}, the first image of {annotations.name}, is in none of its folders')
     named = [f for f in found if set(wanted) & {w for part in f.relative_to(root).parts for w in words(part)}]

@@ -80,7 +80,7 @@ def examine(content: Mapping[str, Any]) -> Iterator[Finding]:
         ('category_id', of_category, ('box is of no category', 'boxes are of no category')),
     ):
         yield from finding(
-            np.flatnonzero(index < 0),
+            np.flatnonzero(index < 0).tolist(),
             lambda n, key=key: f'id {short(annotations[n]["id"])}: {key} {short(annotations[n][key])}',  # type: ignore[misc]
             what,
         )
@@ -173,7 +173,7 @@ def boxes(annotations: list[Any], images: np.ndarray, sides: np.ndarray) -> Iter
         (number & ~finite, ('box is not finite', 'boxes are not finite')),
         (~finite_area, ('area is not a finite number', 'areas are not finite numbers')),
     ):
-        yield from finding(np.flatnonzero(which), named, what)
+        yield from finding(np.flatnonzero(which).tolist(), named, what)
     for which, (is_, are), rest in (
         (small, ('has no width or height', 'have no width or height'), ' of a pixel, and {} left out'),
         (outside, ('lies outside of its image', 'lie outside of their images'), ', and {} left out'),
@@ -181,7 +181,7 @@ def boxes(annotations: list[Any], images: np.ndarray, sides: np.ndarray) -> Iter
         (finite_area & (areas <= 0), ('has an area of 0 or less', 'have areas of 0 or less'), ', and {} left out'),
     ):
         what = f'box {is_}{rest.format("is")}', f'boxes {are}{rest.format("are")}'
-        yield from finding(np.flatnonzero(which), named, what, wrong=False)
+        yield from finding(np.flatnonzero(which).tolist(), named, what, wrong=False)
 
 
 def is_segmentation(value: Any) -> bool:
