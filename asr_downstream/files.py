@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from asr_downstream.errors import AsrError
 
 __all__ = [
+    'aside',
     'cannot_write',
     'check_could_write',
     'check_writable',
@@ -49,7 +50,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int | Non
     Raises:
         AsrError: it cannot be written; nothing of it is left, and a file that was there under the name still is.
     """
-    temporary = path.with_name(f'.{path.name}.tmp')
+    temporary = aside(path)
     try:
         with writing(path, needed):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,20 +71,24 @@ def write_together(writes: dict[Path, Callable[[Path], Any]]) -> None:
     Raises:
         AsrError: one cannot be written; nothing is left of any, and files that were there still are.
     """
-    aside = {path: path.with_name(f'.{path.name}.tmp') for path in writes}
     try:
         for path, write in writes.items():
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write(aside[path])
-                flush(aside[path])
-        for path, temporary in aside.items():
+                write(aside(path))
+                flush(aside(path))
+        for path in writes:
             with writing(path):
-                os.replace(temporary, path)
+                os.replace(aside(path), path)
     finally:
-        for temporary in aside.values():
+        for path in writes:
             with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+                aside(path).unlink(missing_ok=True)
+
+
+def aside(path: Path) -> Path:
+    """Where a file is written before it is renamed to ``path``."""
+    return path.with_name(f'.{path.name}.tmp')
 
 
 @contextmanager
@@ -183,8 +188,12 @@ def writable_folder(path: Path) -> Path:
     return path
 
 
-def check_could_write(folder: Path) -> None:
-    """Look whether ``folder`` could be written, or made, without making it.
+def check_could_write(folder: Path, needed: int = 1) -> None:
+    """Try whether ``folder`` could be written, or made, without making it; call this before the work.
+
+    Args:
+        folder: the folder.
+        needed: bytes that will be written, at least.
 
     Raises:
         AsrError: it could not.
@@ -192,6 +201,14 @@ def check_could_write(folder: Path) -> None:
     nearest = nearest_existing(folder)
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise AsrError(f'{folder}: cannot be written ({nearest} does not allow it); choose another folder')
+    try:
+        with tempfile.TemporaryFile(dir=nearest) as file:
+            file.write(bytes(1))
+            file.flush()
+    except OSError as error:
+        raise cannot_write(folder, error, needed) from error
+    if shutil.disk_usage(nearest).free < needed:
+        raise cannot_write(folder, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), needed)
 
 
 def nearest_existing(path: Path) -> Path:

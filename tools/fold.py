@@ -5,8 +5,8 @@
     python tools/fold.py ... --calibrate 64                                            # SE, DIA, ...: see below
 
 Detector: writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock
-config as shipped/detector.py, and shipped/fold_report.json. What is shipped needs MMDetection and nothing of this
-package.
+config as shipped/detector.py, shipped/fold_report.json and a model card. What is shipped needs MMDetection and nothing
+of this package. A run without a plug, such as the control arm, is shipped as it is.
 
 Diffusion: writes a folder that DDPMPipeline.from_pretrained('shipped/digits') loads, with a model card, samples.png
 and fold_report.json. What is shipped needs diffusers and nothing of this package. A run without a plug is shipped as it
@@ -27,6 +27,8 @@ from mmengine.config import DictAction
 from asr_downstream import cli
 from asr_downstream.errors import AsrError
 
+CARD = ('license', 'dataset', 'base_model')
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and fold."""
@@ -45,13 +47,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--tag', action='append', metavar='TAG', help='diffusion: for the card; may be repeated')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='detector: override')
+    cli.add_card(parser)
     args = parser.parse_args(argv)
 
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')
     if len(args.paths) == 2:
         refuse(
-            parser, args, 'a detector', ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
+            parser,
+            args,
+            'a detector',
+            ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options', *CARD),
         )
         if args.data and not args.calibrate:
             parser.error('--data goes with --calibrate N')
@@ -112,9 +118,11 @@ def fold_detector(args: argparse.Namespace) -> None:
     plan = None
     if args.calibrate:
         plan = CalibrationPlan(args.calibrate, args.refine_norms, args.max_drop, not args.no_evaluate)
-    result = fold_checkpoint(config, checkpoint, out, args.trust, plan)
+    result = fold_checkpoint(config, checkpoint, out, args.trust, plan, cli.card(args))
     found = result['feature_map_difference']
-    if plan is None:
+    if not result['sites']:
+        print(f'nothing to fold, {config_file} plugs nothing: the weights are shipped as they are')
+    elif plan is None:
         print(
             f'folded {len(result["sites"])} sites in {result["fold_seconds"]:.2f} s; relative difference of the '
             f'feature maps {found["float32"]["relative"]:.1e} in float32, {found["float64"]["relative"]:.1e} in float64'
@@ -125,7 +133,9 @@ def fold_detector(args: argparse.Namespace) -> None:
         print(f'{out}: fits {out.with_suffix(".py")}, which needs asr_downstream for the sites that were kept')
     else:
         print(f'{out}: loads strictly into the stock config {out.with_suffix(".py")}')
-    print(f'{out.parent / "fold_report.json"}: sites, errors, hashes, versions')
+    print(
+        f'{out.parent / "fold_report.json"}: sites, errors, hashes, versions; {out.parent / result["card"]}: model card'
+    )
 
 
 if __name__ == '__main__':

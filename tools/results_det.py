@@ -25,7 +25,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from asr_downstream.detection.results import markdown, read_run, write_jsonl
+    from asr_downstream.files import check_could_write
 
+    if args.out:
+        check_could_write(args.out.parent)
     records = [read_run(run) for run in args.runs]
     print(markdown(records))
     if args.out:

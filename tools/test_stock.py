@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('checkpoint', type=Path, help='folded checkpoint, .pth or .safetensors')
     parser.add_argument('--out', type=Path, help='where to write, without ending')
     args = parser.parse_args(argv)
+    if args.out is not None and not (args.out.parent.is_dir() and os.access(args.out.parent, os.W_OK)):
+        parser.error(f'{args.out}: its folder is not there, or cannot be written')
     if args.config.suffix != '.py':  # MMEngine's reader of .yaml files runs what they name
         parser.error(f'{args.config}: expected a .py config, as tools/fold.py writes it')
 

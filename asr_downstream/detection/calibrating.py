@@ -6,6 +6,7 @@ import copy
 import io
 from contextlib import redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from torch import nn
 
+from asr_downstream.description import describe
 from asr_downstream.detection.evaluation import evaluate
-from asr_downstream.errors import DataError
+from asr_downstream.errors import DataError, FoldError
 from asr_downstream.folding import FoldReport, fold
+from asr_downstream.sites import some
 
-__all__ = ['CalibrationPlan', 'calibration_batches', 'fold_calibrated', 'preprocessed_features']
+__all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_calibrated', 'preprocessed_features']
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,26 @@ def unaugmented(dataset: Any, pipeline: Any) -> dict[str, Any]:
 def preprocessed_features(model: Any, batch: Any) -> Any:
     """Run a detector up to its neck: feature maps, which are continuous, unlike what follows NMS."""
     return model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+
+
+def check_exact(model: nn.Module, checkpoint: Path, option: str) -> None:
+    """Refuse to fold gates exactly that depend on the input.
+
+    Args:
+        model: a detector.
+        checkpoint: where it comes from.
+        option: of the command line that folds such gates.
+
+    Raises:
+        FoldError: there are such gates.
+    """
+    varying = [row for row in describe(model).sites if not row.folds]
+    if varying:
+        plugs = sorted({row.plug for row in varying})
+        raise FoldError(
+            f'{checkpoint}: the gates at {len(varying)} sites ({some(plugs)}) depend on the input and have no exact '
+            f'fold; replace them by their mean over N training images with {option}, or train dict(type="ASR", ...)'
+        )
 
 
 def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:

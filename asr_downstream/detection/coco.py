@@ -7,6 +7,7 @@ import os
 import shutil
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from asr_downstream.detection.headers import examine_files
 from asr_downstream.detection.headers import missing as missing_files
 from asr_downstream.detection.soundness import Finding, examine, per_class
 from asr_downstream.errors import DataError
-from asr_downstream.files import writable_folder
+from asr_downstream.files import cannot_write, writable_folder
 from asr_downstream.sites import some
 
 __all__ = [
@@ -229,7 +230,7 @@ def check_tree(root: Path) -> list[str]:
     lines, problems = [], []
     for split in SPLITS:
         try:
-            summary = check_annotations(root / 'annotations' / f'instances_{split}.json', root / split)
+            summary = check_annotations(root / 'annotations' / f'instances_{split}.json', root / split, most=None)
             lines.append(f'{split}: {summary}')
         except DataError as error:
             problems.append(str(error))
@@ -263,8 +264,12 @@ def unpack(root: Path) -> None:
                     for member in members:
                         file.extract(member, building)
                         progress.advance(bar)
-            except (zipfile.BadZipFile, OSError) as error:
-                shutil.rmtree(building)
+                (building / target).rename(root / target)
+            except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
                 raise DataError(f'{root / archive}: cannot be unpacked ({error}); download it again') from error
-            (building / target).rename(root / target)
-            shutil.rmtree(building)
+            except FileNotFoundError as error:
+                raise DataError(f'{root / archive}: has no folder {target}; download it again') from error
+            except OSError as error:
+                raise cannot_write(root / target, error, sum(m.file_size for m in members)) from error
+            finally:
+                shutil.rmtree(building, ignore_errors=True)

@@ -21,8 +21,8 @@ from asr_downstream.registry import ATTENTIONS, PLUGS, find
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
-# What belongs to one training and its machines.
-LAUNCH = ('fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
+# What belongs to one training and its machines, or to the card.
+LAUNCH = ('card', 'fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
 
 # Arguments that models of this package take besides those of their stock classes.
 OWN = ('plug', 'replace', 'distil')

@@ -10,7 +10,7 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
+from asr_downstream.checkpoint import check_weights_finite, load_state, read_checkpoint, state_dict_of
 from asr_downstream.detection.config import model_of
 from asr_downstream.verification import Verification, verify
 
@@ -31,10 +31,11 @@ def load_detector(config: Config, path: Path, trust: bool = False) -> tuple[nn.M
         The detector in eval mode, and the checkpoint's ``meta``.
 
     Raises:
-        CheckpointError: the file is missing, damaged, unsafe, or does not fit.
+        CheckpointError: the file is missing, damaged, unsafe, or does not fit, or its weights are not finite.
     """
     checkpoint = read_checkpoint(path, trust)
     state = state_dict_of(checkpoint, path)
+    check_weights_finite(state, path)
     model = build_detector(config)
     load_state(model, state, path)
     meta = dict(checkpoint.get('meta') or {})

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from asr_downstream.errors import DataError
-from asr_downstream.files import writable_folder
+from asr_downstream.files import check_could_write, writable_folder, writing
 from asr_downstream.progress import bar
 
 __all__ = ['make_digits']
@@ -45,13 +45,18 @@ def make_digits(out: Path, seed: int = 0, sizes: dict[str, int] | None = None) -
     """
     if out.exists() and not is_digits(out) and any(out.iterdir()):
         raise DataError(f'{out}: exists and is not a digits set; give an empty or new folder')
+    check_could_write(out)
     building = writable_folder(out.with_name(out.name + '.tmp'))
     pools = digit_pools(seed)
-    for split, count in {**SPLITS, **(sizes or {})}.items():
-        write_split(building, split, count, *pools[split], seed)
-    if out.exists():
-        shutil.rmtree(out)
-    os.replace(building, out)
+    try:
+        with writing(out):
+            for split, count in {**SPLITS, **(sizes or {})}.items():
+                write_split(building, split, count, *pools[split], seed)
+            if out.exists():
+                shutil.rmtree(out)
+            os.replace(building, out)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
     return {split: out / 'annotations' / f'{split}.json' for split in SPLITS}
 
 

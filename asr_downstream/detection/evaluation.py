@@ -6,6 +6,7 @@ import io
 import json
 import tempfile
 import warnings
+from collections.abc import Collection
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,10 +43,11 @@ METRICS = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APm
 
 
 class Seen(NamedTuple):
-    """An image that was tested: its file, and the masks ``(n, H, W)`` that were found, if any."""
+    """An image that was tested: its file, the masks ``(n, H, W)`` that were found, if any, and what is annotated."""
 
     path: Path
     masks: torch.Tensor | None
+    truth: Detections | None = None
 
 
 @dataclass
@@ -131,10 +133,26 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
             detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
             if len(seen) < pictures:
                 seen[sample.img_id] = Seen(Path(sample.img_path), found.masks.cpu() if 'masks' in found else None)
+    truths = annotated(loader.dataset, seen)
+    seen = {image: shown._replace(truth=truths.get(image)) for image, shown in seen.items()}
     scores = scored(evaluator, len(loader.dataset), fast)
     result = described(model, name, scores.summary, detections, first_image(config))
     result.classes, result.seen = scores.classes, seen
     return result
+
+
+def annotated(dataset: Any, images: Collection[Any]) -> dict[Any, Detections]:
+    """Boxes that a data set of MMDetection has for the images of these ids, as detections of score 1."""
+    found: dict[Any, Detections] = {}
+    for index in range(len(dataset)) if hasattr(dataset, 'get_data_info') else ():
+        if len(found) == len(images):
+            break
+        info = dataset.get_data_info(index)
+        if info.get('img_id') in images and 'instances' in info:
+            boxes = torch.tensor([i['bbox'] for i in info['instances']], dtype=torch.float32).reshape(-1, 4)
+            labels = torch.tensor([i['bbox_label'] for i in info['instances']], dtype=torch.long)
+            found[info['img_id']] = boxes, torch.ones(len(boxes)), labels
+    return found
 
 
 def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:

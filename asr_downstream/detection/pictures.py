@@ -69,7 +69,7 @@ def draw_detections(
 def show_each(
     folder: Path, evaluations: Sequence[Evaluation], classes: Sequence[str], threshold: float = 0.3
 ) -> list[Path]:
-    """Write a picture for each image that the evaluations have kept, with a column for each of them.
+    """Write a picture for each image that the evaluations have kept: the ground truth, and a column for each of them.
 
     Returns:
         The files, named as the images are; with their id in front where several have one name.
@@ -85,7 +85,8 @@ def show_each(
         out = folder / f'{name}.png'
         if out.resolve() == seen.path.resolve():
             raise DataError(f'{out}: is an image of the data set; give another folder')
-        arms = {e.name: {image: e.detections[image]} for e in evaluations}
+        truth = {} if seen.truth is None else {'ground truth': {image: seen.truth}}
+        arms = truth | {e.name: {image: e.detections[image]} for e in evaluations}
         masks = {e.name: {image: m} for e in evaluations if (m := e.seen[image].masks) is not None}
         draw_detections(out, {image: seen.path}, arms, classes, threshold, masks=masks, width=6.4)
         written.append(out)

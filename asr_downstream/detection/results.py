@@ -7,8 +7,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from mmengine.config import Config
-
+from asr_downstream.configs import read_config
 from asr_downstream.errors import DataError
 from asr_downstream.files import write_atomically
 
@@ -31,8 +30,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         raise DataError(f'{folder}: is no run of tools/train_det.py: it has no config or no last_checkpoint')
     if not (folder / 'test.json').is_file():
         raise DataError(f'{folder}: was not tested; python tools/test_det.py CONFIG CHECKPOINT --work-dir {folder}')
-    config = Config.fromfile(configs[0])
-    tested = json.loads((folder / 'test.json').read_text())
+    config = read_config(configs[0], 'det_configs/')
+    tested = read_test(folder / 'test.json')
     last = Path((folder / 'last_checkpoint').read_text().strip()).name
     if Path(tested['checkpoint']).name != last:
         raise DataError(f'{folder}: test.json is about {tested["checkpoint"]}, but the last checkpoint is {last}')
@@ -57,6 +56,23 @@ def read_run(folder: Path) -> dict[str, Any]:
     return {**record, 'sha256': tested['sha256'], 'versions': tested['versions']}
 
 
+def read_test(path: Path) -> dict[str, Any]:
+    """Read what `tools/test_det.py` wrote.
+
+    Raises:
+        DataError: it is damaged, or something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        sound = isinstance(found['checkpoint'], str) and {'sha256', 'versions'} <= found.keys()
+        sound = sound and 'AP' in found.get('unfolded', found)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise DataError(f'{path}: is damaged or not of tools/test_det.py; test the run again')
+    return found
+
+
 def kept(metrics: dict[str, Any]) -> dict[str, Any]:
     """What is kept of an evaluation: no latency, which belongs to a machine."""
     return {key: metrics[key] for key in KEPT if key in metrics}
@@ -66,9 +82,13 @@ def losses_by_epoch(folder: Path) -> list[float]:
     """Mean of the logged losses of each epoch, over all logs of the run; what was run twice counts once."""
     steps: dict[int, tuple[int, float]] = {}
     for log in sorted(folder.glob('*/vis_data/scalars.json')):
-        for line in log.read_text().splitlines():
-            entry = json.loads(line)
-            if 'loss' in entry and 'epoch' in entry:
+        for number, line in enumerate(log.read_text(errors='replace').splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                wanted = 'loss' in entry and 'epoch' in entry and 'iter' in entry
+            except (ValueError, TypeError) as error:
+                raise DataError(f'{log}: line {number} is damaged ({error}); take it out, or train again') from error
+            if wanted:
                 steps[entry['iter']] = entry['epoch'], entry['loss']
     epochs: dict[int, list[float]] = {}
     for epoch, loss in steps.values():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,15 +14,17 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 from torch import nn
 
+from asr_downstream.cards import card_of
 from asr_downstream.checkpoint import load_state
 from asr_downstream.copying import copy_of
 from asr_downstream.description import describe
-from asr_downstream.detection.calibrating import CalibrationPlan, fold_calibrated
+from asr_downstream.detection.calibrating import CalibrationPlan, check_exact, fold_calibrated
+from asr_downstream.detection.card import card_path, detector_card
 from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.detectors import build_detector, compare_features, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.far.description import mixers
-from asr_downstream.files import sha256, write_atomically, write_json
+from asr_downstream.files import aside, check_could_write, sha256, write_together
 from asr_downstream.folding import FoldReport, fold
 from asr_downstream.verification import Verification
 from asr_downstream.versions import versions
@@ -33,13 +37,19 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def fold_checkpoint(
-    config: Config, checkpoint: Path, out: Path, trust: bool = False, calibrate: CalibrationPlan | None = None
+    config: Config,
+    checkpoint: Path,
+    out: Path,
+    trust: bool = False,
+    calibrate: CalibrationPlan | None = None,
+    card: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Fold ``checkpoint`` and write three files that need nothing of this package.
+    """Fold ``checkpoint`` and write four files that need nothing of this package.
 
-    ``out``: the stock weights; ``<out>.py``: the stock config; ``fold_report.json`` beside them: sites, measured
-    errors, hashes, versions. Before anything is written, the folded weights are loaded strictly into the model of the
-    stock config, and its feature maps are compared with the plugged model's in float32 and float64.
+    ``out``: the stock weights; ``<out>.py``: the stock config; beside them ``fold_report.json``: sites, measured
+    errors, hashes, versions; and a model card, ``README.md``, or ``<out>.md`` where somebody has written a README.
+    Before anything is written, the folded weights are loaded strictly into the model of the stock config, and its
+    feature maps are compared with the plugged model's in float32 and float64. A stock model is shipped as it is.
 
     Args:
         config: the config it was trained with.
@@ -48,6 +58,7 @@ def fold_checkpoint(
         trust: see `asr_downstream.checkpoint.read_checkpoint`.
         calibrate: how to replace gates that depend on the input by their mean; None folds exactly or not at all. Where
             its budget leaves sites plugged, ``<out>.py`` is a config of this package with those sites only.
+        card: for the card, see `asr_downstream.cards.card_of`.
 
     Returns:
         The report.
@@ -61,20 +72,31 @@ def fold_checkpoint(
     for source in (checkpoint, Path(config.filename)):
         if source.resolve() in (out.resolve(), out.with_suffix('.py').resolve()):
             raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
+    said = card_of(config, card)
+    check_could_write(out.parent)
     plugged, meta = load_detector(config, checkpoint, trust)
     if any(True for _ in mixers(plugged)):
         raise FoldError(
             f'{checkpoint}: attention of this detector is replaced by LSTMs, which no stock detector has; use it with '
             f'the config it was trained with'
         )
+    stock = not describe(plugged).sites
+    if stock and calibrate is not None:
+        raise CheckpointError(
+            f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug; leave out --calibrate'
+        )
+    if calibrate is None:
+        check_exact(plugged, checkpoint, '--calibrate N')
+    check_could_write(out.parent, sum(v.numel() * v.element_size() for v in plugged.state_dict().values()))
     if calibrate is not None and calibrate.max_drop is not None:
         partly_stock_config(config, [row.path for row in describe(plugged).sites])  # refuses now, not after an hour
     start = time.perf_counter()
-    folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
+    if stock:
+        folded, report = plugged, FoldReport()
+    else:
+        folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
     seconds = time.perf_counter() - start
-    if report.already_stock:
-        raise CheckpointError(f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug')
-    if not report.sites:
+    if not report.sites and not stock:
         raise FoldError(
             f'{checkpoint}: the budget leaves every site plugged, so nothing was folded or written; raise --max-drop'
         )
@@ -85,7 +107,7 @@ def fold_checkpoint(
     if report.calibration is None:
         checks = {
             'float32': compare_features(plugged.float(), shipped.float()),
-            'float64': compare_exactly(plugged),
+            **({} if stock else {'float64': compare_exactly(plugged)}),
         }
     else:  # the plugged model is another function; what is shipped is to be the folded one
         checks = {'float32': compare_features(folded, shipped)}
@@ -98,10 +120,22 @@ def fold_checkpoint(
             )
     content = report_content(config, checkpoint, report, checks, seconds)
     content['still_plugged'] = kept
-    write_weights(out, shipped, meta)
-    write_atomically(out.with_suffix('.py'), lambda p: p.write_text(plain.pretty_text))
-    content['folded'] = {'file': out.name, 'sha256': sha256(out), 'config': out.with_suffix('.py').name}
-    write_json(out.parent / 'fold_report.json', content)
+    written = card_path(out)
+    content['card'] = written.name
+    text = detector_card(plain, out, content, meta, said)
+
+    def write_report(path: Path) -> None:
+        content['folded'] = {'file': out.name, 'sha256': sha256(aside(out)), 'config': out.with_suffix('.py').name}
+        path.write_text(json.dumps(content, indent=2) + '\n')
+
+    write_together(
+        {
+            out: lambda p: write_weights(p, out.suffix, shipped, meta),
+            out.with_suffix('.py'): lambda p: p.write_text(plain.pretty_text),
+            written: lambda p: p.write_text(text),
+            out.parent / 'fold_report.json': write_report,
+        }
+    )
     return {**content, 'report': report}
 
 
@@ -111,14 +145,14 @@ def compare_exactly(plugged: nn.Module) -> Verification:
     return compare_features(exact, fold(exact)[0])
 
 
-def write_weights(out: Path, stock: nn.Module, meta: dict[str, Any]) -> None:
+def write_weights(path: Path, suffix: str, stock: nn.Module, meta: dict[str, Any]) -> None:
     """Write the stock weights; a ``.pth`` also says which classes the boxes have, as mmdet's inference expects."""
     state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in stock.state_dict().items()}
-    if out.suffix == '.safetensors':
-        write_atomically(out, lambda p: save_file(state, p, {'format': 'pt'}))
+    if suffix == '.safetensors':
+        save_file(state, path, {'format': 'pt'})
     else:
         kept = {k: meta[k] for k in ('dataset_meta', 'epoch', 'iter', 'seed') if k in meta}
-        write_atomically(out, lambda p: torch.save({'state_dict': state, 'meta': kept}, p))
+        torch.save({'state_dict': state, 'meta': kept}, path)
 
 
 def report_content(

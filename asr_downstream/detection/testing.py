@@ -14,7 +14,7 @@ from torch import nn
 
 from asr_downstream.description import render
 from asr_downstream.detection.augmented import augmented
-from asr_downstream.detection.calibrating import CalibrationPlan, fold_calibrated
+from asr_downstream.detection.calibrating import CalibrationPlan, check_exact, fold_calibrated
 from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.comparing import compare
 from asr_downstream.detection.detectors import load_detector
@@ -74,6 +74,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
     if plan.fast:
         scoring_tools(fast=True)
     model, _ = load_detector(config, checkpoint, plan.trust)
+    if plan.folding == 'exact':
+        check_exact(model, checkpoint, '--fold calibrated --calibrate N')
     if plan.tta:
         augmented(config, model)  # refuses now, not after the test
     pictures = plan.show_images if plan.show_dir else 0

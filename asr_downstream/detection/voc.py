@@ -118,9 +118,10 @@ def chosen_at_random(root: Path, split: float | None, seed: int) -> dict[str, tu
     count = min(max(round(split * len(names)), 1), len(names) - 1)
     if not count:
         raise DataError(f'{root}: has {len(names)} annotations, too few to split')
+    names = sorted(names[:count]) + sorted(names[count:])
     chosen = [(Folders(folder, images), name) for name in names]
     how = f'{split:g} at random'
-    return {'train': (how, sorted(chosen[:count], key=str)), 'val': (how, sorted(chosen[count:], key=str))}
+    return {'train': (how, chosen[:count]), 'val': (how, chosen[count:])}
 
 
 def names_of(year: Path, split: str) -> list[str]:
@@ -148,8 +149,8 @@ def read(folders: Folders, name: str, root: Path) -> dict[str, Any]:
         raise DataError(f'{path}: no such annotation, but ImageSets/Main names it')
     try:
         tree = ElementTree.parse(path).getroot()
-        size = tuple(int(float(tree.findtext(f'size/{side}') or 0)) for side in ('width', 'height'))
-        objects = [
+        width, height = (int(float(tree.findtext(f'size/{side}') or 0)) for side in ('width', 'height'))
+        objects: list[dict[str, Any]] = [
             {
                 'name': (entry.findtext('name') or '').strip(),
                 'difficult': int(entry.findtext('difficult') or 0),
@@ -169,11 +170,11 @@ def read(folders: Folders, name: str, root: Path) -> dict[str, Any]:
     header = read_header(image)
     if header.problem:
         raise DataError(f'{image}: cannot be read as an image ({header.problem}); take it out, with {path.name}')
-    size = header.size if 0 in size and header.size else size  # labelling tools that write no size
-    if header.size not in (None, size):
+    size = header.size or (width, height)
+    if 0 not in (width, height) and size != (width, height):  # some labelling tools write no size
         raise DataError(
-            f'{path}: says that the image has {size[0]}x{size[1]} pixels, but {image.name} has '
-            f'{header.size[0]}x{header.size[1]}: its boxes are of another image'  # type: ignore[index]
+            f'{path}: says that the image has {width}x{height} pixels, but {image.name} has {size[0]}x{size[1]}: its '
+            f'boxes are of another image'
         )
     name = image.relative_to(root).as_posix()
     return {'file_name': name, 'width': size[0], 'height': size[1], 'objects': objects}

@@ -1,4 +1,4 @@
-"""Detections beside detections: ties that fall the other way are no difference of boxes, and pictures show the truth."""
+"""Detections beside detections: ties that fall the other way are no difference, and pictures show the truth."""
 
 from __future__ import annotations
 
@@ -33,7 +33,6 @@ SURE = [[200.0 + 9 * n, 200, 240 + 9 * n, 240] for n in range(30)]
 SCORES = [0.99 - 0.01 * n for n in range(30)]
 
 
-@pytest.mark.xfail(strict=True, reason='boxes, px 9.5')
 def test_a_tie_that_falls_the_other_way_is_no_difference() -> None:
     """Two boxes of one object with the same score: which of them NMS keeps, rounding decides."""
     result = differences(found([*SURE, A], [*SCORES, 0.4]), found([*SURE, B], [*SCORES, 0.4 + 1e-7]))
@@ -42,7 +41,6 @@ def test_a_tie_that_falls_the_other_way_is_no_difference() -> None:
     assert (result.tied, result.unmatched) == (1, 0)
 
 
-@pytest.mark.xfail(strict=True, reason='boxes, px 80')
 def test_a_tie_at_the_end_of_the_list_is_no_difference() -> None:
     """The last of the detections that are kept: others with its score were cut off."""
     result = differences(
@@ -52,7 +50,6 @@ def test_a_tie_at_the_end_of_the_list_is_no_difference() -> None:
     assert (result.tied, result.unmatched) == (1, 0)
 
 
-@pytest.mark.xfail(strict=True, reason='no such count')
 def test_classes_that_tie_may_change_places() -> None:
     result = differences(
         found([*SURE, A, FAR], [*SCORES, 0.3, 0.3], [0] * 30 + [1, 2]),
@@ -71,7 +68,6 @@ def test_boxes_that_moved_are_a_difference() -> None:
     assert differences(found([A], [0.4]), found([A, B], [0.4, 0.4])).unmatched == 1
 
 
-@pytest.mark.xfail(strict=True, reason='pictures have no ground truth')
 def test_pictures_show_the_ground_truth(tmp_path: Path) -> None:
     root = tiny_set(tmp_path / 'set', classes=TEN)
     for path in (root / 'images').glob('*.png'):

@@ -1,0 +1,86 @@
+"""The model card of a shipped detector: what it is, what it was trained on, how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.cards import front_matter
+from asr_downstream.detection.coco import leaves
+
+__all__ = ['card_path', 'detector_card']
+
+MARK = '<!-- written when the detector was shipped; to keep changes, take this line out -->'
+
+
+def card_path(out: Path) -> Path:
+    """Where the card of ``out`` goes: ``README.md`` beside it, or ``<out>.md`` if somebody wrote a README there."""
+    readme = out.parent / 'README.md'
+    if readme.is_file() and MARK not in readme.read_text(errors='replace'):
+        return out.with_suffix('.md')
+    return readme
+
+
+def detector_card(config: Config, out: Path, report: dict[str, Any], meta: dict[str, Any], card: dict[str, Any]) -> str:
+    """Text of the card.
+
+    Args:
+        config: of the stock model, as shipped.
+        out: the shipped weights.
+        report: of the fold.
+        meta: of the checkpoint.
+        card: see `asr_downstream.cards.card_of`.
+    """
+    kind = str(getattr(config.model.type, '__name__', config.model.type))
+    loader = config.get('train_dataloader') or {}
+    sets = [leaf.get('ann_file', '') for leaf in leaves(loader['dataset'])] if loader.get('dataset') else []
+    root = Path(config.get('data_root') or '').name
+    classes = (meta.get('dataset_meta') or {}).get('classes') or ()
+    rows = {
+        'annotations': ', '.join(f'`{Path(root) / name if root else name}`' for name in sets if name),
+        'classes': f'{len(classes)}: {", ".join(map(str, classes))}' if classes else '',
+        'epochs': str(meta.get('epoch', '')),
+        'start of the backbone': f'`{start}`' if (start := start_of(config)) else '',
+    }
+    table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
+    head = front_matter('mmdetection', card, [kind.lower()], pipeline_tag='object-detection')
+    config_file = out.with_suffix('.py').name
+    weights = f'load_state_dict(load_file({out.name!r}), strict=True)' if out.suffix == '.safetensors' else ''
+    usage = (
+        f'from mmdet.apis import init_detector\n\nmodel = init_detector({config_file!r}, {out.name!r}, device="cpu")'
+        if not weights
+        else f'from mmdet.apis import init_detector\nfrom safetensors.torch import load_file\n\n'
+        f'model = init_detector({config_file!r}, device="cpu")\nmodel.{weights}'
+    )
+    plain = 'nothing but MMDetection is needed to run it' if not report['still_plugged'] else 'see the config'
+    return f"""{head}{MARK}
+# {out.stem}
+
+A `{kind}` of MMDetection: {plain}.
+
+```python
+{usage}
+```
+
+| | |
+|---|---|
+{table}
+
+{folding(report)} Differences, hashes and versions are in `fold_report.json`.
+"""
+
+
+def start_of(config: Config) -> str | None:
+    """Checkpoint that the config starts the backbone from, as it names it."""
+    start = (config.model.get('backbone') or {}).get('init_cfg') or {}
+    return start.get('checkpoint') if isinstance(start, dict) else None
+
+
+def folding(report: dict[str, Any]) -> str:
+    """One sentence about what folding did."""
+    if not report['sites']:
+        return 'It was trained as it is: there was nothing to fold.'
+    how = 'exactly' if report['calibration'] is None else 'by their mean over training images'
+    return f'While it trained, {len(report["sites"])} layers had gates of channels, which were folded into them {how}.'
