@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, command
+from PIL import Image
 
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det

@@ -80,8 +80,8 @@ def examine_files(
     unreadable = [(entry, header) for entry, header in pairs if header.problem]
     yield from finding(
         unreadable,
-        lambda pair: f'{images / pair[0]["file_name"]}: {pair[1].problem}',
-        ('image cannot be read', 'images cannot be read'),
+        lambda pair: f'{images / pair[0]["file_name"]}: cannot be read as an image: {pair[1].problem}',
+        ('image is damaged', 'images are damaged'),
     )
     other = [(e, h) for e, h in pairs if h.size is not None and h.size != (e['width'], e['height'])]
     yield from finding(

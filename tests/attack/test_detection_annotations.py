@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command
 from detsets import HEIGHT, WIDTH, coco, tiny_set
-from far import command
 from PIL import Image
 
 pytest.importorskip('mmdet')

@@ -6,9 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, command
 from detsets import HEIGHT, WIDTH, tiny_set
-from far import command
 from mmengine.config import Config
 from PIL import Image
 

@@ -13,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import ROOT, randomise
+from conftest import ROOT, command, randomise
 from detsets import tiny_set
-from far import command
 
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(120)]
