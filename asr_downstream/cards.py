@@ -12,11 +12,11 @@ from asr_downstream.errors import AsrError, did_you_mean
 __all__ = ['card_of', 'front_matter']
 
 # Key -> whether it holds several.
-FIELDS = {'license': False, 'datasets': True, 'base_model': False}
+FIELDS = {'license': False, 'base_model': False, 'datasets': True, 'tags': True}
 
 
 def card_of(config: Mapping[str, Any], given: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Gather what a config says under ``card = dict(license=..., datasets=[...], base_model=...)``.
+    """Gather what a config says under ``card = dict(license=..., base_model=..., datasets=[...], tags=[...])``.
 
     Args:
         config: of the model.
@@ -48,5 +48,6 @@ def front_matter(library: str, card: Mapping[str, Any], tags: Sequence[str] = ()
         tags: words to find it by.
         more: other keys, such as ``pipeline_tag``.
     """
-    content = {'library_name': library, **more, **card, **({'tags': list(tags)} if tags else {})}
+    tags = [*tags, *card.get('tags', ())]
+    content = {'library_name': library, **more, **card, **({'tags': tags} if tags else {})}
     return f'---\n{yaml.safe_dump(content, sort_keys=False, allow_unicode=True)}---\n'

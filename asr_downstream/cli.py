@@ -14,7 +14,7 @@ from asr_downstream.stopping import Stopped
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
 
-__all__ = ['add_calibration', 'add_card', 'add_sampling', 'card', 'count', 'ema', 'parser', 'part', 'run']
+__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
@@ -60,20 +60,6 @@ def add_calibration(parser: argparse.ArgumentParser) -> None:
         metavar='AP',
         help='most AP in [0, 1] to lose; the least constant sites stay plugged until it holds',
     )
-
-
-def add_card(parser: argparse.ArgumentParser) -> None:
-    """Add the options that go into a model card; what is not given is not written."""
-    parser.add_argument('--license', metavar='ID', help='for the model card, such as apache-2.0')
-    parser.add_argument(
-        '--dataset', action='append', metavar='ID', help='for the model card; may be given several times'
-    )
-    parser.add_argument('--base-model', metavar='ID', help='for the model card: what the training started from')
-
-
-def card(args: argparse.Namespace) -> dict[str, object]:
-    """What the options of `add_card` say, see `asr_downstream.cards.card_of`."""
-    return {'license': args.license, 'datasets': args.dataset, 'base_model': args.base_model}
 
 
 def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:

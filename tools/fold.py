@@ -27,8 +27,6 @@ from mmengine.config import DictAction
 from asr_downstream import cli
 from asr_downstream.errors import AsrError
 
-CARD = ('license', 'dataset', 'base_model')
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line and fold."""
@@ -41,31 +39,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--data-root', type=Path, help="detector: folder of the data set, instead of the config's")
     parser.add_argument('--data', type=Path, help="diffusion: images to calibrate with, instead of the config's")
     parser.add_argument('--weights', choices=['ema', 'raw'], help='diffusion: default: the average, if there is one')
-    parser.add_argument('--license', metavar='ID', help='diffusion: for the model card, such as apache-2.0')
-    parser.add_argument('--base-model', metavar='ID', help='diffusion: for the card: what the training started from')
-    parser.add_argument('--dataset', action='append', metavar='ID', help='diffusion: for the card; may be repeated')
-    parser.add_argument('--tag', action='append', metavar='TAG', help='diffusion: for the card; may be repeated')
+    parser.add_argument('--license', metavar='ID', help='for the model card, such as apache-2.0')
+    parser.add_argument('--base-model', metavar='ID', help='for the card: what the training started from')
+    parser.add_argument('--dataset', action='append', metavar='ID', help='for the card; may be repeated')
+    parser.add_argument('--tag', action='append', metavar='TAG', help='for the card; may be repeated')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='detector: override')
-    cli.add_card(parser)
     args = parser.parse_args(argv)
 
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')
     if len(args.paths) == 2:
         refuse(
-            parser,
-            args,
-            'a detector',
-            ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options', *CARD),
+            parser, args, 'a detector', ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
         )
         if args.data and not args.calibrate:
             parser.error('--data goes with --calibrate N')
         fold_run(args)
     elif len(args.paths) == 3:
-        refuse(
-            parser, args, 'a run of diffusion/train.py', ('data', 'weights', 'license', 'base_model', 'dataset', 'tag')
-        )
+        refuse(parser, args, 'a run of diffusion/train.py', ('data', 'weights'))
         fold_detector(args)
     else:
         parser.error('expected RUN OUT, or CONFIG CHECKPOINT OUT')
@@ -118,7 +110,8 @@ def fold_detector(args: argparse.Namespace) -> None:
     plan = None
     if args.calibrate:
         plan = CalibrationPlan(args.calibrate, args.refine_norms, args.max_drop, not args.no_evaluate)
-    result = fold_checkpoint(config, checkpoint, out, args.trust, plan, cli.card(args))
+    card = {'license': args.license, 'base_model': args.base_model, 'datasets': args.dataset, 'tags': args.tag}
+    result = fold_checkpoint(config, checkpoint, out, args.trust, plan, card)
     found = result['feature_map_difference']
     if not result['sites']:
         print(f'nothing to fold, {config_file} plugs nothing: the weights are shipped as they are')
