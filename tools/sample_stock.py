@@ -9,6 +9,9 @@ Each seed gives an image; OUT holds ``images`` (N, C, H, W) in [0, 1], float32.
 from __future__ import annotations
 
 import argparse
+import os
+import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,12 +28,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--steps', type=int, default=50, help='inference steps (default: 50)')
     parser.add_argument('--batch-size', type=int, default=64, help='images a forward (default: 64)')
     args = parser.parse_args(argv)
+    if not (args.folder / 'model_index.json').is_file():
+        parser.error(f'{args.folder}: is no pipeline of diffusers (it has no model_index.json)')
+    try:  # before the work
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=args.out.parent) as file:
+            file.write(b'x')
+    except OSError as error:
+        parser.error(f'{args.out}: cannot be written ({error.strerror})')
 
     import torch
     from diffusers import DDIMScheduler, DDPMPipeline
     from safetensors.torch import save_file
 
-    pipeline = DDPMPipeline.from_pretrained(args.folder, local_files_only=True)
+    try:
+        pipeline = DDPMPipeline.from_pretrained(args.folder, local_files_only=True)
+    except Exception as error:  # libraries raise anything for damaged files
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        sys.exit(f'error: {args.folder}: cannot be loaded ({first[:200]})')
     pipeline.set_progress_bar_config(disable=True)
     if args.sampler == 'DDIM':
         pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
@@ -39,7 +54,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         streams = [torch.Generator().manual_seed(s) for s in args.seeds[start : start + args.batch_size]]
         images = pipeline(len(streams), streams, num_inference_steps=args.steps, output_type='pt').images
         found.append(images.float().cpu())
-    save_file({'images': torch.cat(found)}, args.out)
+    images = torch.cat(found)
+    if not images.isfinite().all():
+        sys.exit(f'error: {args.folder}: its images are not finite; were its weights damaged?')
+    aside = args.out.with_name(f'.{args.out.name}.tmp')
+    try:
+        save_file({'images': images}, aside)
+        os.replace(aside, args.out)
+    except Exception as error:  # safetensors has its own class
+        sys.exit(f'error: {args.out}: cannot be written ({error})')
+    finally:
+        aside.unlink(missing_ok=True)
     unet = type(pipeline.unet)
     print(f'{args.out}: {len(args.seeds)} images from a {unet.__module__}.{unet.__name__}')
 

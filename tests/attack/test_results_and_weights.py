@@ -13,7 +13,7 @@ from typing import Any
 import far
 import pytest
 import torch
-from generation import ASR, assert_refused, call, rewrite, trained
+from generation import ASR, assert_refused, call, rewrite, script, trained
 from safetensors.torch import load_file, save_file
 
 from asr_downstream.errors import AsrError
@@ -162,6 +162,21 @@ def test_a_run_that_cannot_be_written_is_not_evaluated(copy: Path, monkeypatch: 
     shutil.rmtree(copy / 'evaluation', ignore_errors=True)
     (copy / 'evaluation').write_text('a file where grids go')
     assert_refused(call('diffusion/evaluate.py', copy, *QUICK), 'evaluation', 'cannot be written')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('case', ['no pipeline', 'damaged', 'folder'])
+def test_the_sampler_without_this_package_says_it_in_one_line(tmp_path: Path, case: str) -> None:
+    folder = tmp_path / 'pipeline'
+    folder.mkdir()
+    out = unusable(tmp_path) if case == 'folder' else tmp_path / 'o.safetensors'
+    if case != 'no pipeline':
+        (folder / 'model_index.json').write_text('{"_class_name": "DDPMPipeline", "unet": ["diffusers"')
+    done = script('tools/sample_stock.py', folder, '--out', out)
+    assert done.returncode in (1, 2)
+    assert 'Traceback' not in done.stderr
+    assert 'error: ' in done.stderr.strip().splitlines()[-1]
+    assert not (tmp_path / 'o.safetensors').exists()
 
 
 @pytest.mark.timeout(120)
