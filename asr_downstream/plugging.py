@@ -38,7 +38,9 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     stay, and so does the global random state: of two models of one seed, the plugged one has the same stock weights.
 
     Args:
-        model: any module: an mmdet backbone or detector, a UNet, a module of your own.
+        model: any module: an mmdet backbone or detector, a UNet, a module of your own; not wrapped by DDP or FSDP yet.
+            Of diffusers and transformers give the whole model, and name the sites: its ``save_pretrained`` then knows
+            of the gates, see `asr_downstream.load_plugged`.
         spec: ``dict(type='ASR', attention=dict(type='SE'), sites='residual', repeat=1, init=0.1, preserve=False)``
             or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``.
 

@@ -38,7 +38,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     from asr_downstream.versions import versions
 
     if not (args.folder / 'shipped').is_dir():
-        raise CheckpointError(f'{args.folder}: has no shipped models; give the folder that tools/distill_far.py wrote')
+        raise CheckpointError(
+            f'{args.folder}: has no shipped models; run tools/distill_far.py first and give its folder'
+        )
     check_writable(args.folder)
     if (args.folder / 'evaluation.json').is_dir():
         raise AsrError(f'{args.folder / "evaluation.json"}: cannot be written, it is a folder')

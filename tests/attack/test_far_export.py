@@ -52,7 +52,11 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(('build', 'inputs'), CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ('build', 'inputs'),
+    [pytest.param(*case, id=name, marks=[] if 'iT' in name and name != 'DiT' else pytest.mark.slow)
+     for name, case in CASES.items()],
+)  # fmt: skip
 def test_exported_models_compute_the_same(build: Any, inputs: Any) -> None:
     model, given = replaced(build()), inputs()
     with torch.no_grad():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT
+from mmengine.model.utils import _BatchNormXd
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
@@ -57,6 +60,7 @@ assert 'asr_downstream.detection' not in sys.modules, 'the adapter was imported'
 
 
 @pytest.mark.det
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_live_mmdet_model_plugs_and_folds_without_the_adapter() -> None:
     found = subprocess.run(
@@ -65,6 +69,19 @@ def test_a_live_mmdet_model_plugs_and_folds_without_the_adapter() -> None:
     assert found.returncode == 0, found.stderr
     assert 'PyramidVisionTransformerV2 4 sites' in found.stdout
     assert 'SwinTransformer 8 sites' in found.stdout
+
+
+def test_a_layer_of_a_framework_joins_the_table_when_it_is_met() -> None:
+    model = nn.Sequential(_BatchNormXd(4)).eval()
+    plug(model, dict(ASR, sites=['0']))
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert type(again[0]) is type(model[0])
+    assert isinstance(again[0], _BatchNormXd)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    folded, _ = fold(again)
+    assert type(folded[0]) is _BatchNormXd
+    x = torch.randn(2, 4, 3, 3)
+    assert torch.allclose(folded(x), model(x), atol=1e-6)
 
 
 @pytest.fixture
