@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
 from generation import assert_refused, call, write_config
 
+from asr_downstream.configs import read_config
+
 TOOLS = {
     'diffusion/train.py': ('--dry-run',),
     'tools/distill_far.py': ('--dry-run',),
+    'tools/prune_far.py': ('--keep', '0.5'),
     'tools/train_det.py': ('--dry-run',),
+    'tools/test_det.py': ('none.pth',),
 }
 
 PARAMS = [pytest.param(name, marks=[pytest.mark.det] if 'det.' in name else [], id=Path(name).stem) for name in TOOLS]
@@ -55,6 +61,27 @@ def test_no_tag_of_python_is_known(tmp_path: Path, tag: str) -> None:
     path = tmp_path / 'x.yaml'
     path.write_text(f'model: {tag}\n')
     assert_refused(call('diffusion/train.py', path, '--dry-run'), str(path), 'tag')
+
+
+def test_the_tool_without_this_package_takes_no_yaml(
+    tmp_path: Path, tool: Callable[..., subprocess.CompletedProcess[str]]
+) -> None:
+    value, mark = bomb(tmp_path)
+    path = tmp_path / 'x.yaml'
+    path.write_text(f'model: {value}\n')
+    done = tool('test_stock', path, 'none.pth')
+    assert done.returncode == 2
+    assert 'x.yaml: expected a .py config, as tools/fold.py writes it' in done.stderr
+    assert not mark.exists()
+
+
+def test_yaml_is_written_as_it_is_read(tmp_path: Path) -> None:
+    path = tmp_path / 'a.yaml'
+    path.write_text('model: {type: UNet2DModel, sample_size: 8}\nrate: 1.0e-3\n')
+    config = read_config(path, 'configs/')
+    assert config.model == dict(type='UNet2DModel', sample_size=8)
+    config.dump(tmp_path / 'b.yaml')
+    assert read_config(tmp_path / 'b.yaml', 'configs/').rate == 1e-3
 
 
 def test_plain_yaml_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
