@@ -91,7 +91,7 @@ def test_eight_kills_of_eight_end_with_the_weights_of_the_uninterrupted_run(
         work = tmp_path / f'{name}-{number}'
         with Command(training(configs[name], work), work.with_suffix('.txt')) as command:
             if number % 2:
-                moment = draw.randrange(1, EPOCHS)
+                moment = (1, 2, 3, 2)[number // 2]  # the first one has none before it
                 file = f'epoch_{moment}.pth' if name == 'epochs' else f'iter_{4 * moment}.pth'
                 assert command.wait_for(appears(work, f'.{file}.tmp')), command.text[-3000:]
                 what = f'write of {file}'
@@ -139,7 +139,9 @@ def test_a_launch_that_lost_a_process_goes_on_as_if_it_had_not(
         rank_of(command, rank).kill()
         assert command.wait() == 128 + 9
         said = command.text
-    assert 'Traceback' not in said, said[-3000:]
+    # workers of the killed process may complain, the other process says what happened
+    assert f'[rank{1 - rank}]: Traceback' not in said, said[-3000:]
+    assert 'another process of the launch has ended' in said
     assert_same(finish(configs['epochs'], work, 'epochs', processes=2), expected)
     print(f'rank {rank} of 2 killed and resumed: steps, weights and optimiser bit-equal')
 
