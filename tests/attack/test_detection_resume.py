@@ -301,9 +301,7 @@ def test_a_loop_without_epochs_goes_on_as_without_the_stop(digits: Path, tmp_pat
     assert_same(tmp_path / 'parts' / 'iter_8.pth', tmp_path / 'whole' / 'iter_8.pth')
 
 
-@pytest.mark.parametrize(
-    'copy', [lambda loader: loader.dataset, lambda loader: pickle.loads(pickle.dumps(loader.dataset))]
-)
+@pytest.mark.parametrize('copy', [lambda dataset: dataset, lambda dataset: pickle.loads(pickle.dumps(dataset))])
 def test_what_is_drawn_for_a_picture_follows_from_seed_epoch_and_index(digits: Path, copy: Any) -> None:
     """Also in a data set that a worker has unpickled."""
     loader = Runner.build_dataloader(tiny(digits, **FLIPS).train_dataloader, seed=3)
