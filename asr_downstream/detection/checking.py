@@ -21,7 +21,7 @@ def check_set(root: Path) -> None:
     shown: dict[Path, str] = {}
     for split, files in find_splits(root).items():
         print(f'{split}: {files.annotations}, images in {files.images}')
-        content, findings = examine_set(files.annotations, files.images)
+        content, findings = examine_set(files.annotations, files.images, scored=split != 'train')
         print(f'  {summary(content, named=True)}')
         for finding in findings:
             print(f'  {finding}')

@@ -117,7 +117,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def examine_set(
-    path: Path, images: Path, most: int | None = None, turn: bool = True
+    path: Path, images: Path, most: int | None = None, turn: bool = True, scored: bool = False
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Read a COCO file and find everything that is wrong with it and with its images.
 
@@ -126,6 +126,7 @@ def examine_set(
         images: folder that its ``file_name`` entries start from.
         most: number of images whose headers are read; default: all. That they are there is looked at for all.
         turn: whether images are turned as EXIF says when they are read.
+        scored: whether detections are scored by it.
 
     Raises:
         DataError: it cannot be read as such a file.
@@ -138,13 +139,18 @@ def examine_set(
     if lost:
         text = f'{len(lost)} of the {len(content["images"])} images of {path.name} are missing: {some(lost, 3)}'
         findings.append(Finding(f'{images}: {text}'))
-    findings += examine(content)
+    findings += examine(content, scored)
     findings += examine_files([entry for entry in entries if entry['file_name'] not in absent], images, most, turn)
     return content, findings
 
 
 def check_annotations(
-    path: Path, images: Path, classes: Iterable[str] | None = None, most: int | None = SAMPLE, turn: bool = True
+    path: Path,
+    images: Path,
+    classes: Iterable[str] | None = None,
+    most: int | None = SAMPLE,
+    turn: bool = True,
+    scored: bool = False,
 ) -> str:
     """Check that a COCO file is sound, that its images are there, and that it has the classes of the config.
 
@@ -156,6 +162,7 @@ def check_annotations(
         classes: names that the config gives.
         most: number of images whose headers are read.
         turn: whether images are turned as EXIF says when they are read.
+        scored: whether detections are scored by it.
 
     Returns:
         One line: pictures, boxes, classes.
@@ -163,7 +170,7 @@ def check_annotations(
     Raises:
         DataError: with what is wrong or missing, where, and how much of it.
     """
-    content, findings = examine_set(path, images, most, turn)
+    content, findings = examine_set(path, images, most, turn, scored)
     if wrong := [finding.text for finding in findings if finding.wrong]:
         where = '' if wrong[0].startswith(str(images)) else f'{path}: '
         raise DataError(
@@ -204,7 +211,8 @@ def check_datasets(config: Config, *loaders: str) -> None:
             if dataset.get('type') == 'CocoDataset':
                 files = path_of(dataset)
                 classes = (dataset.get('metainfo') or {}).get('classes')
-                check_annotations(files.annotations, files.images, classes, turn=turns(dataset))
+                scored = bool(evaluators(config, loader))
+                check_annotations(files.annotations, files.images, classes, turn=turns(dataset), scored=scored)
         for evaluator in evaluators(config, loader):
             truth = evaluator.get('ann_file')
             if truth and not Path(truth).is_file():

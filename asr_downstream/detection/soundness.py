@@ -57,8 +57,13 @@ def short(value: Any) -> str:
     return ' '.join((text if len(text) <= 120 else f'{text[:117]}...').split())
 
 
-def examine(content: Mapping[str, Any]) -> Iterator[Finding]:
-    """Examine the content of a COCO file whose entries have all the fields, see `asr_downstream.detection.coco`."""
+def examine(content: Mapping[str, Any], scored: bool = False) -> Iterator[Finding]:
+    """Examine the content of a COCO file whose entries have all the fields, see `asr_downstream.detection.coco`.
+
+    Args:
+        content: of the file.
+        scored: detections are scored by it, which needs ``iscrowd``; MMDetection trains without.
+    """
     images, annotations, categories = content['images'], content['annotations'], content['categories']
     for kind, entries in (('image', images), ('annotation', annotations), ('category', categories)):
         yield from ids(kind, [entry['id'] for entry in entries])
@@ -85,6 +90,9 @@ def examine(content: Mapping[str, Any]) -> Iterator[Finding]:
             what,
         )
     masks = [a['id'] for a in annotations if 'segmentation' in a and not is_segmentation(a['segmentation'])]
+    unknown = [a['id'] for a in annotations if 'iscrowd' not in a] if scored else []
+    what = 'annotation has no iscrowd, so it cannot be scored', 'annotations have no iscrowd, so they cannot be scored'
+    yield from finding(unknown, lambda number: f'id {short(number)}; "iscrowd": 0 is usual', what)
     what = 'segmentation is neither polygons nor a run-length code', 'segmentations are neither polygons nor codes'
     yield from finding(masks, lambda number: f'id {short(number)}', what)
 
