@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pickle
 import shutil
+import struct
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +56,12 @@ def truncate(path: Path) -> None:
 
 
 def flip_a_bit(path: Path) -> None:
+    with zipfile.ZipFile(path) as file:
+        largest = max(file.infolist(), key=lambda entry: entry.file_size)
     content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1  # in a weight, or a moment of the optimiser: torch.load sees nothing
+    header = largest.header_offset  # ends with the lengths of name and padding, which differ from the directory's
+    start = header + 30 + sum(struct.unpack('<HH', content[header + 26 : header + 30]))
+    content[start + largest.file_size // 2] ^= 1  # in a weight, or a moment of the optimiser: torch.load sees nothing
     path.write_bytes(content)
 
 

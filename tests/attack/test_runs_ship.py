@@ -118,11 +118,6 @@ def test_ids_of_the_hub_in_a_config_are_on_the_card(tmp_path: Path) -> None:
         assert Metadata().of(config) == Metadata()
 
 
-def test_metadata_are_for_runs(tmp_path: Path) -> None:
-    done = call('tools/fold.py', 'config.py', 'model.pth', tmp_path / 'out.pth', '--license', 'mit')
-    assert done.returncode == 2
-
-
 # Conditions -----------------------------------------------------------------------------------------------------------
 
 
