@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from asr_downstream.cards import front_matter
 from asr_downstream.cost import parameters
 from asr_downstream.far.description import describe
 
@@ -23,11 +24,11 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
     """
     name, library, kind = content.get('name', content['class']), content['library'], content['class']
     if content['replace'] is None:
-        tags = kind
+        head = front_matter(library, {}, [kind])
         what = f'A stock `{kind}` of {library} with {parameters(model):,} parameters.'
         use = f"from {library} import {kind}\n\nmodel = {kind}.from_pretrained('FOLDER').eval()"
     else:
-        tags = 'far, lstm'
+        head = front_matter('asr_downstream', {}, [library, 'far', 'lstm'])
         rows = describe(model).rows
         units, full = sum(row.units for row in rows), sum(row.full for row in rows)
         what = (
@@ -38,4 +39,4 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
         use = "from asr_downstream.far import load_far\n\nmodel = load_far('FOLDER')"
     facts = ''.join(f'| {key} | `{value}` |\n' for key, value in content.items() if key not in INSIDE)
     table = f'\n| | |\n|---|---|\n{facts}' if facts else ''
-    return f'---\nlibrary_name: {library}\ntags: [{tags}]\n---\n# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'
+    return f'{head}# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'

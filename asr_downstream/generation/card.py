@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
 from mmengine.config import Config
 
+from asr_downstream.cards import front_matter
 from asr_downstream.generation.conditions import ClassLabels
 from asr_downstream.generation.pipelines import folder_of, loop, pipeline_name, quoted, usage
 from asr_downstream.generation.results import Result, tables
@@ -54,16 +54,14 @@ class Metadata:
 
     def head(self, library: str, tags: tuple[str, ...], task: str | None = None) -> str:
         """YAML front matter, as the hub reads it."""
-        known = {
-            'library_name': library,
-            'pipeline_tag': task,
+        given = {
             'license': self.license,
             'base_model': self.base_model,
             'datasets': list(self.datasets),
-            'tags': [*tags, *self.tags],
+            'tags': list(self.tags),
         }
-        text = yaml.safe_dump({key: value for key, value in known.items() if value}, sort_keys=False)
-        return f'---\n{text}---'
+        more = {'pipeline_tag': task} if task else {}
+        return front_matter(library, {key: value for key, value in given.items() if value}, tags, **more)
 
 
 def is_hub_id(path: Any) -> bool:
@@ -94,8 +92,7 @@ def model_card(run: Run, report: dict[str, Any], results: list[Result], metadata
         )
     tags = ('diffusion', folder_of(run.parts.model))
     count = f'{report["parameters"]["shipped"]:,} parameters'
-    return f"""{metadata.of(run.config).head('diffusers', tags, TASKS.get(name or ''))}
-# {run.folder.name}
+    return f"""{metadata.of(run.config).head('diffusers', tags, TASKS.get(name or ''))}# {run.folder.name}
 
 A stock `{report['model']}` of diffusers with {count}. {attention} but diffusers is needed to run it.
 
@@ -116,8 +113,8 @@ A stock `{report['model']}` of diffusers with {count}. {attention} but diffusers
 def far_card(run: Run, facts: Mapping[str, Any], metadata: Metadata) -> str:
     """Text of ``README.md`` of a run whose attention is replaced."""
     code = f"from asr_downstream.far.shipping import load_far\n\nmodel = load_far('THIS FOLDER')  # a {facts['model']}"
-    return f"""{metadata.of(run.config).head('asr_downstream', ('diffusion', folder_of(run.parts.model), 'FAR'))}
-# {run.folder.name}
+    head = metadata.of(run.config).head('asr_downstream', ('diffusion', folder_of(run.parts.model), 'FAR'))
+    return f"""{head}# {run.folder.name}
 
 A `{facts['model']}` of diffusers whose self-attention is replaced by LSTMs (FAR, arXiv 2505.21535), with
 {facts['parameters']:,} parameters. Plain diffusers cannot load it: it needs asr_downstream.
