@@ -28,7 +28,7 @@ from asr_downstream.layers import Plugged
 from asr_downstream.saving import forget, keep_dynamic
 from asr_downstream.sharing import Member, unregister
 from asr_downstream.sites import some
-from asr_downstream.verification import Verification, check_inputs, compare, run, tolerance
+from asr_downstream.verification import Verification, beyond_rounding, check_inputs, compare, run
 
 __all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
 
@@ -180,8 +180,13 @@ def comparison(check: Any, step: Step | None) -> Check:
             found = compare(folded, plugged, calls, step or run)
         except AsrError as error:
             raise FoldError(f'check: {error}') from error
-        if not found.relative <= tolerance(plugged):
-            worst = max(found.outputs, key=lambda d: d.relative)
+        worst = beyond_rounding(found, plugged)
+        if worst is not None and beyond_rounding(compare(plugged, plugged, calls, step or run), plugged) is not None:
+            raise FoldError(
+                f'check: {type(plugged).__name__} itself computes something else each time, so nothing can be compared '
+                f'with it; seed what it draws, in step=...'
+            )
+        if worst is not None:
             raise FoldError(
                 f'the folded model computes something else ({worst.output}: relative difference {worst.relative:.1e}): '
                 f'a weight is read elsewhere than by its layer, which gates do not reach, or the outputs are not '

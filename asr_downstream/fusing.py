@@ -21,7 +21,7 @@ from asr_downstream.errors import FoldError
 from asr_downstream.fitness import check_module
 from asr_downstream.layers import Plugged
 from asr_downstream.sites import some
-from asr_downstream.verification import check_inputs, outputs_of, run, tolerance, verify
+from asr_downstream.verification import beyond_rounding, check_inputs, outputs_of, run, verify
 
 __all__ = ['fuse_conv_bn']
 
@@ -67,9 +67,9 @@ def fuse_conv_bn(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[tuple[s
         parent, _, name = norm_path.rpartition('.')
         setattr(fused.get_submodule(parent), name, nn.Identity())
     found = verify(fused, model, inputs)
-    if not found.relative <= tolerance(model):
+    if (worst := beyond_rounding(found, model)) is not None:
         raise FoldError(
-            f'the fused model computes something else (relative difference {found.relative:.1e}): a convolution has '
+            f'the fused model computes something else (relative difference {worst.relative:.1e}): a convolution has '
             f'another reader than its norm, or the outputs are not continuous in the weights'
         )
     return fused, pairs

@@ -19,16 +19,10 @@ from asr_downstream.fitness import check_module
 from asr_downstream.leaves import leaves
 from asr_downstream.sites import some
 
-__all__ = ['TOLERANCE', 'Difference', 'Verification', 'check_inputs', 'compare', 'tolerance', 'verify']
+__all__ = ['TOLERANCE', 'Difference', 'Verification', 'beyond_rounding', 'check_inputs', 'compare', 'verify']
 
 # Relative to the largest output: roundings of a hundred layers.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
-
-
-def tolerance(model: nn.Module) -> float:
-    """How much two models may differ that are the same but for rounding, in the precision of ``model``."""
-    example = next((p for p in model.parameters() if p.is_floating_point()), torch.zeros(()))
-    return TOLERANCE.get(example.dtype, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -38,14 +32,17 @@ class Difference:
     Attributes:
         output: where it stands in what the model returns, such as ``'[0]'`` or ``'sample'``.
         shape: of that output.
-        absolute: largest absolute difference.
-        relative: the same, over the largest magnitude of the second model's output.
+        absolute: largest absolute difference, over all inputs.
+        relative: largest of the absolute differences of an input, over the largest magnitude of the second model's
+            output for it.
+        scale: largest magnitude of the second model's output, over all inputs.
     """
 
     output: str
     shape: tuple[int, ...]
     absolute: float
     relative: float
+    scale: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -133,8 +130,8 @@ def compare(a: nn.Module, b: nn.Module, calls: list[Any], call: Callable[[nn.Mod
                 found = difference(name, x, y)
                 if not x.numel() or x.is_meta or y.is_meta:
                     skipped[f'{name} ({"no elements" if not x.numel() else "no values, on the meta device"})'] = None
-                elif name not in worst or found.absolute > worst[name].absolute:
-                    worst[name] = found
+                else:
+                    worst[name] = larger(worst.get(name, found), found)
             elif isinstance(x, str | bytes) and isinstance(y, str | bytes):
                 if x != y:
                     raise AsrError(f'output {name!r}: is {shortened(x)} of one model and {shortened(y)} of the other')
@@ -148,6 +145,24 @@ def compare(a: nn.Module, b: nn.Module, calls: list[Any], call: Callable[[nn.Mod
         rest = f'; not compared: {some(list(skipped))}' if skipped else ''
         raise AsrError(f'{type(a).__name__} returns no tensors to compare{rest}')
     return Verification(tuple(worst.values()), tuple(skipped))
+
+
+def larger(one: Difference, other: Difference) -> Difference:
+    """Each number of two differences that is larger: that of one input may be lost beside the size of another."""
+    numbers = (max(getattr(one, key), getattr(other, key)) for key in ('absolute', 'relative', 'scale'))
+    return Difference(other.output, other.shape, *numbers)
+
+
+def beyond_rounding(found: Verification, model: nn.Module) -> Difference | None:
+    """Output that differs most among those that differ by more than rounding, in the precision of ``model``, or None.
+
+    An output that is no more than the rounding of the largest one, such as a sum that cancels, is not held against it.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    tolerance = TOLERANCE.get(dtype, 1e-2)
+    noise = min(10 * torch.finfo(dtype).eps, tolerance) * max(d.scale for d in found.outputs)
+    beyond = [d for d in found.outputs if not d.relative <= tolerance and not max(d.absolute, d.scale) <= noise]
+    return max(beyond, key=lambda d: d.relative, default=None)
 
 
 def shortened(text: str | bytes) -> str:
@@ -213,8 +228,8 @@ def difference(name: str, x: Tensor, y: Tensor) -> Difference:
     apart = torch.where(same, 0.0, apart).nan_to_num(nan=torch.inf)
     absolute, scale = float(apart.max()), float(y.abs().max())
     if absolute == 0 or not math.isfinite(absolute):
-        return Difference(name, tuple(x.shape), absolute, absolute)
-    return Difference(name, tuple(x.shape), absolute, absolute / scale if scale else math.inf)
+        return Difference(name, tuple(x.shape), absolute, absolute, scale)
+    return Difference(name, tuple(x.shape), absolute, absolute / scale if scale else math.inf, scale)
 
 
 def run(model: nn.Module, call: Any) -> Any:

@@ -330,3 +330,27 @@ def test_folded_models_are_plain_objects() -> None:
     assert vars(folded).keys() == vars(Net()).keys()
     assert type(folded) is Net
     assert verify(model, folded, X).relative < 1e-10
+
+
+class Extra(nn.Module):
+    """A model with a second output."""
+
+    def __init__(self, second: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.second = second
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.conv(x)
+        return y, self.second(y)
+
+
+def test_check_knows_rounding_and_chance_from_folding() -> None:
+    def checked(second: Callable[[Tensor], Tensor]) -> None:
+        model = Extra(second).eval()
+        plug(model, {**ASR, 'sites': ['conv']})
+        fold(model, check=torch.randn(2, 3, 8, 8))
+
+    checked(lambda y: (y - y.mean()).mean())  # nothing but rounding
+    with pytest.raises(FoldError, match='Extra itself computes something else each time'):
+        checked(lambda y: y + torch.randn_like(y))

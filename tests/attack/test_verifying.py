@@ -222,3 +222,11 @@ def test_fold_error_of_a_model_that_returns_nothing_to_compare() -> None:
     plug(model, dict(type='ASR', attention=dict(type='SE', reduction=2), sites=['layer']))
     with pytest.raises(FoldError, match='no tensors'):
         fold(model.eval(), check=ONE)
+
+
+def test_a_small_input_that_differs_is_not_lost_beside_a_large_one() -> None:
+    one, half = torch.ones(2), torch.full((2,), 1e6)
+    a, b = Call(lambda x: x), Call(lambda x: x + 0.5 * (x == 1) + (x == 1e6))
+    assert verify(b, a, [one, half]).relative == pytest.approx(0.5)
+    assert verify(b, a, [one, half]).absolute == pytest.approx(1)
+    assert verify(b, a, [half]).relative == pytest.approx(1e-6)

@@ -77,11 +77,11 @@ def test_the_tool_without_this_package_takes_no_yaml(
 
 def test_yaml_is_written_as_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / 'a.yaml'
-    path.write_text('model: {type: UNet2DModel, sample_size: 8}\nrate: 1.0e-3\n')
+    path.write_text('model: {type: UNet2DModel, blocks: !!python/tuple [8, [9, {a: 1}]]}\nrate: 1.0e-3\n')
     config = read_config(path, 'configs/')
-    assert config.model == dict(type='UNet2DModel', sample_size=8)
+    assert config.model == dict(type='UNet2DModel', blocks=(8, [9, dict(a=1)]))
     config.dump(tmp_path / 'b.yaml')
-    assert read_config(tmp_path / 'b.yaml', 'configs/').rate == 1e-3
+    assert read_config(tmp_path / 'b.yaml', 'configs/').to_dict() == config.to_dict()
 
 
 def test_plain_yaml_is_a_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
