@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from asr_downstream.errors import AsrError
-from asr_downstream.leaves import leaves
+from asr_downstream.leaves import CLOSED, VALUES, slots
 
 __all__ = ['copy_of']
 
@@ -22,12 +24,14 @@ def copy_of(value: Any, error: type[AsrError] = AsrError) -> Any:
     Raises:
         AsrError: of type ``error``: something in it cannot be copied.
     """
-    memo: dict[int, Any] = {}
-    for _, leaf in leaves(value, '', exhaust=False):
-        if isinstance(leaf, Tensor) and not leaf.is_leaf:
-            memo[id(leaf)] = leaf.detach().clone()
     try:
-        return copy.deepcopy(value, memo)
+        try:
+            return copy.deepcopy(value)
+        except RuntimeError:
+            detached = {id(tensor): tensor.detach().clone() for tensor in computed(value)}
+            if not detached:
+                raise
+            return copy.deepcopy(value, detached)
     except AsrError:
         raise
     except Exception as cause:
@@ -36,3 +40,31 @@ def copy_of(value: Any, error: type[AsrError] = AsrError) -> Any:
             f'{type(value).__name__}: cannot be copied ({first}); take out what holds it (hooks, open files, locks), '
             f'or load the weights into a fresh model first'
         ) from cause
+
+
+def computed(value: Any) -> Iterator[Tensor]:
+    """Tensors with a graph in modules, objects and Python's own containers; no code of the objects is run."""
+    opened: dict[int, Any] = {}
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, Tensor):
+            if not part.is_leaf:
+                yield part
+        elif id(part) not in opened and not isinstance(part, (*VALUES, *CLOSED)):
+            opened[id(part)] = part  # kept, so that its id stays its own
+            waiting.extend(parts_of(part))
+
+
+def parts_of(value: Any) -> Iterator[Any]:
+    """What lies directly in a container or an object."""
+    if isinstance(value, dict):
+        yield from dict.values(value)
+    kinds: tuple[Any, ...] = (list, tuple, set, frozenset, deque)
+    for kind in kinds:
+        if isinstance(value, kind):
+            yield from kind.__iter__(value)
+    yield from getattr(value, '__dict__', {}).values()
+    for name in slots(value):
+        if hasattr(value, name):
+            yield getattr(value, name)

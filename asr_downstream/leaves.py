@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-__all__ = ['leaves']
+__all__ = ['CLOSED', 'VALUES', 'leaves', 'slots']
 
 # Not opened: what they hold is code.
 CLOSED = (
@@ -24,20 +24,19 @@ CLOSED = (
 VALUES = (Tensor, np.ndarray, np.generic, str, bytes, bytearray, bool, int, float, complex)
 
 
-def leaves(value: Any, place: str, exhaust: bool = True) -> Iterator[tuple[str, Any]]:
+def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
     """Walk tuples, lists, sets, mappings, modules and objects, with a dict or slots, and yield what is none of these.
 
-    Every object is opened once, so values may refer to themselves. None has no leaves.
+    Every object is opened once, so values may refer to themselves. None has no leaves. Iterators are used up.
 
     Args:
         value: anything.
         place: name of the value, which the names of its leaves begin with.
-        exhaust: whether iterators are read, and so used up.
     """
-    yield from walk(value, place, exhaust, {})
+    yield from walk(value, place, {})
 
 
-def walk(value: Any, place: str, exhaust: bool, opened: dict[int, Any]) -> Iterator[tuple[str, Any]]:
+def walk(value: Any, place: str, opened: dict[int, Any]) -> Iterator[tuple[str, Any]]:
     """See `leaves`; ``opened`` are the objects on the way, by id, and kept so that ids stay theirs."""
     if value is None:
         return
@@ -47,14 +46,14 @@ def walk(value: Any, place: str, exhaust: bool, opened: dict[int, Any]) -> Itera
     if id(value) in opened:
         return
     opened[id(value)] = value
-    parts = list(children(value, exhaust))
+    parts = list(children(value))
     if not parts and not isinstance(value, Iterable) and not has_attributes(value):
         yield place, value
     for name, part in parts:
-        yield from walk(part, f'{place}{name}', exhaust, opened)
+        yield from walk(part, f'{place}{name}', opened)
 
 
-def children(value: Any, exhaust: bool) -> Iterator[tuple[str, Any]]:
+def children(value: Any) -> Iterator[tuple[str, Any]]:
     """What lies directly in a value, with its place in it."""
     if isinstance(value, Mapping):
         for key, item in value.items():
@@ -63,9 +62,8 @@ def children(value: Any, exhaust: bool) -> Iterator[tuple[str, Any]]:
         for index, item in enumerate(sorted(value, key=repr)):
             yield f'[{index}]', item
     elif isinstance(value, Iterable) and not isinstance(value, nn.Module):
-        if exhaust or not isinstance(value, Iterator):
-            for index, item in enumerate(value):
-                yield f'[{index}]', item
+        for index, item in enumerate(value):
+            yield f'[{index}]', item
     else:
         for key, item in getattr(value, '__dict__', {}).items():
             yield f'.{key}', item

@@ -14,7 +14,17 @@ from asr_downstream.checkpoint import check_weights_finite, load_state, read_che
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.fitness import check_module
 from asr_downstream.plugging import plug
-from asr_downstream.saving import FORMAT, LIBRARIES, SPEC, WEIGHTS
+from asr_downstream.saving import (
+    AS_TEXT,
+    FORMAT,
+    LIBRARIES,
+    PLUGS,
+    REPLACED,
+    SPEC,
+    WEIGHTS,
+    records,
+    unwritable,
+)
 
 __all__ = ['build_stock', 'folder_path', 'load_plugged', 'take_dtypes']
 
@@ -31,7 +41,7 @@ def load_plugged(folder: str | Path, model: nn.Module | None = None) -> Any:
     Args:
         folder: where it was saved.
         model: a fresh stock model to plug and fill, in place; needed where its class is none of diffusers or
-            transformers.
+            transformers. Where the spec has values that JSON cannot hold, it is plugged already.
 
     Returns:
         The model: stock class, plugged, in eval mode, on the CPU.
@@ -45,6 +55,26 @@ def load_plugged(folder: str | Path, model: nn.Module | None = None) -> Any:
     if model is None:
         model = build_stock(folder, content['library'], content['class'])
     check_module(model, 'load_plugged', CheckpointError)
+    if as_text := content.get(AS_TEXT):
+        if not any(True for name in (PLUGS, REPLACED) for _ in records(model, name)):
+            raise CheckpointError(
+                f'{folder / SPEC}: {unwritable(as_text)}; plug the model with them yourself, and give it, model=...'
+            )
+    else:
+        attach_again(model, content, folder)
+    state = read_checkpoint(folder / WEIGHTS)['state_dict']
+    check_weights_finite(state, folder / WEIGHTS)
+    take_dtypes(model, state)
+    load_state(model, state, folder / WEIGHTS)
+    return model.eval()
+
+
+def attach_again(model: nn.Module, content: dict[str, Any], folder: Path) -> None:
+    """Plug and replace in a fresh model what the spec says, in its order.
+
+    Raises:
+        CheckpointError: the model has no such part.
+    """
     rebuild = {'plug': plug_again, 'replace': replace_again}
     for step in dict.fromkeys([*content['order'], *rebuild]):
         for path, spec in content[step].items():
@@ -53,11 +83,6 @@ def load_plugged(folder: str | Path, model: nn.Module | None = None) -> Any:
             except AttributeError as error:
                 raise CheckpointError(f'{folder / SPEC}: {step}: {type(model).__name__} has no {path!r}') from error
             rebuild[step](part, spec)
-    state = read_checkpoint(folder / WEIGHTS)['state_dict']
-    check_weights_finite(state, folder / WEIGHTS)
-    take_dtypes(model, state)
-    load_state(model, state, folder / WEIGHTS)
-    return model.eval()
 
 
 def plug_again(model: nn.Module, spec: Any) -> None:
@@ -110,6 +135,8 @@ def read_spec(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path}: is no description of a plugged model; copy the folder again')
     if content['format'] > FORMAT:
         raise CheckpointError(f'{path}: was written by a newer asr_downstream ({content["format"]}); update it')
+    if not isinstance(content.get(AS_TEXT, {}), dict):
+        raise CheckpointError(f'{path}: {AS_TEXT!r} is {content[AS_TEXT]!r}, which save_pretrained does not write')
     kinds = {'library': str | None, 'class': str, 'plug': dict, 'replace': dict, 'order': list}
     for key, kind in kinds.items():
         if key not in content or not isinstance(content[key], kind):

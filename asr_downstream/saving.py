@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,8 +31,11 @@ from asr_downstream.fitness import names_of
 from asr_downstream.versions import versions
 
 __all__ = [
+    'AS_TEXT',
     'FORMAT',
     'LIBRARIES',
+    'PLUGS',
+    'REPLACED',
     'SPEC',
     'WEIGHTS',
     'Attached',
@@ -39,19 +43,25 @@ __all__ = [
     'forget',
     'keep_dynamic',
     'library_of',
+    'records',
     'safe_state',
     'save_config',
+    'unwritable',
     'watch',
 ]
 
 SPEC = 'asr_downstream.json'
+AS_TEXT = 'as_text'  # key of the spec: values that JSON cannot hold
 WEIGHTS = 'asr_downstream.safetensors'
 FORMAT = 1
 PLUGS, REPLACED = 'plug_sites', 'replace_spec'  # attributes of models
-# Base class of the models of a library, and how the names of its files with weights begin.
-LIBRARIES = {
-    'diffusers': ('diffusers.ModelMixin', 'diffusion_pytorch_model'),
-    'transformers': ('transformers.PreTrainedModel', '(pytorch_)?model'),
+# Base class of the models of a library, and its files with weights, by the beginning of the name and the ending.
+LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
+    'diffusers': (
+        'diffusers.ModelMixin',
+        {'safetensors': 'diffusion_pytorch_model', 'bin': 'diffusion_pytorch_model'},
+    ),
+    'transformers': ('transformers.PreTrainedModel', {'safetensors': 'model', 'bin': 'pytorch_model'}),
 }
 
 
@@ -112,8 +122,8 @@ class SavePretrained:
         given = {**given, **given.pop('kwargs', {})}
         if given.get('is_main_process', True):
             folder = Path(save_directory)
-            save_plugged(model, folder, given.get('state_dict'))
-            warnings.warn(advice(model, folder, bool(given.get('push_to_hub'))), stacklevel=2)
+            as_text = save_plugged(model, folder, given.get('state_dict'))
+            warnings.warn(advice(model, folder, bool(given.get('push_to_hub')), as_text), stacklevel=2)
 
 
 def stock_method(model: nn.Module) -> Any:
@@ -141,8 +151,11 @@ def library_of(model: nn.Module) -> str | None:
     return next((name for name, (base, _) in LIBRARIES.items() if base in bases), None)
 
 
-def save_plugged(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> None:
+def save_plugged(model: Any, folder: Path, state: Mapping[str, Tensor] | None = None) -> dict[str, str]:
     """Write weights, spec and the library's config; then take away weights that the library would load from there.
+
+    Returns:
+        The values of the spec that JSON cannot hold, as texts, by their keys.
 
     Raises:
         AsrError: the folder cannot be written.
@@ -151,16 +164,19 @@ def save_plugged(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
         raise AsrError(f'{folder}: is a file; give a folder')
     library = library_of(model)
     plugs = {path: [plug.spec for plug in found] for path, found in records(model, PLUGS)}
+    as_text: dict[str, str] = {}
     content = {
         'format': FORMAT,
         'library': library,
         'class': type(model).__name__,
-        'plug': plugs,
-        'replace': {path: plain(found) for path, found in records(model, REPLACED)},
+        'plug': for_json(plugs, 'plug', as_text),
+        'replace': for_json({path: plain(found) for path, found in records(model, REPLACED)}, 'replace', as_text),
         # what came first: attributes stand in the order in which they were set
         'order': [name for key, name in order(model)],
         'versions': versions(),
     }
+    if as_text:
+        content[AS_TEXT] = as_text
     weights = safe_state(model.state_dict() if state is None else state)
     needed = sum(tensor.numel() * tensor.element_size() for tensor in weights.values())
     write_atomically(folder / WEIGHTS, lambda path: save_file(weights, path, {'format': 'pt'}), needed)
@@ -168,6 +184,21 @@ def save_plugged(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
     with writing(folder):
         save_config(model, library, folder)
         remove_stock_weights(folder, library)
+    return as_text
+
+
+def for_json(value: Any, place: str, as_text: dict[str, str]) -> Any:
+    """Copy a plain spec for JSON; what JSON cannot hold becomes its ``repr``, and is noted with its place."""
+    if isinstance(value, dict):
+        return {str(key): for_json(item, f'{place}.{key}', as_text) for key, item in value.items()}
+    if isinstance(value, list):
+        return [for_json(item, f'{place}[{number}]', as_text) for number, item in enumerate(value)]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if value is None or isinstance(value, str | bool | int | float):
+        return value
+    as_text[place] = repr(value)
+    return as_text[place]
 
 
 def records(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
@@ -210,23 +241,38 @@ def save_config(model: Any, library: str | None, folder: Path) -> None:
 
 
 def remove_stock_weights(folder: Path, library: str | None) -> None:
-    """Take away what the library's ``save_pretrained`` would have replaced: it would be loaded with the new config."""
-    stem = LIBRARIES[library or 'transformers'][1]
-    stock = re.compile(rf'{stem}([.-].*)?\.(safetensors|bin|index(\.[^.]+)?\.json)')
+    """Take away what the library's ``from_pretrained`` would load with the new config: whole, sharded, and the index.
+
+    Files of other names are the user's, and stay.
+    """
+    if library is None:
+        return
+    names = (
+        rf'{stem}(-\d{{5}}-of-\d{{5}})?\.{ending}|{stem}\.{ending}\.index\.json'
+        for ending, stem in LIBRARIES[library][1].items()
+    )
+    stock = re.compile('|'.join(names))
     for path in folder.iterdir():
         if path.is_file() and stock.fullmatch(path.name):
             path.unlink()
 
 
-def advice(model: nn.Module, folder: Path, push: bool) -> str:
+def advice(model: nn.Module, folder: Path, push: bool, as_text: Mapping[str, str]) -> str:
     """What to say when a model was saved."""
     library = library_of(model) or 'its library'
     has = [what for what, name in (('gates', PLUGS), ('LSTMs', REPLACED)) if any(True for _ in records(model, name))]
     ways = f'to load it as it is: asr_downstream.load_plugged({str(folder)!r})'
     if 'LSTMs' not in has:
         ways += f'; for plain {library}, fold first: folded, report = asr_downstream.fold(model), and save that'
+    if as_text:
+        ways += f'; {unwritable(as_text)}, so give load_plugged a model that is plugged with them already, model=...'
     pushed = '; it was not pushed to the hub' if push else ''
     return (
         f'{type(model).__name__} has {" and ".join(has)}, which plain {library} would drop and compute something else: '
         f'its weights are in {folder / WEIGHTS}, where {library} does not look; {ways}{pushed}'
     )
+
+
+def unwritable(as_text: Mapping[str, str]) -> str:
+    """What to say of the values that are in the spec as texts only."""
+    return f'its spec has values that JSON cannot hold ({", ".join(f"{k}: {v}" for k, v in as_text.items())})'
