@@ -219,6 +219,7 @@ def check_same_run(
     fixed: tuple[str, ...],
     defaults: dict[str, Any],
     say: Callable[[str], None],
+    same: Callable[[str, Any, Any], bool] = lambda key, before, now: before == now,
 ) -> None:
     """Refuse a checkpoint of another training; say what makes the continuation differ from an uninterrupted run.
 
@@ -229,6 +230,7 @@ def check_same_run(
         fixed: keys that a checkpoint is bound to.
         defaults: of the keys; a checkpoint that is older than a key was made with its default.
         say: called with the difference.
+        same: whether two values of a fixed key mean the same; see `Task.same`.
 
     Raises:
         CheckpointError: the value of a fixed key differs.
@@ -236,7 +238,7 @@ def check_same_run(
     now = expected.settings
     before = {key: as_json(defaults.get(key)) for key in now} | found.settings
     for key in fixed:
-        if before[key] != now[key]:
+        if not same(key, before[key], now[key]):
             raise CheckpointError(
                 f'{checkpoint}: was trained with {key}={before[key]}, the config says {now[key]}; use the config of '
                 f'that run'

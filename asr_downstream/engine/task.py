@@ -33,6 +33,10 @@ class Task:
     schema: Schema
     fixed: tuple[str, ...] = ()
 
+    def same(self, key: str, before: Any, now: Any) -> bool:
+        """Whether two values of a fixed key, of a checkpoint and of the config, mean the same training."""
+        return bool(before == now)
+
     def samples(self) -> Dataset[dict[str, Any]]:
         """Data set whose item ``(index, number)``, see `draws.Draws`, is a dict of tensors, and of ``bad``.
 

@@ -173,7 +173,7 @@ class Training:
         """
         say, progress = self.accelerator.print, self.progress
         found = read_progress(start)
-        check_same_run(found, progress, start, self.task.fixed, self.task.schema.defaults, say)
+        check_same_run(found, progress, start, self.task.fixed, self.task.schema.defaults, say, self.task.same)
         if found.step >= self.config.max_train_steps:
             raise AsrError(f'{start}: has {found.step} steps already; raise max_train_steps to go on')
         if self.accelerator.is_main_process:

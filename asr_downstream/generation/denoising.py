@@ -18,6 +18,7 @@ from asr_downstream.generation.data import Samples
 from asr_downstream.generation.objective import denoising_loss
 from asr_downstream.generation.parts import Parts
 from asr_downstream.generation.pictures import grid, save_grid
+from asr_downstream.generation.pretrained import same_schedule
 from asr_downstream.generation.sampling import build_sampler, generate
 
 __all__ = ['Denoising']
@@ -40,6 +41,12 @@ class Denoising(Task):
         self.model = parts.model
         self.images = parts.images
         self.sampler = build_sampler(config.sampler, parts.scheduler)
+
+    def same(self, key: str, before: Any, now: Any) -> bool:
+        """Compare noise schedules by what they are for the model."""
+        if key == 'noise_scheduler' and isinstance(before, dict) and isinstance(now, dict):
+            return same_schedule(before, now)
+        return super().same(key, before, now)
 
     def samples(self) -> Samples:
         """See `Parts.samples`."""

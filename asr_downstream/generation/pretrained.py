@@ -6,18 +6,26 @@ A pipeline of diffusers is a folder, or a repository of the hub, whose ``model_i
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import diffusers
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+)
 
 from asr_downstream.checkpoint import GATES, check_weights_finite
 from asr_downstream.errors import AsrError
+from asr_downstream.files import first_line
 from asr_downstream.sites import some
 
-__all__ = ['find_model', 'load_whole', 'noise_schedule']
+__all__ = ['find_model', 'load_whole', 'noise_schedule', 'resumed_schedule', 'same_schedule']
 
 INDEX, SCHEDULER = 'model_index.json', 'scheduler_config.json'
 PATH, SUBFOLDER = 'pretrained_model_name_or_path', 'subfolder'
@@ -26,6 +34,11 @@ DEFINING = (
     'prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
     'rescale_betas_zero_snr',
 )  # fmt: skip
+SAID = ('beta_schedule', 'num_train_timesteps', 'prediction_type')  # a config that says these needs no pipeline
+
+
+class UnreadableError(AsrError):
+    """A pipeline, or its scheduler, cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +59,7 @@ def pipeline_at(path: str) -> Pipeline | None:
 
     Raises:
         AsrError: it is damaged.
+        UnreadableError: the hub does not tell whether there is one.
     """
     try:
         content = diffusers.DiffusionPipeline.load_config(path)
@@ -54,9 +68,24 @@ def pipeline_at(path: str) -> Pipeline | None:
         if (Path(path) / INDEX).is_file():
             first = str(error).strip().partition('\n')[0][:200]
             raise AsrError(f'{Path(path) / INDEX}: cannot be read ({type(error).__name__}: {first})') from error
-        return None
+        if Path(path).is_dir() or is_missing(error):
+            return None
+        raise UnreadableError(f'{path}: cannot tell whether it is a pipeline ({first_line(error)[:200]})') from error
     parts = {name: value[1] for name, value in entries.items() if isinstance(value, list) and len(value) == 2}
     return Pipeline(path, {name: kind for name, kind in parts.items() if isinstance(kind, str)})
+
+
+def is_missing(error: BaseException) -> bool:
+    """Whether the hub says that there is no such file; diffusers hides its error behind another one.
+
+    No file in the cache says nothing: the hub could not be asked.
+    """
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, LocalEntryNotFoundError):
+        return False
+    if isinstance(error, EntryNotFoundError | RepositoryNotFoundError | HFValidationError):
+        return True
+    return cause is not None and is_missing(cause)
 
 
 def pipeline_of(spec: Mapping[str, Any]) -> Pipeline | None:
@@ -84,7 +113,10 @@ def find_model(spec: dict[str, Any], name: str, what: str) -> dict[str, Any]:
         AsrError: a pipeline has no such part, or several.
     """
     path = str(spec[PATH])
-    pipeline = None if spec.get(SUBFOLDER) else pipeline_at(path)
+    try:
+        pipeline = None if spec.get(SUBFOLDER) else pipeline_at(path)
+    except UnreadableError:  # loading says it too, unless the model is in the cache
+        pipeline = None
     if pipeline is not None:
         fitting = [part for part, kind in pipeline.parts.items() if kind == name]
         if len(fitting) != 1:
@@ -154,21 +186,75 @@ def noise_schedule(said: dict[str, Any] | None, model: Mapping[str, Any], defaul
     Raises:
         AsrError: the config contradicts the pipeline, or its scheduler cannot be read.
     """
-    pipeline = pipeline_of(model) if PATH in model else None
-    if pipeline is None or 'scheduler' not in pipeline.parts:
-        return default if said is None else said
-    stored = schedule_of(pipeline)
+    try:
+        pipeline = pipeline_of(model) if PATH in model else None
+        if pipeline is None or 'scheduler' not in pipeline.parts:
+            return default if said is None else said
+        stored = schedule_of(pipeline)
+    except UnreadableError as error:
+        if said is not None and (PATH in said or all(key in said for key in SAID)):
+            warnings.warn(f'noise_scheduler: could not be compared with that of the pipeline: {error}', stacklevel=2)
+            return said
+        raise AsrError(
+            f'cannot tell which schedule the model was trained with: {error}; mend it, or say noise_scheduler with '
+            f'{", ".join(SAID)}'
+        ) from error
     if said is None:
         return stored
-    assumed = {key: p.default for key, p in inspect.signature(diffusers.DDPMScheduler).parameters.items()}
-    for key in DEFINING:
-        if key in said and not equal(said[key], stored.get(key, assumed[key])):
-            raise AsrError(
-                f'noise_scheduler: {key}={said[key]!r}, but {pipeline.path} was trained with '
-                f'{key}={stored.get(key, assumed[key])!r}; leave noise_scheduler out to take its schedule, or save the '
-                f'model without its pipeline and start from that to train it for another one'
-            )
+    if key := contradiction(said, stored):
+        raise AsrError(
+            f'noise_scheduler: {key}={said[key]!r}, but {pipeline.path} was trained with '
+            f'{key}={value_of(key, stored)!r}; leave noise_scheduler out to take its schedule, or save the '
+            f'model without its pipeline and start from that to train it for another one'
+        )
     return {**stored, **said}
+
+
+def resumed_schedule(
+    said: dict[str, Any] | None, model: Mapping[str, Any], before: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, Any] | None:
+    """Noise schedule of a training that is resumed: the one it began with, unless the config says another one.
+
+    Args:
+        said: ``noise_scheduler`` of the config; of a pretrained model it may leave out what the training began with.
+        model: ``model`` of the config.
+        before: what the checkpoint was trained with.
+        say: called with a line if the pipeline of the model has another schedule.
+
+    Returns:
+        The schedule; None: the config says another one.
+    """
+    if PATH not in model:
+        return {**before, **said} if said is not None and same_schedule(said, before) else None
+    if said is not None and contradiction(said, before):
+        return None
+    try:
+        pipeline = pipeline_of(model)
+        stored = schedule_of(pipeline) if pipeline is not None and 'scheduler' in pipeline.parts else before
+    except AsrError:  # the training does not need it
+        stored = before
+    if key := next((key for key in DEFINING if not equal(value_of(key, stored), value_of(key, before))), None):
+        say(
+            f'noise_scheduler: {model[PATH]} was trained with {key}={value_of(key, stored)!r}, this run with '
+            f'{key}={value_of(key, before)!r}, and goes on with that'
+        )
+    return {**before, **(said or {})}
+
+
+def same_schedule(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Whether two noise schedules are the same for the model; what they leave out are the defaults of diffusers."""
+    return all(equal(value_of(key, a), value_of(key, b)) for key in (*DEFINING, PATH, SUBFOLDER))
+
+
+def contradiction(said: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
+    """First defining key that is said and differs from what is stored."""
+    return next((key for key in DEFINING if key in said and not equal(said[key], value_of(key, stored))), None)
+
+
+def value_of(key: str, schedule: Mapping[str, Any]) -> Any:
+    """Value of a key of a noise schedule, or the default of diffusers."""
+    known = inspect.signature(diffusers.DDPMScheduler).parameters
+    return schedule.get(key, known[key].default if key in known else None)
 
 
 def schedule_of(pipeline: Pipeline) -> dict[str, Any]:
@@ -180,10 +266,12 @@ def schedule_of(pipeline: Pipeline) -> dict[str, Any]:
         stored = {key: value for key, value in found.items() if not key.startswith('_')}
     except Exception as error:  # the hub has errors of many classes
         first = str(error).strip().partition('\n')[0][:200]
-        raise AsrError(f'{where}: {SCHEDULER} cannot be read ({first}); mend it, or say noise_scheduler') from error
+        raise UnreadableError(f'{where}: {SCHEDULER} cannot be read ({first})') from error
     if lacking := {'num_train_timesteps', 'beta_schedule'} - stored.keys():
         kind = found.get('_class_name', pipeline.parts['scheduler'])
-        raise AsrError(f'{where}, a {kind}, has no {some(sorted(lacking))}: models without betas are not trained here')
+        raise UnreadableError(
+            f'{where}, a {kind}, has no {some(sorted(lacking))}: models without betas are not trained here'
+        )
     known = inspect.signature(diffusers.DDPMScheduler).parameters
     return {'type': 'DDPMScheduler', **{key: stored[key] for key in known if key in stored}}
 

@@ -11,12 +11,16 @@ import diffusers
 import pytest
 import torch
 from generation import UNET, assert_refused, call, conditional_unet, config_for, vae, write_config, write_text_encoder
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from asr_downstream import plug
 from asr_downstream.errors import AsrError
+from asr_downstream.files import sha256
+from asr_downstream.generation.defaults import DEFAULT_SCHEDULE
 from asr_downstream.generation.models import build_model
 from asr_downstream.generation.parts import build_parts
+from asr_downstream.generation.pretrained import noise_schedule, same_schedule
 from asr_downstream.generation.runs import load_run
 from asr_downstream.generation.training import train
 
@@ -182,3 +186,77 @@ def test_a_vae_that_lacks_weights_is_refused(tmp_path: Path) -> None:
     spec = dict(pretrained_model_name_or_path=str(tmp_path / 'vae'))
     with pytest.raises(AsrError, match=r'vae: .*quant_conv\.weight'):
         build_parts(config_for(tmp_path, vae=spec, data=dict(type='Digits', resolution=16)))
+
+
+def as_before(checkpoint: Path, schedule: dict[str, Any]) -> None:
+    """Let a checkpoint say which schedule it was trained with, as one does that an earlier version wrote."""
+    path, manifest = checkpoint / 'progress.json', checkpoint / 'manifest.json'
+    content, listed = json.loads(path.read_text()), json.loads(manifest.read_text())
+    content['settings']['noise_scheduler'] = schedule
+    path.write_text(json.dumps(content))
+    listed['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
+    manifest.write_text(json.dumps(listed))
+
+
+@pytest.mark.parametrize('says', ['nothing', 'the same', 'another'])
+def test_a_run_of_before_goes_on_with_its_schedule(
+    tmp_path: Path, pipe: Path, says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs used to be trained with the default schedule, whatever the pipeline had, and to write it in short."""
+    settings, short = pretrained(pipe, subfolder='unet'), dict(DEFAULT_SCHEDULE)
+    last = train(config_for(tmp_path, **settings, max_train_steps=1))
+    as_before(last, short)
+    if says != 'nothing':
+        settings['noise_scheduler'] = short | ({'beta_schedule': 'scaled_linear'} if says == 'another' else {})
+    config = config_for(tmp_path, **settings, max_train_steps=2)
+    if says == 'another':
+        with pytest.raises(AsrError, match='scaled_linear'):
+            train(config, 'latest')
+        return
+    last = train(config, 'latest')
+    assert load_run(last).parts.scheduler.config.prediction_type == 'epsilon'
+    out = capsys.readouterr().out
+    assert "prediction_type='v_prediction', this run with prediction_type='epsilon', and goes on" in out
+
+
+def test_a_schedule_in_short_is_the_one_in_full() -> None:
+    short = dict(DEFAULT_SCHEDULE)
+    assert same_schedule(short, dict(diffusers.DDPMScheduler().config))
+    assert not same_schedule(short, {**short, 'prediction_type': 'sample'})
+
+
+def test_a_hub_that_does_not_answer_is_not_no_pipeline(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = dict(type='UNet2DModel', pretrained_model_name_or_path='someone/something', subfolder='unet')
+    default = dict(DEFAULT_SCHEDULE)
+    full = default | {'prediction_type': 'epsilon'}
+
+    def fails(cause: Exception) -> None:
+        def load_config(*args: Any, **kwargs: Any) -> None:
+            try:
+                raise cause
+            except Exception:
+                raise OSError('no such file') from None
+
+        monkeypatch.setattr(diffusers.DiffusionPipeline, 'load_config', load_config)
+
+    fails(LocalEntryNotFoundError('not in the cache'))
+    with pytest.raises(AsrError, match='cannot tell which schedule .* say noise_scheduler'):
+        noise_schedule(None, model, default)
+    with pytest.warns(UserWarning, match='could not be compared'):
+        assert noise_schedule(full, model, default) == full
+    fails(EntryNotFoundError('no model_index.json'))
+    assert noise_schedule(None, model, default) == default
+
+
+@pytest.mark.parametrize('damage', ['cut', 'flow'])
+def test_a_schedule_that_is_said_needs_no_scheduler_of_the_pipeline(tmp_path: Path, pipe: Path, damage: str) -> None:
+    own = Path(shutil.copytree(pipe, tmp_path / 'own'))
+    if damage == 'cut':
+        (own / 'scheduler/scheduler_config.json').write_text('{')
+    else:
+        diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(own / 'scheduler')
+    said = dict(type='DDPMScheduler', **VELOCITY)
+    with pytest.warns(UserWarning, match='could not be compared'):
+        assert noise_schedule(said, pretrained(own, subfolder='unet')['model'], {}) == said
+    with pytest.raises(AsrError, match='say noise_scheduler with'):
+        noise_schedule({'beta_schedule': 'linear'}, pretrained(own, subfolder='unet')['model'], {})
