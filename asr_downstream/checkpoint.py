@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from asr_downstream.errors import CheckpointError
+from asr_downstream.files import first_line
 from asr_downstream.sites import inside_gate, some
 
 # Names that plugging adds, in the checkpoint of a model that is not at hand.
@@ -61,7 +62,11 @@ def read_checkpoint(path: Path, trust: bool = False, mmap: bool = False) -> dict
         ) from error
     except PermissionError:
         raise
+    except MemoryError as error:
+        raise too_large(path, error) from error
     except Exception as error:  # damaged bytes lead anywhere: IndexError, AttributeError, struct.error, ...
+        if isinstance(error, torch.OutOfMemoryError) or 'allocate memory' in str(error):
+            raise too_large(path, error) from error
         raise damaged(path, error) from error
     if not isinstance(checkpoint, Mapping):
         raise CheckpointError(f'{path}: holds a {type(checkpoint).__name__}, not a checkpoint with weights')
@@ -100,6 +105,14 @@ def names_of(file: IO[bytes]) -> Iterator[str]:
             yield from names
     except Exception:  # the end, or no pickle
         return
+
+
+def too_large(path: Path, error: BaseException) -> CheckpointError:
+    """Error for a file that memory does not suffice for; the sizes that a damaged file asks for look the same."""
+    return CheckpointError(
+        f'{path}: memory does not suffice to read it ({path.stat().st_size:,} bytes; {first_line(error)[:120]}); free '
+        f'some; if the file is small, copy it again'
+    )
 
 
 def damaged(path: Path, error: Exception) -> CheckpointError:

@@ -36,6 +36,8 @@ __all__ = [
     'writing',
 ]
 
+# How the writer of torch.save names itself; every other RuntimeError is about something else, such as memory.
+TORCH_WRITER = ('inline_container', 'unexpected pos', 'PytorchStreamWriter', 'cannot be opened', 'Parent directory')
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -96,8 +98,11 @@ def writing(path: Path, needed: int | None = None) -> Iterator[None]:
     """Turn whatever fails while ``path`` is written inside the block into the error of `cannot_write`."""
     try:
         yield
-    except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors have errors of their own for a disk that is full
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error, needed) from error
+    except RuntimeError as error:  # torch has no class for a disk that is full
+        if not any(word in str(error) for word in TORCH_WRITER):
+            raise
         raise cannot_write(path, error, needed) from error
 
 

@@ -19,6 +19,7 @@ from asr_downstream.files import cannot_write, check_writable, write_json
 __all__ = ['check_free', 'occupied']
 
 ORPHANS_SECONDS = 15.0  # workers of a killed process hold its lock until they notice, within 5 s
+TRY_SECONDS = 1.0  # another process may hold it for a moment, to see whether it is free
 
 
 @contextmanager
@@ -33,15 +34,7 @@ def occupied(folder: Path) -> Iterator[None]:
     """
     owner = folder / '.lock_owner.json'
     check_writable(folder)
-    lock = FileLock(folder / '.lock')
-    try:
-        lock.acquire(timeout=ORPHANS_SECONDS if owner_is_gone(owner) else 0)
-    except Timeout:
-        raise AsrError(f'{folder}: is in use by {owner_text(owner)}; wait for it, or choose another folder') from None
-    except NotImplementedError as error:  # a file system without locks
-        raise AsrError(f'{folder}: cannot be locked ({error}); choose a folder on another file system') from error
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+    lock = acquire(folder / '.lock', folder, ORPHANS_SECONDS if owner_is_gone(owner) else TRY_SECONDS)
     try:
         now = time.strftime('%Y-%m-%d %H:%M:%S')
         write_json(owner, {'process': os.getpid(), 'host': socket.gethostname(), 'since': now})
@@ -53,14 +46,29 @@ def occupied(folder: Path) -> Iterator[None]:
 
 
 def check_free(folder: Path) -> None:
-    """Refuse a folder that another process has, before the work that ends in `occupied`; writes nothing.
+    """Refuse a folder that another process has, before the work that ends in `occupied`; makes no files.
 
     Raises:
         AsrError: another process has it.
     """
-    if (folder / '.lock').exists():
-        with occupied(folder):
-            pass
+    path, owner = folder / '.lock', folder / '.lock_owner.json'
+    if path.exists() and not owner_is_gone(owner):  # `occupied` waits for its workers
+        acquire(path, folder, TRY_SECONDS).release()
+
+
+def acquire(path: Path, folder: Path, seconds: float) -> FileLock:
+    """Take the lock of a folder; see `occupied`."""
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=seconds)
+    except Timeout:
+        owner = owner_text(folder / '.lock_owner.json')
+        raise AsrError(f'{folder}: is in use by {owner}; wait for it, or choose another folder') from None
+    except NotImplementedError as error:  # a file system without locks
+        raise AsrError(f'{folder}: cannot be locked ({error}); choose a folder on another file system') from error
+    except OSError as error:
+        raise cannot_write(folder, error) from error
+    return lock
 
 
 def owner_of(note: Path) -> dict[str, Any]:

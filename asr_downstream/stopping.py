@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 __all__ = ['StopSignal', 'Stopped', 'leave_stopping_to_the_parent']
@@ -63,7 +64,8 @@ class StopSignal:
         if self.is_set:
             return
         self.number = number
-        os.write(1, b'\nstopping, with a checkpoint; Ctrl-C stops at once\n')  # print may be in use
+        with suppress(OSError):  # nobody may read it any more
+            os.write(1, b'\nstopping, with a checkpoint; Ctrl-C stops at once\n')  # print may be in use
 
     def stopped(self) -> Stopped:
         """Make the exception that ends the program. A process that another one told to stop ends as after Ctrl-C."""

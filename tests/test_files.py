@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,11 +16,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT
+from filelock import FileLock
 from safetensors.torch import save_file
 
-from asr_downstream.errors import AsrError
-from asr_downstream.files import check_writable, write_atomically
-from asr_downstream.locks import occupied
+from asr_downstream.checkpoint import read_checkpoint
+from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.files import check_writable, write_atomically, writing
+from asr_downstream.locks import check_free, occupied
 
 HOLD = """
 import sys, time
@@ -103,3 +106,41 @@ def test_the_lock_of_a_process_that_is_gone_is_waited_for(tmp_path: Path) -> Non
     start = time.monotonic()
     with occupied(tmp_path):
         assert time.monotonic() - start < 15
+
+
+def test_memory_that_ends_is_not_a_full_disk(tmp_path: Path) -> None:
+    for error in (torch.OutOfMemoryError('CUDA out of memory'), RuntimeError('NCCL error'), MemoryError()):
+        with pytest.raises(type(error)) as caught, writing(tmp_path / 'file'):
+            raise error
+        assert caught.value is error
+    with pytest.raises(AsrError, match='cannot be written'), writing(tmp_path / 'file'):
+        torch.save({}, tmp_path / 'missing/file')
+
+
+@pytest.mark.parametrize('error', [MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+def test_memory_that_ends_is_not_a_damaged_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def load(*args: object, **kwargs: object) -> None:
+        raise error
+
+    torch.save({'a': torch.zeros(1)}, tmp_path / 'a.pth')
+    monkeypatch.setattr(torch, 'load', load)
+    with pytest.raises(CheckpointError, match='memory does not suffice') as caught:
+        read_checkpoint(tmp_path / 'a.pth')
+    assert 'damaged' not in str(caught.value)
+
+
+def test_to_look_whether_a_folder_is_free_disturbs_nobody(tmp_path: Path) -> None:
+    check_free(tmp_path)
+    assert not list(tmp_path.iterdir())
+    with occupied(tmp_path), pytest.raises(AsrError, match=rf'in use by process {os.getpid()} '):
+        check_free(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    check_free(tmp_path)
+    assert sorted(tmp_path.iterdir()) == before
+    lock = FileLock(tmp_path / '.lock', thread_local=False)
+    lock.acquire()  # as one does that looks
+    threading.Timer(0.1, lock.release).start()
+    with occupied(tmp_path):
+        pass

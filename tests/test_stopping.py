@@ -128,3 +128,13 @@ def test_a_worker_that_hangs_obeys_its_parent_alone() -> None:
     process.wait(60)
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+def test_a_signal_is_noted_when_nobody_reads_the_output(monkeypatch: pytest.MonkeyPatch) -> None:
+    def write(file: int, text: bytes) -> int:
+        raise BrokenPipeError
+
+    with StopSignal() as stopping:
+        monkeypatch.setattr(os, 'write', write)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping.is_set

@@ -181,11 +181,11 @@ class Training:
         self.accelerator.wait_for_everyone()
         decays = decays_of(self.optimiser)  # of the config; loading brings those of the checkpoint
         together(self.accelerator, lambda: load_training(start, self.accelerator, self.model, self.ema, found))
-        progress.step, progress.scheduled, progress.since = found.step, found.scheduled, found.since
+        progress.step, progress.scheduled, progress.since = found.step, found.scheduled, found.step
         if found.settings.get('images') == progress.settings['images']:  # else they are others
             progress.bad = found.bad
         if len(found.window) == self.accelerator.num_processes:
-            progress.window = found.window
+            progress.since, progress.window = found.since, found.window  # else the line of the stop stays
         set_rates(self.config, self.optimiser, self.schedule, progress.scheduled, decays)
         self.checkpoint = start
         say(f'resumed from {start}, step {progress.step}')

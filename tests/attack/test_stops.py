@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from asr_downstream.engine import checkpoints
 from asr_downstream.engine.reporting import read_log
 from asr_downstream.engine.training import train
 from asr_downstream.errors import AsrError
+from asr_downstream.files import sha256
 from asr_downstream.locks import occupied
 from asr_downstream.stopping import Stopped
 
@@ -71,18 +73,29 @@ def test_losses_after_a_crash_between_lines_of_the_log(tmp_path: Path) -> None:
     assert losses(tmp_path / 'run') == losses(tmp_path / 'whole')
 
 
+def change_progress(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change ``progress.json`` of a checkpoint, and what its manifest says of it."""
+    path, manifest = checkpoint / 'progress.json', checkpoint / 'manifest.json'
+    content, listed = json.loads(path.read_text()), json.loads(manifest.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    listed['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
+    manifest.write_text(json.dumps(listed))
+
+
 def test_a_checkpoint_of_before_has_no_window(tmp_path: Path) -> None:
     run_of(tmp_path, max_train_steps=3)
-    path = tmp_path / 'checkpoint-3/progress.json'
-    content = json.loads(path.read_text())
-    content.pop('window', None)
-    path.write_text(json.dumps(content))
-    manifest = json.loads((tmp_path / 'checkpoint-3/manifest.json').read_text())
-    from asr_downstream.files import sha256
-
-    manifest['files']['progress.json'] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
-    (tmp_path / 'checkpoint-3/manifest.json').write_text(json.dumps(manifest))
+    change_progress(tmp_path / 'checkpoint-3', lambda content: content.pop('window', None))
     run_of(tmp_path, 'latest', max_train_steps=6)
+
+
+def test_the_line_of_the_stop_stays_when_its_window_is_not_taken_up(tmp_path: Path) -> None:
+    """Windows belong to processes; with another number of them, the log goes on behind the stop."""
+    settings = dict(logging_steps=5, checkpointing_steps=7)
+    run_of(tmp_path, max_train_steps=7, **settings)
+    change_progress(tmp_path / 'checkpoint-7', lambda content: content['window'].append(content['window'][0]))
+    run_of(tmp_path, 'latest', max_train_steps=12, **settings)
+    assert [row['step'] for row in read_log(tmp_path / 'log.jsonl')] == [5, 7, 10, 12]
 
 
 # Signals --------------------------------------------------------------------------------------------------------------
