@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from asr_downstream.constancy import Constancy, Step, default_step, measure_constancy
-from asr_downstream.copying import copy_of
+from asr_downstream.copying import batch_of, copy_of
 from asr_downstream.description import render
 from asr_downstream.errors import FoldError
 from asr_downstream.gates import ConstantGate, Gate
@@ -154,7 +154,7 @@ def change_of(model: nn.Module, folded: nn.Module, data: Iterable[Any], step: St
     """Root mean square of the change of the outputs, over that of the outputs before; both on the same batches."""
     apart = size = 0.0
     for batch in bar(data, 'comparing'):
-        old, new = ([t.double() for _, t in tensors(step(m, copy_of(batch)))] for m in (model, folded))
+        old, new = ([t.double() for _, t in tensors(step(m, batch_of(batch)))] for m in (model, folded))
         if [t.shape for t in old] != [t.shape for t in new]:
             raise FoldError(
                 'calibrate: the outputs have other shapes after folding; let step= return tensors of fixed shapes, '
@@ -188,7 +188,7 @@ def refine(model: nn.Module, data: Iterable[Any], step: Step) -> None:
         norm.training = True
     try:
         for batch in bar(data, 'batch norms'):
-            step(model, copy_of(batch))
+            step(model, batch_of(batch))
     finally:
         for norm, (momentum, buffers) in zip(norms, before, strict=True):
             norm.momentum = momentum

@@ -24,10 +24,11 @@ from asr_downstream.sites import inside_gate, some
 
 # Names that plugging adds, in the checkpoint of a model that is not at hand.
 GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
+STATISTICS = ('running_mean', 'running_var')  # buffers of norms
 # How torch names what a weights-only load does not let through, in most of its messages.
 REFUSED = re.compile(r'unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+', re.IGNORECASE)
 
-__all__ = ['check_weights_finite', 'load_state', 'not_finite', 'read_checkpoint', 'state_dict_of']
+__all__ = ['check_weights_finite', 'is_finite', 'load_state', 'not_finite', 'read_checkpoint', 'state_dict_of']
 
 
 def read_checkpoint(path: Path, trust: bool = False, mmap: bool = False) -> dict[str, Any]:
@@ -170,26 +171,41 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor
     return {key.removeprefix(prefix) if wrapped else key: value for key, value in state.items()}
 
 
-def check_weights_finite(state: Mapping[str, Tensor], path: Path) -> None:
+def check_weights_finite(state: Mapping[str, Tensor], path: Path, model: nn.Module | None = None) -> None:
     """Refuse weights with NaN or infinity, which compute without an error and mean nothing.
 
     Args:
         state: names and tensors, of any type.
         path: file they were read from, for the message.
+        model: what they are of, to tell masks from weights; see `not_finite`.
 
     Raises:
         CheckpointError: some are not finite; with their names.
     """
-    if broken := not_finite(state):
+    if broken := not_finite(state, model):
         raise CheckpointError(
             f'{path}: {some(broken)} {"is" if len(broken) == 1 else "are"} not finite: the training that wrote it had '
             f'diverged; take another checkpoint, from before'
         )
 
 
-def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that have NaN or infinity."""
-    return [name for name, value in state.items() if not is_finite(value)]
+def not_finite(state: Mapping[str, Tensor], model: nn.Module | None = None) -> list[str]:
+    """Names of the tensors that have NaN or infinity.
+
+    Args:
+        state: names and tensors.
+        model: what they are of: infinities in its buffers, such as causal masks, are meant. Statistics of norms and
+            what belongs to gates are no masks, and NaN is none.
+    """
+    broken = [name for name, value in state.items() if not is_finite(value)]
+    if not broken or model is None:
+        return broken
+    masks = {
+        name
+        for name, _ in model.named_buffers()
+        if name.rpartition('.')[2] not in STATISTICS and not inside_gate(model, name)
+    }
+    return [name for name in broken if name not in masks or bool(state[name].isnan().any())]
 
 
 def is_finite(value: Tensor) -> bool:

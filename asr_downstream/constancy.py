@@ -16,7 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.copying import copy_of
+from asr_downstream.copying import batch_of
 from asr_downstream.errors import FoldError
 from asr_downstream.layers import Plugged
 from asr_downstream.progress import bar
@@ -79,7 +79,7 @@ def measure_constancy(
     with record(model) as seen:
         for batch in bar(data, text):
             try:
-                step(model, copy_of(batch))
+                step(model, batch_of(batch))
             except TypeError as error:
                 first = str(error).strip().splitlines()[0]
                 raise FoldError(

@@ -12,7 +12,7 @@ from torch import Tensor
 from asr_downstream.errors import AsrError
 from asr_downstream.leaves import CLOSED, VALUES, slots
 
-__all__ = ['copy_of']
+__all__ = ['batch_of', 'copy_of']
 
 
 def copy_of(value: Any, error: type[AsrError] = AsrError) -> Any:
@@ -42,14 +42,25 @@ def copy_of(value: Any, error: type[AsrError] = AsrError) -> Any:
         ) from cause
 
 
+def batch_of(batch: Any) -> Any:
+    """Copy a batch, which a forward may change; one that cannot be copied, as it has a lock, is given as it is."""
+    try:
+        return copy_of(batch)
+    except AsrError:
+        return batch
+
+
 def computed(value: Any) -> Iterator[Tensor]:
-    """Tensors with a graph in modules, objects and Python's own containers; no code of the objects is run."""
+    """Find tensors with a graph, and nested ones.
+
+    It looks into objects and Python's own containers, and runs none of their code.
+    """
     opened: dict[int, Any] = {}
     waiting = [value]
     while waiting:
         part = waiting.pop()
         if isinstance(part, Tensor):
-            if not part.is_leaf:
+            if not part.is_leaf or part.is_nested:
                 yield part
         elif id(part) not in opened and not isinstance(part, (*VALUES, *CLOSED)):
             opened[id(part)] = part  # kept, so that its id stays its own

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError, FoldError, PlugError
 
-__all__ = ['WRAPPERS', 'check_bare', 'check_module', 'check_own', 'check_weights', 'names_of']
+__all__ = ['WRAPPERS', 'check_bare', 'check_module', 'check_own', 'check_sites_bare', 'check_weights', 'names_of']
 
 FULL = 'load its full state dict into an unwrapped plugged model, and fold that'
 # Package and class of what wraps or shards models -> how to come to the bare model, for fold. Where in the package the
@@ -26,6 +26,8 @@ WRAPPERS: dict[str, str] = {
     'torch.ScriptModule': 'fold the model before it becomes TorchScript',
     'deepspeed.DeepSpeedEngine': FULL,
 }
+# As parts of a model they stay, unless there are sites in them.
+PARTS = ('torch.OptimizedModule', 'torch.ScriptModule')
 SHARDED = 'torch.DTensor'
 FLATTENED = '_fsdp_flattened'  # what FSDP1 sets on parameters that are views of its flat one
 
@@ -61,8 +63,8 @@ def check_bare(model: nn.Module, error: type[AsrError]) -> None:
         AsrError: of type ``error``.
     """
     for path, module in model.named_modules():
-        found = next((name for name in names_of(type(module)) if name in WRAPPERS), None)
-        if found is not None:
+        found = wrapper_of(module)
+        if found is not None and not (path and found in PARTS):
             what = found.rpartition('.')[2]
             raise error(f'{named(path, model)}: is wrapped by {what}; {advice(error, what, WRAPPERS[found])}')
     for path, tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -73,6 +75,30 @@ def check_bare(model: nn.Module, error: type[AsrError]) -> None:
     if error is PlugError and (wrapper := outer_wrapper(model)) is not None:
         what = type(wrapper).__name__
         raise error(f'{type(model).__name__}: is wrapped by {what}, which would not know of the gates; {FIRST}')
+
+
+def wrapper_of(module: nn.Module) -> str | None:
+    """Which of `WRAPPERS` a module is."""
+    return next((name for name in names_of(type(module)) if name in WRAPPERS), None)
+
+
+def check_sites_bare(model: nn.Module, paths: Iterable[str], error: type[AsrError]) -> None:
+    """Refuse sites in compiled or scripted parts of a model, and gates that were scripted with a part.
+
+    Raises:
+        AsrError: of type ``error``.
+    """
+    for part, module in model.named_modules():
+        if (found := wrapper_of(module)) not in PARTS or not part:
+            continue
+        site = next((path for path in paths if path == part or path.startswith(f'{part}.')), None)
+        scripted = (name for name, _ in module.named_modules() if name.rpartition('.')[2] in ('gate', 'dynamic'))
+        inside = f'{part}.{next(scripted, "")}' if found == 'torch.ScriptModule' else None
+        if site is None and (inside is None or inside.endswith('.')):
+            continue
+        what = found.rpartition('.')[2]
+        whole = WRAPPERS[found] if found == 'torch.ScriptModule' else 'fold the model before a part is compiled'
+        raise error(f'{site or inside}: lies in {part}, which is wrapped by {what}; {advice(error, what, whole)}')
 
 
 FIRST = 'plug first, then wrap'
@@ -131,34 +157,51 @@ def check_weights(path: str, layer: nn.Module, error: type[AsrError]) -> None:
             )
         if not (parameter.is_floating_point() or parameter.is_complex()) or parameter.dtype.itemsize == 1:
             raise error(f'{path}: its {name} is quantised ({parameter.dtype}); {before}, then quantise')
-        if type(parameter) is not nn.Parameter:
+        if torch.nn.parameter.is_lazy(parameter):
+            raise error(
+                f'{path}: its {name} has no shape yet; run the model once, then {before.removesuffix(" first")}'
+            )
+        if not is_plain(parameter):
             kind = type(parameter).__name__
             raise error(f'{path}: its {name} is a {kind}, no plain parameter; {before}, then quantise or shard it')
         if not parameter.numel():
             raise error(f'{path}: its {name} is empty; if it is sharded, {before}')
 
 
+def is_plain(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is one, or of a subclass that leaves to torch what is computed with it."""
+    classes = type(parameter).__mro__
+    own = [cls for cls in classes if cls not in nn.Parameter.__mro__]
+    return nn.Parameter in classes and not any(
+        name in vars(cls) for cls in own for name in ('__torch_function__', '__torch_dispatch__')
+    )
+
+
 def check_own(model: nn.Module, layers: dict[str, nn.Module], error: type[AsrError]) -> None:
     """Refuse layers whose weights share memory with anything else in the model, which gates would scale as well.
 
     Seen are parameters, buffers, and tensors that modules hold in other ways, views of one storage too. Weights that
-    lie side by side in one storage are apart.
+    have no element in common are apart. A list of its own parameters that a module keeps, as of those without weight
+    decay, is let be.
 
     Raises:
         AsrError: of type ``error``.
     """
-    by_storage: defaultdict[int, list[tuple[int, int, str, int, str]]] = defaultdict(list)
+    by_storage: defaultdict[int, list[tuple[Tensor, str, str]]] = defaultdict(list)
+    own: dict[int, str] = {}  # the first path of each
     for path, module in model.named_modules():
+        own[id(module)] = path
         for name, tensor in held(module):
             if (span := extent(tensor)) is not None:
-                storage, start, end = span
-                by_storage[storage].append((start, end, f'{path}.{name}' if path else name, id(module), name))
+                by_storage[span[0]].append((tensor, path, name))
     for path, layer in layers.items():
         for name, parameter in layer.named_parameters(recurse=False):
             span = extent(parameter)
-            for start, end, other, owner, inside in by_storage[span[0]] if span else ():
-                if (owner, inside) == (id(layer), name) or end <= span[1] or span[2] <= start:  # type: ignore[index]
+            for tensor, owner, inside in by_storage[span[0]] if span else ():
+                listed = '[' in inside and tensor is parameter and f'{path}.'.startswith(f'{owner}.' if owner else '')
+                if (owner, inside) == (own[id(layer)], name) or listed or not overlap(tensor, parameter):
                     continue
+                other = f'{owner}.{inside}' if owner else inside
                 what = 'another layer: ' if error is PlugError else ''
                 raise error(
                     f'{path}: its {name} is shared with {what}{other}, which gates would scale as well; give that '
@@ -171,24 +214,50 @@ def held(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for own in (module._parameters, module._buffers):
         yield from ((name, tensor) for name, tensor in own.items() if tensor is not None)
     hidden = ('_parameters', '_buffers', '_modules')
+    opened: dict[int, Any] = {}
     for name, value in vars(module).items():
         if name not in hidden:
-            yield from tensors_in(value, name)
+            yield from tensors_in(value, name, opened)
 
 
-def tensors_in(value: Any, name: str, opened: frozenset[int] = frozenset()) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of nested lists and dicts; objects in them are not opened."""
+def tensors_in(value: Any, name: str, opened: dict[int, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of nested lists and dicts, each of which is opened once; objects in them are not opened."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, list | tuple | dict) and id(value) not in opened:
+        opened[id(value)] = value
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from tensors_in(item, f'{name}[{key!r}]', opened | {id(value)})
+            yield from tensors_in(item, f'{name}[{key!r}]', opened)
 
 
 def extent(tensor: Tensor) -> tuple[int, int, int] | None:
     """Storage of a tensor and the bytes that it spans there; None: it has none that could be shared."""
-    if tensor.is_meta or not tensor.numel() or tensor.layout is not torch.strided:
+    if torch.nn.parameter.is_lazy(tensor) or tensor.is_nested or tensor.layout is not torch.strided:
+        return None
+    if tensor.is_meta or not tensor.numel():
         return None
     start = tensor.data_ptr()
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
     return tensor.untyped_storage().data_ptr(), start, start + (last + 1) * tensor.element_size()
+
+
+def overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common; columns of one matrix have none."""
+    first, second = extent(one), extent(other)
+    if first is None or second is None or first[2] <= second[1] or second[2] <= first[1]:
+        return False
+    size, begin = one.element_size(), min(first[1], second[1])
+    dense = one.is_contiguous() and other.is_contiguous()
+    if dense or other.element_size() != size or (first[1] - second[1]) % size:
+        return True
+    taken = torch.zeros((max(first[2], second[2]) - begin) // size, dtype=torch.bool)
+    taken[offsets(one) + (first[1] - begin) // size] = True
+    return bool(taken[offsets(other) + (second[1] - begin) // size].any())
+
+
+def offsets(tensor: Tensor) -> Tensor:
+    """Where the elements of a tensor lie, counted from its first one."""
+    found = torch.zeros((), dtype=torch.long)
+    for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+        found = found[..., None] + torch.arange(size) * stride
+    return found.flatten()

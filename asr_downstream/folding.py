@@ -22,7 +22,7 @@ from asr_downstream.constancy import Step, groups
 from asr_downstream.copying import copy_of
 from asr_downstream.description import attention_name, check_connected
 from asr_downstream.errors import AsrError, FoldError
-from asr_downstream.fitness import check_bare, check_module, check_own, check_weights
+from asr_downstream.fitness import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.gates import Gate, saturation
 from asr_downstream.layers import Plugged
 from asr_downstream.saving import forget, keep_dynamic
@@ -203,6 +203,7 @@ def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[n
     check_bare(model, FoldError)
     check_connected(model)
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
+    check_sites_bare(model, layers, FoldError)
     if not layers:
         message = (
             f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'

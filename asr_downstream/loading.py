@@ -63,7 +63,7 @@ def load_plugged(folder: str | Path, model: nn.Module | None = None) -> Any:
     else:
         attach_again(model, content, folder)
     state = read_checkpoint(folder / WEIGHTS)['state_dict']
-    check_weights_finite(state, folder / WEIGHTS)
+    check_weights_finite(state, folder / WEIGHTS, model)
     take_dtypes(model, state)
     load_state(model, state, folder / WEIGHTS)
     return model.eval()

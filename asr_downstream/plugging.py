@@ -17,7 +17,7 @@ from torch import nn
 from asr_downstream.attaching import attach
 from asr_downstream.description import Description, describe
 from asr_downstream.errors import PlugError
-from asr_downstream.fitness import check_bare, check_module, check_own, check_weights
+from asr_downstream.fitness import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.layers import Plugged
 from asr_downstream.plugs import Plug
@@ -67,6 +67,7 @@ def plug(model: nn.Module, spec: Spec) -> Description:
         for site in sites:
             check_layer(model, site)
             layers[site.path] = site.layer
+        check_sites_bare(model, [site.path for site in sites], PlugError)
         check_own(model, {site.path: site.layer for site in sites}, PlugError)
         built, shared = item.build(sites, partial(own_random_stream, number))
         units += shared

@@ -57,7 +57,7 @@ def check_arguments(what: str, factory: Any, arguments: Mapping[Any, Any]) -> No
     """Refuse arguments that ``factory`` does not take, and values that are not of the kind it says it takes.
 
     The kinds are those that its signature names: ``bool``, ``int``, ``float`` and ``str``, or None; others are left to
-    it. True is no number, and 'no' is not False.
+    it, as are the values that it has by default. True is no number, and 'no' is not False.
 
     Raises:
         PlugError: see above.
@@ -70,6 +70,9 @@ def check_arguments(what: str, factory: Any, arguments: Mapping[Any, Any]) -> No
                 continue
             hint = did_you_mean(key, [k for k in known if k != 'channels']) if isinstance(key, str) else ''
             raise PlugError(f'{what} takes no {key!r}{"; " + hint if hint else ""}')
+        default = known[key].default
+        if value is default or type(value) is type(default) and bool(value == default):
+            continue
         kinds = kinds_of(known[key].annotation)
         if kinds and not any(KINDS[kind](value) for kind in kinds):
             names = ' or '.join(NAMES[kind] for kind in kinds)

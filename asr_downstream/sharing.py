@@ -227,7 +227,7 @@ def register(model: nn.Module, units: list[SharedUnit]) -> None:
 def unregister(model: nn.Module, used: set[int]) -> None:
     """Remove the units that are not in ``used`` (ids); the others get the names of a model with only those."""
     for module in list(model.modules()):
-        home = module._modules.get(SLOT)
+        home = getattr(module, SLOT, None)
         if not isinstance(home, SharedAttentions):
             continue
         units: list[Any] = [unit for unit in home.values() if id(unit) in used]

@@ -35,8 +35,8 @@ def load_detector(config: Config, path: Path, trust: bool = False) -> tuple[nn.M
     """
     checkpoint = read_checkpoint(path, trust)
     state = state_dict_of(checkpoint, path)
-    check_weights_finite(state, path)
     model = build_detector(config)
+    check_weights_finite(state, path, model)
     load_state(model, state, path)
     meta = dict(checkpoint.get('meta') or {})
     model.dataset_meta = meta.get('dataset_meta')  # type: ignore[assignment]

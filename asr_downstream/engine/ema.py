@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.checkpoint import is_finite
 from asr_downstream.errors import CheckpointError
 from asr_downstream.sites import some
 
@@ -21,7 +22,7 @@ __all__ = ['EMA']
 
 
 class EMA:
-    """Average of the parameters and floating-point buffers of a model; other buffers are copied.
+    """Average of the parameters and floating-point buffers of a model; other buffers, and infinite ones, are copied.
 
     Args:
         model: the model, unwrapped.
@@ -37,6 +38,7 @@ class EMA:
         self.inv_gamma = inv_gamma
         self.power = power
         self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        self.averaged = [name for name, value in self.state.items() if value.is_floating_point() and is_finite(value)]
 
     def decay_at(self, step: int) -> float:
         """Decay after ``step`` optimiser steps, counted from 1."""
@@ -46,7 +48,7 @@ class EMA:
     def update(self, model: nn.Module, step: int) -> None:
         """Move the average towards ``model`` after optimiser step ``step``, counted from 1."""
         current = self.matching(model.state_dict())
-        mean = [name for name, value in self.state.items() if value.is_floating_point()]
+        mean = self.averaged
         decay = self.decay_at(step)
         torch._foreach_lerp_([self.state[n] for n in mean], [current[n].detach() for n in mean], 1 - decay)
         for name in self.state.keys() - set(mean):

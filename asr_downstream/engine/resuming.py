@@ -141,7 +141,7 @@ def load_training(
 
     def load_weights(models: list[nn.Module], folder: str) -> None:
         models.clear()
-        load_state(model, weights_of(checkpoint / WEIGHTS), checkpoint)
+        load_state(model, weights_of(checkpoint / WEIGHTS, model), checkpoint)
 
     if ema is not None:
         if not (checkpoint / AVERAGE).is_file():
@@ -149,7 +149,7 @@ def load_training(
                 f'{checkpoint}: has no average of the weights, but the config says use_ema=True; resume with '
                 f'--cfg-options use_ema=False'
             )
-        ema.load(weights_of(checkpoint / AVERAGE), checkpoint / AVERAGE)
+        ema.load(weights_of(checkpoint / AVERAGE, model), checkpoint / AVERAGE)
     states = checkpoint / f'random_states_{accelerator.process_index}.pkl'
     if accelerator.process_index < found.settings.get('processes', 1):
         read_safely(states)  # accelerate passes over one that it cannot read
@@ -172,14 +172,14 @@ def load_training(
         check_optimiser(accelerator._optimizers[0], model, found, checkpoint / OPTIMISER)
 
 
-def weights_of(path: Path) -> dict[str, Tensor]:
-    """Read a file of weights.
+def weights_of(path: Path, model: nn.Module) -> dict[str, Tensor]:
+    """Read a file of weights of a model.
 
     Raises:
         CheckpointError: it is damaged, or they are not finite.
     """
     state = state_dict_of(read_checkpoint(path), path)
-    check_weights_finite(state, path)
+    check_weights_finite(state, path, model)
     return state
 
 

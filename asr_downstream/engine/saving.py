@@ -118,8 +118,8 @@ def check_finite(model: nn.Module, ema: EMA | None, optimiser: Any, step: int) -
     Raises:
         AsrError: the training diverged.
     """
-    broken = not_finite(model.state_dict())
-    broken += [f'{name} of the average' for name in (not_finite(ema.state) if ema is not None else ())]
+    broken = not_finite(model.state_dict(), model)
+    broken += [f'{name} of the average' for name in (not_finite(ema.state, model) if ema is not None else ())]
     for name, parameter in model.named_parameters() if optimiser is not None else ():
         state = {k: v for k, v in optimiser.state.get(parameter, {}).items() if isinstance(v, Tensor)}
         broken += [f'{key} of {name}' for key in not_finite(state)]

@@ -16,7 +16,7 @@ from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.description import Description, describe
 from asr_downstream.far.hosts import HOSTS, Host, StandIn, TransformersStandIn, find_host, has, stand_in
 from asr_downstream.far.lstm import VARIANTS, MultiHeadLSTM
-from asr_downstream.fitness import check_bare, check_module
+from asr_downstream.fitness import check_bare, check_module, check_sites_bare
 from asr_downstream.plugging import own_random_stream
 from asr_downstream.saving import watch
 from asr_downstream.sites import some
@@ -83,6 +83,7 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
     if getattr(model, 'replace_spec', None) is not None:
         raise PlugError(f'{type(model).__name__}: has replacements already; start from the teacher')
     found = find_attentions(model, spec.get('layers', 'all'), spec.get('heads'), spec.get('projection'))
+    check_sites_bare(model, [place.path for place in found], PlugError)
     widths = spec.get('widths') or {}
     if unknown := widths.keys() - {place.path for place in found}:
         raise PlugError(f'FAR: widths has {some(sorted(unknown))}, which are not replaced here')

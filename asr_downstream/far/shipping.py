@@ -120,7 +120,6 @@ def load_far(folder: Path | str) -> Any:
     if content['replace'] is not None and not weights.is_file():
         weights = folder / saving.WEIGHTS
     state = state_dict_of(read_checkpoint(weights), weights)
-    check_weights_finite(state, weights)
     settings: Any = cls
     try:
         if library == 'transformers':
@@ -138,6 +137,7 @@ def load_far(folder: Path | str) -> Any:
             replace(model, content['replace'])
         except (PlugError, TypeError, AttributeError, ValueError, KeyError) as error:
             raise CheckpointError(f'{folder / FAR_FILE}: its "replace" does not fit ({first_line(error)})') from error
+    check_weights_finite(state, weights, model)
     load_state(model, state, weights)
     return model.eval()
 

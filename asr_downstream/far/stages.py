@@ -199,6 +199,6 @@ def load_weights(model: Any, run: Path) -> Any:
         (path for path in (checkpoint / AVERAGE, checkpoint / WEIGHTS) if path.is_file()), checkpoint / WEIGHTS
     )
     state = state_dict_of(read_checkpoint(weights), weights)
-    check_weights_finite(state, weights)
+    check_weights_finite(state, weights, model)
     load_state(model, state, weights)
     return model

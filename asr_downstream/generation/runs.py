@@ -80,8 +80,8 @@ def load_run(path: Path, data: bool | Path = False, ema: bool | None = None, con
     if not weights.is_file():
         raise CheckpointError(f'{checkpoint}: has no {weights.name}; was it trained with use_ema=False?')
     state = state_dict_of(read_checkpoint(weights), weights)
-    check_weights_finite(state, weights)
     parts = build_parts(config, data=bool(data), trained=True)
+    check_weights_finite(state, weights, parts.model)
     load_state(parts.model, state, weights)
     parts.model.eval()
     step = int(checkpoint.name.rpartition('-')[2])
