@@ -50,7 +50,7 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
             model, found = cls.from_pretrained(pretrained, output_loading_info=True, **arguments)
             if lost := sorted(key for key in found['missing_keys'] if not key.startswith('classifier.')):
                 raise AsrError(f'teacher: {pretrained} has no {some(lost)}: is it a {name}? Its config.json says')
-            check_weights_finite(model.state_dict(), Path(pretrained))
+            check_weights_finite(model.state_dict(), Path(pretrained), model)
             return model.eval()
         known = vars(cls.config_class())
         for key in arguments:
