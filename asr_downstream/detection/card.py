@@ -46,14 +46,7 @@ def detector_card(config: Config, out: Path, report: dict[str, Any], meta: dict[
     }
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
     head = front_matter('mmdetection', card, [kind.lower()], pipeline_tag='object-detection')
-    config_file = out.with_suffix('.py').name
-    weights = f'load_state_dict(load_file({out.name!r}), strict=True)' if out.suffix == '.safetensors' else ''
-    usage = (
-        f'from mmdet.apis import init_detector\n\nmodel = init_detector({config_file!r}, {out.name!r}, device="cpu")'
-        if not weights
-        else f'from mmdet.apis import init_detector\nfrom safetensors.torch import load_file\n\n'
-        f'model = init_detector({config_file!r}, device="cpu")\nmodel.{weights}'
-    )
+    usage = loading(out, [str(name) for name in classes])
     plain = 'nothing but MMDetection is needed to run it' if not report['still_plugged'] else 'see the config'
     return f"""{head}{MARK}
 # {out.stem}
@@ -70,6 +63,27 @@ A `{kind}` of MMDetection: {plain}.
 
 {folding(report)} Differences, hashes and versions are in `fold_report.json`.
 """
+
+
+def loading(out: Path, classes: list[str]) -> str:
+    """Code that loads the detector; safetensors hold no names of classes, for which MMDetection would take COCO's."""
+    config, weights = out.with_suffix('.py').name, out.name
+    if out.suffix != '.safetensors':
+        lines = [
+            'from mmdet.apis import init_detector',
+            '',
+            f"model = init_detector({config!r}, {weights!r}, device='cpu')",
+        ]
+    else:
+        lines = [
+            'from mmdet.apis import init_detector',
+            'from safetensors.torch import load_file',
+            '',
+            f"model = init_detector({config!r}, device='cpu')",
+            f'model.load_state_dict(load_file({weights!r}), strict=True)',
+            *([f"model.dataset_meta = {{'classes': {tuple(classes)!r}}}"] if classes else []),
+        ]
+    return '\n'.join(lines)
 
 
 def start_of(config: Config) -> str | None:

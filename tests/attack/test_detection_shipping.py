@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import resource
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,6 +83,19 @@ def test_a_card_says_what_was_given_and_nothing_else(made: dict[Path, Path], tmp
         assert 'RetinaNet' in body
         assert 'asr_downstream' not in body
     assert json.loads((out.parent / 'fold_report.json').read_text())['card'] == 'README.md'
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_code_in_a_card_loads_a_detector_with_its_own_classes(
+    made: dict[Path, Path], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ('it\'s "a"', 'b\n```\\', *TEN[2:])
+    content = torch.load(made[STOCK], weights_only=True)
+    torch.save({**content, 'meta': {'dataset_meta': {'classes': classes}}}, tmp_path / 'trained.pth')
+    shipping.fold_checkpoint(load_config(STOCK), tmp_path / 'trained.pth', tmp_path / f'a{suffix}')
+    (tmp_path / 'load.py').write_text((tmp_path / 'README.md').read_text().split('```python\n')[1].split('\n```')[0])
+    monkeypatch.chdir(tmp_path)
+    assert tuple(runpy.run_path('load.py')['model'].dataset_meta['classes']) == classes
 
 
 def test_a_card_takes_the_place_of_none_that_somebody_wrote(made: dict[Path, Path], tmp_path: Path) -> None:
