@@ -4,8 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from pathlib import Path
 
-__all__ = ['AsrError', 'CheckpointError', 'DataError', 'FoldError', 'OtherProcessError', 'PlugError', 'did_you_mean']
+__all__ = [
+    'AsrError',
+    'CheckpointError',
+    'CompleteError',
+    'DataError',
+    'FoldError',
+    'OtherProcessError',
+    'PlugError',
+    'did_you_mean',
+]
 
 
 class AsrError(ValueError):
@@ -26,6 +36,19 @@ class CheckpointError(AsrError):
 
 class DataError(AsrError):
     """A data set or image that is missing or not in the format it should have."""
+
+
+class CompleteError(AsrError):
+    """A training that is to go on and has all its steps: the training tool says so, and is done.
+
+    Args:
+        message: for a person.
+        checkpoint: the last one.
+    """
+
+    def __init__(self, message: str, checkpoint: Path) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
 
 
 class OtherProcessError(AsrError):

@@ -1,10 +1,11 @@
-"""Train a diffusion model of diffusers, stock or plugged, under accelerate.
+"""Train a diffusion model of diffusers, stock or plugged, in one process or several of accelerate.
 
-    accelerate launch diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
-    accelerate launch diffusion/train.py CONFIG --data /data/images --output-dir runs/a
-    accelerate launch diffusion/train.py CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
-    accelerate launch diffusion/train.py CONFIG --dry-run        # config, sites, cost and memory; trains nothing
-    accelerate launch diffusion/train.py CONFIG --resume         # from the newest complete checkpoint of the run
+    python diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
+    python diffusion/train.py CONFIG --data /data/images --output-dir runs/a
+    python diffusion/train.py CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
+    python diffusion/train.py CONFIG --dry-run        # config, sites, cost and memory; trains nothing
+    python diffusion/train.py CONFIG --resume         # from the newest complete checkpoint of the run
+    python -m asr_downstream.launching --nproc_per_node 8 diffusion/train.py CONFIG
     accelerate launch --multi_gpu --num_processes 8 diffusion/train.py CONFIG
 
 Keys of a config and their defaults: asr_downstream/generation/defaults.py and asr_downstream/engine/defaults.py. Data:
@@ -50,12 +51,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(plan(config))
         return
     from asr_downstream.engine.processes import end_processes
+    from asr_downstream.errors import CompleteError
     from asr_downstream.generation.training import train
 
-    checkpoint = train(config, args.resume)
+    said = []
+    try:
+        checkpoint = train(config, args.resume)
+    except CompleteError as complete:  # is no failure to a job that is started again until it is done
+        said, checkpoint = [str(complete)], complete.checkpoint
     end_processes()
     if not sys.stdout.closed and not int(os.environ.get('RANK', '0')):
-        print(f'last checkpoint: {checkpoint}')
+        print(*said, f'last checkpoint: {checkpoint}', sep='\n')
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ from asr_downstream.engine.saving import bytes_of, save_training
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.watching import Watch, together
 from asr_downstream.engine.window import Window
-from asr_downstream.errors import AsrError, OtherProcessError
+from asr_downstream.errors import AsrError, CompleteError, OtherProcessError
 from asr_downstream.files import check_writable
 from asr_downstream.locks import check_free, occupied
 from asr_downstream.stopping import StopSignal, leave_stopping_to_the_parent
@@ -169,13 +169,13 @@ class Training:
 
         Raises:
             CheckpointError: it is of another training.
-            AsrError: it has all steps already.
+            CompleteError: it has all steps already.
         """
         say, progress = self.accelerator.print, self.progress
         found = read_progress(start)
         check_same_run(found, progress, start, self.task.fixed, self.task.schema.defaults, say, self.task.same)
         if found.step >= self.config.max_train_steps:
-            raise AsrError(f'{start}: has {found.step} steps already; raise max_train_steps to go on')
+            raise CompleteError(f'{start}: has {found.step} steps already; raise max_train_steps to go on', start)
         if self.accelerator.is_main_process:
             checkpoints.set_aside_later(self.run, start)
         self.accelerator.wait_for_everyone()

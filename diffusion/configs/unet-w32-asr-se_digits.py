@@ -1,4 +1,4 @@
-# accelerate launch diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
+# python diffusion/train.py diffusion/configs/unet-w32-asr-se_digits.py
 # python tools/fold.py work_dirs/unet-w32-asr-se_digits shipped/digits
 _base_ = './unet-w32_digits.py'
 

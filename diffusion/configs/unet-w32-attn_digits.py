@@ -1,4 +1,4 @@
-# accelerate launch diffusion/train.py diffusion/configs/unet-w32-attn_digits.py
+# python diffusion/train.py diffusion/configs/unet-w32-attn_digits.py
 # unet-w32_digits.py with self-attention where there are 4x4 pixels, 16 tokens: 4 of them, of 8 heads each.
 model = dict(
     type='UNet2DModel',

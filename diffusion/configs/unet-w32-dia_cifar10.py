@@ -1,4 +1,4 @@
-# accelerate launch diffusion/train.py diffusion/configs/unet-w32-dia_cifar10.py --data /data/cifar10-train.zip
+# python diffusion/train.py diffusion/configs/unet-w32-dia_cifar10.py --data /data/cifar10-train.zip
 _base_ = './unet-w32_cifar10.py'
 
 plug = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4))

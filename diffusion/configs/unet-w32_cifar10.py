@@ -1,4 +1,4 @@
-# accelerate launch diffusion/train.py diffusion/configs/unet-w32_cifar10.py --data /data/cifar10-train.zip
+# python diffusion/train.py diffusion/configs/unet-w32_cifar10.py --data /data/cifar10-train.zip
 # A small UNet (1.1 M parameters) on the 50,000 training images of CIFAR-10, as a zip or a folder. 3,000 steps are one
 # epoch: enough to compare arms on two cores, far from converged.
 model = dict(

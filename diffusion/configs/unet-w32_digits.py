@@ -1,4 +1,4 @@
-# accelerate launch diffusion/train.py diffusion/configs/unet-w32_digits.py
+# python diffusion/train.py diffusion/configs/unet-w32_digits.py
 # Handwritten digits of 8x8 pixels, which need no download.
 model = dict(
     type='UNet2DModel',

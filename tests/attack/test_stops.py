@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from conftest import command as run_tool
 from far import write_config as write_far_config
-from generation import assert_same, command, losses, write_config
+from generation import assert_same, call, command, losses, write_config
 from kills import Command, has_lines
 from kills import run as run_command
 from test_engine import Classification, config_for, run_of
@@ -202,3 +203,18 @@ def test_stages_in_a_folder_in_use_are_refused(tmp_path: Path, tool: str) -> Non
     assert done.returncode == 1
     assert f'{out}: is in use by process' in done.stderr
     assert [p.name for p in out.iterdir()] == ['.lock']
+
+
+def test_a_run_that_is_complete_is_no_failure_to_resume(tmp_path: Path) -> None:
+    path = write_config(tmp_path, max_train_steps=1)
+    for options in ((), ('--resume',)):
+        done = call('diffusion/train.py', path, '--output-dir', tmp_path / 'run', *options)
+        assert done.returncode == 0, done.stderr
+        assert f'last checkpoint: {tmp_path / "run/checkpoint-1"}' in done.stdout
+    assert 'checkpoint-1: has 1 steps already; raise max_train_steps to go on' in done.stdout
+
+
+def test_no_document_recommends_a_launcher_that_leaves_one_process_behind() -> None:
+    for path in ('README.md', 'diffusion/README.md', 'diffusion/train.py'):
+        assert 'accelerate launch diffusion/train.py' not in (ROOT / path).read_text(), path
+    assert 'asr_downstream.launching --nproc_per_node N diffusion/train.py' in (ROOT / 'README.md').read_text()
