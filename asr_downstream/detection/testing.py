@@ -12,7 +12,7 @@ from mmengine.runner import Runner
 from rich.table import Table
 from torch import nn
 
-from asr_downstream.description import render
+from asr_downstream.description import describe, render
 from asr_downstream.detection.augmented import augmented
 from asr_downstream.detection.calibrating import CalibrationPlan, check_exact, fold_calibrated
 from asr_downstream.detection.coco import check_datasets
@@ -74,6 +74,8 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
     if plan.fast:
         scoring_tools(fast=True)
     model, _ = load_detector(config, checkpoint, plan.trust)
+    if plan.folding and not describe(model).sites:
+        raise CheckpointError(f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold')
     if plan.folding == 'exact':
         check_exact(model, checkpoint, '--fold calibrated --calibrate N')
     if plan.tta:
@@ -87,10 +89,6 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
             last, report = fold(model)
         else:
             last, report = fold_calibrated(config, model, plan.calibration)
-        if report.already_stock:
-            raise CheckpointError(
-                f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold'
-            )
         comparison = compare(config, model, last, plan.fast, pictures)
         evaluations = [comparison.unfolded, comparison.folded]
         content = comparison.as_dict()

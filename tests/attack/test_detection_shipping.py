@@ -115,6 +115,16 @@ def test_a_config_can_say_what_stands_in_the_card(made: dict[Path, Path], tmp_pa
         shipping.fold_checkpoint(load_config(STOCK, options={'card.licence': 'mit'}), made[STOCK], tmp_path / 'a.pth')
 
 
+def test_a_test_of_a_stock_model_that_is_to_fold_is_refused_without_a_warning(
+    made: dict[Path, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = load_config(STOCK, tiny_set(tmp_path / 'set', classes=TEN))
+    for folding in ('exact', 'calibrated'):
+        with pytest.raises(CheckpointError, match='nothing to fold'):
+            testing.evaluate_checkpoint(config, made[STOCK], tmp_path / 'x.json', testing.TestPlan(folding=folding))
+    assert not [str(warning.message) for warning in recwarn if 'no plugged sites' in str(warning.message)]
+
+
 def test_gates_that_depend_on_the_input_name_the_options(made: dict[Path, Path], tmp_path: Path) -> None:
     root = tiny_set(tmp_path / 'set', classes=TEN)
     done = command('test_det', DIA, made[DIA], '--fold', '--data-root', root, '--work-dir', tmp_path)
