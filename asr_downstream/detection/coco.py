@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from asr_downstream.detection.headers import examine_files
 from asr_downstream.detection.headers import missing as missing_files
+from asr_downstream.detection.kinds import kind_of
 from asr_downstream.detection.soundness import Finding, examine, per_class
 from asr_downstream.errors import DataError
 from asr_downstream.files import cannot_write, writable_folder
@@ -208,7 +209,7 @@ def check_datasets(config: Config, *loaders: str) -> None:
     """Check the annotation files behind the named data loaders of a config, before a model is built."""
     for loader in loaders:
         for dataset in leaves((config.get(loader) or {}).get('dataset') or {'datasets': []}):
-            if dataset.get('type') == 'CocoDataset':
+            if kind_of(dataset.get('type')) == 'CocoDataset':
                 files = path_of(dataset)
                 classes = (dataset.get('metainfo') or {}).get('classes')
                 scored = bool(evaluators(config, loader))

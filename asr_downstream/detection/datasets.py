@@ -14,6 +14,7 @@ from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
 from asr_downstream.detection.coco import Split, evaluators, leaves, path_of, read_annotations
+from asr_downstream.detection.kinds import kind_of
 from asr_downstream.errors import DataError
 from asr_downstream.sites import some
 
@@ -44,7 +45,7 @@ def fit_to_data(config: Config, root: Path) -> str | None:
     """
     loaders = {name: list(leaves(config[name].dataset)) for name in LOADERS if config.get(name)}
     every = [leaf for of_loader in loaders.values() for leaf in of_loader]
-    if not every or any(leaf.get('type') != 'CocoDataset' for leaf in every):
+    if not every or any(kind_of(leaf.get('type')) != 'CocoDataset' for leaf in every):
         return None
     said: list[str] = []
     for loader, of_loader in loaders.items():

@@ -23,6 +23,7 @@ from asr_downstream.detection.checkpoints import newest, noted, read_to_resume
 from asr_downstream.detection.coco import check_datasets
 from asr_downstream.detection.detectors import build_detector
 from asr_downstream.detection.draws import DrawsHook
+from asr_downstream.detection.kinds import kind_of
 from asr_downstream.detection.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.processes import is_first, together
 from asr_downstream.detection.saving import GuardHook
@@ -65,14 +66,18 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
     if resume is not None:
         take_up(config, work_dir, resume, trust)
     loop = config.train_cfg
-    kind = loop.get('type', 'EpochBasedTrainLoop' if loop.get('by_epoch', True) is not False else 'IterBasedTrainLoop')
+    default = 'EpochBasedTrainLoop' if loop.get('by_epoch', True) is not False else 'IterBasedTrainLoop'
+    kind = kind_of(loop.get('type', default))
     if kind in ('EpochBasedTrainLoop', 'IterBasedTrainLoop'):
         loop.pop('by_epoch', None)
         loop['type'] = f'asr_downstream.{kind}'
     write_whole(config)
     if config.get('fold_eval'):
         validation = config.get('val_cfg')
-        if validation is None or validation.get('type', 'ValLoop') not in ('ValLoop', 'asr_downstream.ValLoop'):
+        if validation is None or kind_of(validation.get('type', 'ValLoop')) not in (
+            'ValLoop',
+            'asr_downstream.ValLoop',
+        ):
             what = 'no val_cfg' if validation is None else f'val_cfg of type {validation.type}'
             raise AsrError(f"{config.filename}: fold_eval=True needs MMEngine's ValLoop, the config has {what}")
         validation['type'] = 'asr_downstream.ValLoop'
@@ -89,7 +94,7 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
 def pretrained(node: Any) -> Iterator[str]:
     """Checkpoints that the ``init_cfg`` entries of a model's config name, and that of its teacher."""
     if isinstance(node, dict):
-        if node.get('type') == 'Pretrained' and 'checkpoint' in node:
+        if kind_of(node.get('type')) in ('Pretrained', 'PretrainedInit') and 'checkpoint' in node:
             yield node['checkpoint']
         if (node.get('distil') or {}).get('teacher'):
             yield node['distil']['teacher'].get('checkpoint')
@@ -133,17 +138,14 @@ def write_whole(config: Config) -> None:
     hooks = config.setdefault('default_hooks', {})
     hooks.setdefault('checkpoint', {'type': 'CheckpointHook'})  # which MMEngine would add
     for hook in (hooks['checkpoint'], *(config.get('custom_hooks') or [])):
-        if isinstance(hook, dict) and hook.get('type', 'CheckpointHook') in (
-            'CheckpointHook',
-            'mmengine.CheckpointHook',
-        ):
+        if isinstance(hook, dict) and kind_of(hook.get('type', 'CheckpointHook')) == 'CheckpointHook':
             hook['type'] = 'asr_downstream.CheckpointHook'
 
 
 def average(config: Config, momentum: float = 2e-4) -> None:
     """Add MMEngine's exponential moving average of weights and buffers to a config, unless it has one."""
     hooks = [dict(hook) for hook in config.get('custom_hooks') or []]
-    if not any(hook.get('type') == 'EMAHook' for hook in hooks):
+    if not any(kind_of(hook.get('type')) == 'EMAHook' for hook in hooks):
         ema = {'type': 'EMAHook', 'ema_type': 'ExpMomentumEMA', 'momentum': momentum, 'update_buffers': True}
         config.custom_hooks = [*hooks, {**ema, 'priority': 49}]
 
@@ -160,7 +162,7 @@ def report_to(config: Config, names: Sequence[str]) -> None:
         kind, package = REPORTS[name]
         if importlib.util.find_spec(package) is None:
             raise AsrError(f'--report-to {name}: the package {package} is not installed; pip install {package}')
-        if not any(backend['type'] == kind for backend in backends):
+        if not any(kind_of(backend['type']) == kind for backend in backends):
             backends.append({'type': kind})
     config.visualizer = {**visualizer, 'vis_backends': backends}
 

@@ -14,10 +14,17 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
+from mmdet.datasets import CocoDataset
+from mmengine import hooks, runner
+
+from asr_downstream.detection import loops, saving
 from asr_downstream.detection.coco import check_datasets, path_of
-from asr_downstream.detection.config import load_config
+from asr_downstream.detection.config import load_config, set_data_root, stock_config
 from asr_downstream.detection.datasets import fit_to_data
+from asr_downstream.detection.kinds import kind_of
+from asr_downstream.detection.training import prepare
 from asr_downstream.errors import DataError
+from asr_downstream.registry import HOOKS, LOOPS
 
 BCCD = ROOT / 'det_configs/bccd/retinanet_r18-w32_fpn_bccd.py'
 COCO = ROOT / 'det_configs/retinanet/retinanet_r18_fpn_1x_coco.py'
@@ -148,3 +155,37 @@ def test_mask2former_of_mmdetection_is_fitted_and_builds(name: str, tmp_path: Pa
     head = config.model.panoptic_head
     assert head.num_things_classes == 2
     assert len(head.loss_cls.class_weight) == 3
+
+
+def test_types_that_are_classes_are_known_as_their_names_are(tmp_path: Path) -> None:
+    root = tiny_set(tmp_path / 'set')
+    config = load_config(COCO)
+    for loader in LOADERS:
+        config[loader].dataset.type = CocoDataset
+    config.train_cfg = {'type': runner.EpochBasedTrainLoop, 'max_epochs': 1}
+    config.val_cfg = {'type': runner.ValLoop}
+    config.default_hooks.checkpoint = {'type': hooks.CheckpointHook, 'interval': 1}
+    set_data_root(config, root)
+    assert '2 classes' in str(fit_to_data(config, root))
+    config.fold_eval = True
+    prepare(config, tmp_path / 'work')
+    for made, kind in (
+        (config.train_cfg, loops.EpochBasedTrainLoop),
+        (config.val_cfg, loops.FoldedValLoop),
+        (config.default_hooks.checkpoint, saving.CheckpointHook),
+    ):
+        registry = HOOKS if kind is saving.CheckpointHook else LOOPS
+        assert registry.get(made.type) is kind
+    stock = stock_config(config)
+    assert (stock.train_cfg.type, stock.default_hooks.checkpoint.type) == ('EpochBasedTrainLoop', 'CheckpointHook')
+    assert stock.train_dataloader.dataset.type is CocoDataset
+    (root / 'annotations/train.json').write_text('{"images": [')
+    with pytest.raises(DataError, match='is not JSON'):
+        check_datasets(config, 'train_dataloader')
+
+
+@pytest.mark.parametrize('name', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset])
+def test_a_type_has_one_name(name: object) -> None:
+    assert kind_of(name) == 'CocoDataset'
+    assert kind_of('mine.CocoDataset') != 'CocoDataset'
+    assert kind_of(type('CocoDataset', (CocoDataset,), {'__module__': 'mine'})) != 'CocoDataset'

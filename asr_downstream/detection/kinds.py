@@ -1,0 +1,28 @@
+"""Types in MMEngine's configs: names, with or without a scope, or the classes themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ['kind_of']
+
+SCOPES = ('mmengine.', 'mmdet.')
+
+
+def kind_of(kind: Any) -> Any:
+    """Name of a type that a config gives as a name, within the scope of a library, or as a class of that library.
+
+    Args:
+        kind: ``type`` of a config.
+
+    Returns:
+        ``'CocoDataset'`` for that, for ``'mmdet.CocoDataset'`` and for mmdet's class; a class of somebody else, who may
+        have written another `CocoDataset`, keeps its module: ``'their.module.CocoDataset'``.
+    """
+    if isinstance(kind, str):
+        scope = next((scope for scope in SCOPES if kind.startswith(scope)), '')
+        return kind.removeprefix(scope)
+    if isinstance(kind, type):
+        ours = f'{kind.__module__}.'.startswith(SCOPES)
+        return kind.__name__ if ours else f'{kind.__module__}.{kind.__name__}'
+    return kind
