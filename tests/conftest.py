@@ -6,6 +6,7 @@ import contextlib
 import importlib.util
 import io
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -66,6 +67,24 @@ def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
         )
 
     return run
+
+
+@contextlib.contextmanager
+def files_of_at_most(count: int) -> Iterator[Callable[[int], None]]:
+    """Let no file grow beyond ``count`` bytes inside the block: the kernel refuses as it does on a full disk.
+
+    It holds for the output of pytest too, so not for longer than the block. Gives a function that sets another limit.
+    """
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def limit(most: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (before[0] if most < 0 else most, before[1]))
+
+    try:
+        limit(count)
+        yield limit
+    finally:
+        limit(-1)
 
 
 def command(name: str, *arguments: object, **env: str) -> subprocess.CompletedProcess[str]:

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, files_of_at_most
 from filelock import FileLock
 from safetensors.torch import save_file
 
@@ -34,15 +32,6 @@ with occupied(Path(sys.argv[1])):
 """
 
 
-@pytest.fixture
-def _small_disk() -> Iterator[None]:
-    """Let no file grow beyond 10 kB, which fails at the same calls as a full disk does."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 WRITERS = {
     'text': lambda path: path.write_text('x' * 40_000),
     'torch.save': lambda path: torch.save({'a': torch.zeros(40_000)}, path),
@@ -50,12 +39,12 @@ WRITERS = {
 }
 
 
-@pytest.mark.usefixtures('_small_disk')
 @pytest.mark.parametrize('kind', WRITERS)
 def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, kind: str) -> None:
     path = tmp_path / 'file'
     path.write_text('before')
-    with pytest.raises(AsrError, match=r'file: cannot be written \(.+\); 160 kB needed, .+B free: make room') as caught:
+    said = r'file: cannot be written \(.+\); 160 kB needed, .+B free: make room'
+    with files_of_at_most(10_000), pytest.raises(AsrError, match=said) as caught:
         write_atomically(path, WRITERS[kind], needed=160_000)
     assert '\n' not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ['file']

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import files_of_at_most
 
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
@@ -36,14 +35,6 @@ ONE = {'default_hooks.checkpoint.max_keep_ckpts': 1}
 @pytest.fixture(scope='module')
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return pictures(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture
-def limit() -> Iterator[Any]:
-    """Set the size that files may have from now on: a write beyond it fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 class At(Hook):
@@ -96,11 +87,10 @@ def names(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir() if '.pth' in p.name)
 
 
-def test_a_full_disk_costs_one_line_and_no_checkpoint(digits: Path, tmp_path: Path, limit: Any) -> None:
-    with pytest.raises(AsrError, match=r'epoch_2\.pth: .*free') as error:
+def test_a_full_disk_costs_one_line_and_no_checkpoint(digits: Path, tmp_path: Path) -> None:
+    with files_of_at_most(-1) as limit, pytest.raises(AsrError, match=r'epoch_2\.pth: .*free') as error:
         run(tiny(digits, **ONE), tmp_path, hooks=(At(1, lambda: limit(100_000)),))
     assert '\n' not in str(error.value)
-    limit(resource.RLIM_INFINITY)
     assert names(tmp_path) == ['epoch_1.pth']
     assert read_checkpoint(tmp_path / 'epoch_1.pth')['meta']['epoch'] == 1
     assert (tmp_path / 'last_checkpoint').read_text().strip() == 'epoch_1.pth'
@@ -165,16 +155,14 @@ def die(*args: Any) -> None:
 
 
 @pytest.mark.parametrize('write', ['checkpoint', 'backend'])
-def test_whatever_mmengine_writes_is_whole_or_not_there(tmp_path: Path, limit: Any, write: str) -> None:
+def test_whatever_mmengine_writes_is_whole_or_not_there(tmp_path: Path, write: str) -> None:
     path = tmp_path / 'published-0123abcd.pth'
     path.write_bytes(b'before')
-    limit(1000)
-    with pytest.raises((AsrError, OSError)):  # noqa: PT012
+    with files_of_at_most(1000), pytest.raises((AsrError, OSError)):  # noqa: PT012
         if write == 'checkpoint':  # what CheckpointHook publishes with
             save_checkpoint({'state_dict': {'a': torch.zeros(1000)}}, str(path))
         else:
             get_file_backend(str(path)).put(b'0' * 2000, str(path))
-    limit(resource.RLIM_INFINITY)
     assert path.read_bytes() == b'before'
     assert list(tmp_path.iterdir()) == [path]
 

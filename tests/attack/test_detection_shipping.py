@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import resource
 import runpy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import ROOT, command, randomise
+from conftest import ROOT, command, files_of_at_most, randomise
 from detsets import tiny_set
 
 pytest.importorskip('mmdet')
@@ -147,17 +145,6 @@ def test_weights_that_are_not_finite_are_named(made: dict[Path, Path], value: fl
         load_detector(load_config(PLUGGED), tmp_path / 'a.pth')
 
 
-@contextmanager
-def no_file_larger_than(size: int) -> Iterator[None]:
-    """Let writing fail beyond ``size`` bytes, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def never(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError('the work began')
 
@@ -183,7 +170,7 @@ def test_a_full_disk_is_found_before_the_work(
         lambda: tool.main(['none', '--out', str(new / 'a.jsonl')]),
     ]
     for run in runs:
-        with no_file_larger_than(0), pytest.raises(AsrError, match='new.*: cannot be written .* free') as error:
+        with files_of_at_most(0), pytest.raises(AsrError, match='new.*: cannot be written .* free') as error:
             run()
         assert '\n' not in str(error.value)
     assert not (tmp_path / 'new').exists()
@@ -195,7 +182,7 @@ def test_a_disk_that_fills_leaves_nothing(made: dict[Path, Path], limit: int, tm
     out = tmp_path / 'new/a.pth'
     out.parent.mkdir()
     (out.parent / 'a.py').write_text('before')
-    with no_file_larger_than(limit):
+    with files_of_at_most(limit):
         done = command('fold', STOCK, made[STOCK], out)
     assert done.returncode == 1
     assert done.stderr.count('\n') == 1
@@ -208,7 +195,7 @@ def test_digits_and_voc_leave_nothing_on_a_full_disk(tmp_path: Path) -> None:
     from test_detection_layouts import flat_voc
 
     root = flat_voc(tmp_path / 'voc', *(f'n{n}' for n in range(40)))
-    with no_file_larger_than(2000):
+    with files_of_at_most(2000):
         done = command('prepare_data', 'digits', tmp_path / 'digits')
         assert (done.returncode, done.stderr.count('\n')) == (1, 1), done.stderr
         assert 'cannot be written' in done.stderr

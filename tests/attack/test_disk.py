@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import resource
 import shutil
 import signal
 import sys
 from collections import namedtuple
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import files_of_at_most
 from generation import assert_same, launch, losses, write_config
 from kills import run as run_command
 from test_engine import run_of
@@ -22,17 +20,6 @@ from asr_downstream.engine.reporting import read_log
 from asr_downstream.errors import AsrError
 
 Usage = namedtuple('Usage', 'total used free')
-
-
-@contextmanager
-def files_of_at_most(count: int) -> Iterator[None]:
-    """Let no file grow beyond ``count`` bytes: the kernel refuses as it does on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (count, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def sizes(run: Path) -> dict[str, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import far
 import pytest
 import torch
+from conftest import files_of_at_most
 from generation import ASR, assert_refused, call, rewrite, script, trained
 from safetensors.torch import load_file, save_file
 
@@ -181,32 +181,17 @@ def test_the_sampler_without_this_package_says_it_in_one_line(tmp_path: Path, ca
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize('tool', ['fold', *(pytest.param(t, marks=pytest.mark.slow) for t in ('sample', 'compare'))])
-def test_a_full_disk_is_one_line_and_leaves_nothing(
-    copy: Path, tmp_path: Path, tool: str, small_files: Callable[[int], None]
-) -> None:
+def test_a_full_disk_is_one_line_and_leaves_nothing(copy: Path, tmp_path: Path, tool: str) -> None:
     out = tmp_path / 'out' / 'here'
     words: dict[str, tuple[Any, ...]] = {
         'sample': ('diffusion/sample.py', copy, '--out', out, '--num-samples', 64, '--steps', 1),
         'fold': ('tools/fold.py', copy, out),
         'compare': ('diffusion/compare.py', copy, '--out', out),
     }
-    small_files(20_000 if tool == 'compare' else 4_000)
-    done = call(*words[tool])
+    with files_of_at_most(20_000 if tool == 'compare' else 4_000):
+        done = call(*words[tool])
     assert_refused(done, 'cannot be written', 'free')
     assert not [p for p in (tmp_path / 'out').rglob('*') if p.is_file()]
-
-
-@pytest.fixture
-def small_files(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Let no file grow beyond a number of bytes, as on a disk that fills up."""
-    import resource
-    import signal
-
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    yield lambda most: resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
 
 
 # Earlier results ------------------------------------------------------------------------------------------------------
