@@ -57,7 +57,10 @@ class StopSignal:
 
     def handle(self, number: int, frame: Any) -> None:
         """Note the first one."""
-        if os.getpid() != self.process:  # a worker of a data loader, which has this handler from its parent
+        if os.getpid() != self.process:  # a forked process, before `obey_again`
+            if number == signal.SIGTERM:
+                obey_again()
+                os.kill(os.getpid(), number)
             return
         if self.is_set and number == signal.SIGINT:
             raise Stopped(number)
@@ -74,6 +77,15 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def obey_again() -> None:
+    """Let a forked process end when it is terminated, as `multiprocessing.Pool` ends its workers and waits for them."""
+    if isinstance(getattr(signal.getsignal(signal.SIGTERM), '__self__', None), StopSignal):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+os.register_at_fork(after_in_child=obey_again)
 
 
 def leave_stopping_to_the_parent(worker: int, then: Callable[[int], Any] | None = None) -> None:

@@ -138,3 +138,26 @@ def test_a_signal_is_noted_when_nobody_reads_the_output(monkeypatch: pytest.Monk
         monkeypatch.setattr(os, 'write', write)
         os.kill(os.getpid(), signal.SIGTERM)
         assert stopping.is_set
+
+
+POOLS = """
+import sys
+from multiprocessing import Pool
+from asr_downstream.stopping import StopSignal
+
+with StopSignal():
+    for round in range(40):
+        pool = Pool(4)
+        pool.starmap(pow, [(1, 2), (2, 3)])
+        pool.close()
+        pool.terminate()
+        pool.join()
+print('done', flush=True)
+"""
+
+
+@pytest.mark.timeout(60)
+def test_pools_of_processes_end_inside_the_block() -> None:
+    """What metrics compute in parallel: a worker that would not be terminated is waited for, for ever."""
+    done = subprocess.run([sys.executable, '-c', POOLS], cwd=ROOT, capture_output=True, text=True, timeout=40)
+    assert done.stdout == 'done\n', done.stderr
