@@ -46,7 +46,9 @@ def make(root: Path, layout: str, names: tuple[str, ...] = ('cell', 'dust')) -> 
             json.dumps(
                 {
                     'images': [{'id': 1, 'file_name': f'{split}.png', 'width': 64, 'height': 48}],
-                    'annotations': [{'id': 1, 'image_id': 1, 'category_id': 7, 'bbox': [4, 4, 20, 20], 'area': 400}],
+                    'annotations': [
+                        {'id': 1, 'image_id': 1, 'category_id': 7, 'bbox': [4, 4, 20, 20], 'area': 400, 'iscrowd': 0}
+                    ],
                     'categories': [{'id': n, 'name': name} for n, name in enumerate(names, 7)],
                 }
             )

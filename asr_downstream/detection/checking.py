@@ -26,7 +26,8 @@ def check_set(root: Path) -> None:
         for finding in findings:
             print(f'  {finding}')
         wrong += sum(finding.wrong for finding in findings)
-        ours = {(files.images / i['file_name']).resolve(): split for i in content['images'] if i['file_name']}
+        names = [i['file_name'] for i in content['images'] if isinstance(i['file_name'], str) and i['file_name']]
+        ours = {(files.images / name).resolve(): split for name in names if '\0' not in name and name.isprintable()}
         if shared := sorted(path.name for path in shown.keys() & ours.keys()):
             print(f'  note: {len(shared):,} images are in {shown[next(iter(shown))]} too ({", ".join(shared[:3])})')
         shown |= ours

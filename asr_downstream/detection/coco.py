@@ -91,9 +91,9 @@ def read_annotations(path: Path) -> dict[str, Any]:
         hint = f'there is {some(near)}' if near else 'give the folder of the data set with --data-root'
         raise DataError(f'{path}: no such annotation file; {hint}')
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(path.read_bytes().decode('utf-8'))  # what pycocotools reads; others it does not
     except ValueError as error:
-        raise DataError(f'{path}: is not JSON ({error}); give a COCO detection file') from error
+        raise DataError(f'{path}: is not JSON in UTF-8 ({error}); give a COCO detection file') from error
     except RecursionError as error:
         raise DataError(f'{path}: is not JSON (nested too deeply); give a COCO detection file') from error
     missing = [k for k in FIELDS if not isinstance(content, dict) or not isinstance(content.get(k), list)]
@@ -118,7 +118,7 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def examine_set(
-    path: Path, images: Path, most: int | None = None, turn: bool = True, scored: bool = False
+    path: Path, images: Path, most: int | None = None, turn: bool = True, scored: bool = False, masks: bool = False
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Read a COCO file and find everything that is wrong with it and with its images.
 
@@ -127,7 +127,8 @@ def examine_set(
         images: folder that its ``file_name`` entries start from.
         most: number of images whose headers are read; default: all. That they are there is looked at for all.
         turn: whether images are turned as EXIF says when they are read.
-        scored: whether detections are scored by it.
+        scored: whether COCO scores are computed with it.
+        masks: whether its masks are used.
 
     Raises:
         DataError: it cannot be read as such a file.
@@ -140,8 +141,10 @@ def examine_set(
     if lost:
         text = f'{len(lost)} of the {len(content["images"])} images of {path.name} are missing: {some(lost, 3)}'
         findings.append(Finding(f'{images}: {text}'))
-    findings += examine(content, scored)
-    findings += examine_files([entry for entry in entries if entry['file_name'] not in absent], images, most, turn)
+    findings += examine(content, scored, masks)
+    there = [entry for entry in entries if entry['file_name'] not in absent]
+    sized = [entry for entry in there if all(isinstance(entry[side], int | float) for side in ('width', 'height'))]
+    findings += examine_files(sized, images, most, turn)  # the others are found by `examine`
     return content, findings
 
 
@@ -152,6 +155,7 @@ def check_annotations(
     most: int | None = SAMPLE,
     turn: bool = True,
     scored: bool = False,
+    masks: bool = False,
 ) -> str:
     """Check that a COCO file is sound, that its images are there, and that it has the classes of the config.
 
@@ -163,7 +167,8 @@ def check_annotations(
         classes: names that the config gives.
         most: number of images whose headers are read.
         turn: whether images are turned as EXIF says when they are read.
-        scored: whether detections are scored by it.
+        scored: whether COCO scores are computed with it.
+        masks: whether its masks are used.
 
     Returns:
         One line: pictures, boxes, classes.
@@ -171,7 +176,7 @@ def check_annotations(
     Raises:
         DataError: with what is wrong or missing, where, and how much of it.
     """
-    content, findings = examine_set(path, images, most, turn, scored)
+    content, findings = examine_set(path, images, most, turn, scored, masks)
     if wrong := [finding.text for finding in findings if finding.wrong]:
         where = '' if wrong[0].startswith(str(images)) else f'{path}: '
         raise DataError(
@@ -212,12 +217,29 @@ def check_datasets(config: Config, *loaders: str) -> None:
             if kind_of(dataset.get('type')) == 'CocoDataset':
                 files = path_of(dataset)
                 classes = (dataset.get('metainfo') or {}).get('classes')
-                scored = bool(evaluators(config, loader))
-                check_annotations(files.annotations, files.images, classes, turn=turns(dataset), scored=scored)
+                check_annotations(
+                    files.annotations,
+                    files.images,
+                    classes,
+                    turn=turns(dataset),
+                    scored=any(map(is_coco_score, evaluators(config, loader))),
+                    masks=uses_masks(config, loader, dataset),
+                )
         for evaluator in evaluators(config, loader):
             truth = evaluator.get('ann_file')
             if truth and not Path(truth).is_file():
                 raise DataError(f'{truth}: no such annotation file, but the evaluator of {loader} names it')
+
+
+def is_coco_score(metric: Any) -> bool:
+    """Whether a metric's config gives an annotation file to pycocotools."""
+    return 'CocoMetric' in str(metric.get('type')) and bool(metric.get('ann_file')) and not metric.get('format_only')
+
+
+def uses_masks(config: Config, loader: str, dataset: Any) -> bool:
+    """Whether the pipeline of a data set's config loads masks, or a metric of its loader scores them."""
+    loads = any(step.get('with_mask') for step in dataset.get('pipeline') or () if isinstance(step, dict))
+    return loads or any('segm' in (metric.get('metric') or ()) for metric in evaluators(config, loader))
 
 
 def turns(dataset: Any) -> bool:

@@ -21,6 +21,7 @@ from asr_downstream.progress import bar
 
 __all__ = ['examine_files', 'largest', 'missing', 'read_header']
 
+TURNED = ('JPEG', 'MPO', 'PNG')  # formats that OpenCV turns; not WebP and AVIF
 ORIENTATION = 0x0112  # in EXIF; 5 to 8 exchange the sides
 MANY = 5000  # images, from which on reading them is shown
 TAIL = 4096  # bytes at the end of a file where its end mark is looked for
@@ -53,7 +54,7 @@ def missing(names: Sequence[str], images: Path) -> list[str]:
             try:
                 with os.scandir(images / folder) as entries:
                     folders[folder] = {entry.name for entry in entries if entry.is_file()}
-            except OSError:
+            except (OSError, ValueError):  # a name that the system does not take
                 folders[folder] = set()
         if file not in folders[folder]:
             absent.append(name)
@@ -110,7 +111,8 @@ def read_header(path: Path, turn: bool = True) -> Header:
                 known = cv2.haveImageReader(str(path))  # OpenCV reads formats that Pillow does not
                 return Header() if known else Header(problem='is no image')
             width, height = image.size
-            turned = turn and 'exif' in image.info and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
+            turns = turn and image.format in TURNED and 'exif' in image.info
+            turned = turns and image.getexif().get(ORIENTATION, 1) in (5, 6, 7, 8)
             file.seek(max(0, path.stat().st_size - TAIL))
             end = ENDS.get(image.format or '')
             cut = end is not None and end not in file.read()

@@ -57,12 +57,13 @@ def short(value: Any) -> str:
     return ' '.join((text if len(text) <= 120 else f'{text[:117]}...').split())
 
 
-def examine(content: Mapping[str, Any], scored: bool = False) -> Iterator[Finding]:
+def examine(content: Mapping[str, Any], scored: bool = False, masks: bool = False) -> Iterator[Finding]:
     """Examine the content of a COCO file whose entries have all the fields, see `asr_downstream.detection.coco`.
 
     Args:
         content: of the file.
-        scored: detections are scored by it, which needs ``iscrowd``; MMDetection trains without.
+        scored: COCO scores are computed with it, which needs ``iscrowd``; MMDetection trains without.
+        masks: ``segmentation`` is used, and not only boxes.
     """
     images, annotations, categories = content['images'], content['annotations'], content['categories']
     for kind, entries in (('image', images), ('annotation', annotations), ('category', categories)):
@@ -89,12 +90,17 @@ def examine(content: Mapping[str, Any], scored: bool = False) -> Iterator[Findin
             lambda n, key=key: f'id {short(annotations[n]["id"])}: {key} {short(annotations[n][key])}',  # type: ignore[misc]
             what,
         )
-    masks = [a['id'] for a in annotations if 'segmentation' in a and not is_segmentation(a['segmentation'])]
-    unknown = [a['id'] for a in annotations if 'iscrowd' not in a] if scored else []
-    what = 'annotation has no iscrowd, so it cannot be scored', 'annotations have no iscrowd, so they cannot be scored'
-    yield from finding(unknown, lambda number: f'id {short(number)}; "iscrowd": 0 is usual', what)
+    if not images:
+        yield Finding('it has no images')
+    unknown = [a['id'] for a in annotations if scored and a.get('iscrowd') not in (0, 1)]
+    what = (
+        'annotation has no iscrowd of 0 or 1 (0 is usual), so it cannot be scored',
+        'annotations have no iscrowd of 0 or 1 (0 is usual), so they cannot be scored',
+    )
+    yield from finding(unknown, lambda number: f'id {short(number)}', what)
+    odd = [a['id'] for a in annotations if a.get('segmentation') and not is_segmentation(a['segmentation'])]
     what = 'segmentation is neither polygons nor a run-length code', 'segmentations are neither polygons nor codes'
-    yield from finding(masks, lambda number: f'id {short(number)}', what)
+    yield from finding(odd, lambda number: f'id {short(number)}', what, wrong=masks)
 
 
 def ids(kind: str, values: list[Any]) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
+from asr_downstream.detection.checking import check_set
 from asr_downstream.detection.coco import check_annotations, check_datasets
 from asr_downstream.detection.config import load_config
 from asr_downstream.errors import DataError
@@ -64,8 +65,7 @@ WRONG: dict[str, tuple[Callable[[Any], Any], str]] = {
     ),
     'sides exchanged': (first('images', width=HEIGHT, height=WIDTH), r'1 image has another size than its file'),
     'a name that is a number': (first('images', file_name=7), r'1 file_name is no text'),
-    'a mask of text': (first('annotations', segmentation='x'), r'1 segmentation is neither polygons nor'),
-    'a mask of texts': (first('annotations', segmentation=[['1', '2', '3', '4', '5', '6']]), r'1 segmentation is neit'),
+    'no images': (lambda c: (c['images'].clear(), c['annotations'].clear()), r'it has no images'),
 }  # fmt: skip
 SAID: dict[str, tuple[Callable[[Any], Any], str]] = {
     'no width': (box(4, 5, 0, 16), r'1 box has no width or height of a pixel, and is left out \(id 2\)'),
@@ -73,6 +73,8 @@ SAID: dict[str, tuple[Callable[[Any], Any], str]] = {
     'outside': (box(400, 400, 20, 20), r'1 box lies outside of its image, and is left out \(id 2\)'),
     'huge': (box(0, 0, 1e9, 1e9), r'1 box reaches beyond its image, and is cut off \(id 2\)'),
     'no area': (first('annotations', area=0), r'1 box has an area of 0 or less, and is left out \(id 2\)'),
+    'a mask of text': (first('annotations', segmentation='x'), r'1 segmentation is neither polygons nor'),
+    'a mask of texts': (first('annotations', segmentation=[['1', '2', '3', '4', '5', '6']]), r'1 segmentation is neit'),
     'image twice': (twice('images', id=9), r'1 file_name occurs more than once \(train1.png\)'),
 }  # fmt: skip
 
@@ -147,14 +149,59 @@ def test_training_and_testing_refuse_it(tmp_path: Path) -> None:
             check_datasets(config, loader)
 
 
-def test_what_cannot_be_scored_is_told_before_a_training(tmp_path: Path) -> None:
-    for split in ('train', 'val'):
-        root = tiny_set(tmp_path / split, lambda c: c['annotations'][1].pop('iscrowd'), split)
-        config = load_config(COCO, root)
-        check_datasets(config, 'train_dataloader')  # which does not need it
-        if split == 'val':
-            with pytest.raises(DataError, match=r'val.json: 1 annotation has no iscrowd, .* be scored \(id 2;'):
-                check_datasets(config, 'val_dataloader')
+@pytest.mark.parametrize('value', ['missing', None, 2])
+def test_what_cannot_be_scored_is_told_before_a_training(tmp_path: Path, value: Any) -> None:
+    def change(content: Any) -> None:
+        if value == 'missing':
+            del content['annotations'][1]['iscrowd']
+        else:
+            content['annotations'][1]['iscrowd'] = value
+
+    config = load_config(COCO, tiny_set(tmp_path / 'train', change))
+    check_datasets(config, 'train_dataloader')  # which does not need it
+    config = load_config(COCO, tiny_set(tmp_path / 'val', change, 'val'))
+    with pytest.raises(DataError, match=r'val.json: 1 annotation has no iscrowd of 0 or 1 .* be scored \(id 2\)'):
+        check_datasets(config, 'val_dataloader')
+    config.val_evaluator = dict(type='VOCMetric')
+    check_datasets(config, 'val_dataloader')
+
+
+def test_masks_are_looked_at_where_they_are_used(tmp_path: Path) -> None:
+    config = load_config(COCO, tiny_set(tmp_path / 'set', first('annotations', segmentation='x')))
+    with pytest.warns(UserWarning, match='1 segmentation is neither'):
+        check_datasets(config, 'train_dataloader')
+    config.train_dataloader.dataset.pipeline[1].with_mask = True
+    with pytest.raises(DataError, match='1 segmentation is neither'):
+        check_datasets(config, 'train_dataloader')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        check(tiny_set(tmp_path / 'none', first('annotations', segmentation=None)))
+
+
+@pytest.mark.parametrize('encoding', ['utf-8-sig', 'utf-16'])
+def test_what_pycocotools_cannot_decode_is_refused(tmp_path: Path, encoding: str) -> None:
+    root = tiny_set(tmp_path / 'set')
+    path = root / 'annotations/train.json'
+    path.write_text(path.read_text(), encoding=encoding)
+    with pytest.raises(DataError, match=r'train.json: is not JSON in UTF-8'):
+        check(root)
+
+
+@pytest.mark.parametrize('name', ['q\0q/x.png', 'x\0.png', 'q\ud800/x.png'])
+def test_names_that_no_system_takes_are_found(tmp_path: Path, name: str) -> None:
+    root = tiny_set(tmp_path / 'set', first('images', file_name=name))
+    with pytest.raises(DataError, match='are missing|is no text'):
+        check(root)
+    with pytest.raises(DataError):
+        check_set(root)
+
+
+def test_only_jpeg_and_png_are_turned(tmp_path: Path) -> None:
+    root = tiny_set(tmp_path / 'set', lambda c: c['images'][0].update(file_name='turned.webp'))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    Image.new('RGB', (WIDTH, HEIGHT)).save(root / 'images/turned.webp', exif=turned)
+    check(root)
 
 
 def test_a_rotation_in_exif_turns_the_size(tmp_path: Path) -> None:
