@@ -171,7 +171,7 @@ def load_whole(cls: Any, what: str, **spec: Any) -> Any:
         raise AsrError(
             f'{what}: {where}, a {name}, {"; ".join(problems)}; its weights are of another model, or damaged'
         )
-    check_weights_finite(model.state_dict(), Path(where))
+    check_weights_finite(model.state_dict(), Path(where), model)
     return model
 
 
