@@ -20,8 +20,7 @@ def kind_of(kind: Any) -> Any:
         have written another `CocoDataset`, keeps its module: ``'their.module.CocoDataset'``.
     """
     if isinstance(kind, str):
-        scope = next((scope for scope in SCOPES if kind.startswith(scope)), '')
-        return kind.removeprefix(scope)
+        return kind.rpartition('.')[2] if kind.startswith(SCOPES) else kind  # a scope, or as MMEngine dumps a class
     if isinstance(kind, type):
         ours = f'{kind.__module__}.'.startswith(SCOPES)
         return kind.__name__ if ours else f'{kind.__module__}.{kind.__name__}'

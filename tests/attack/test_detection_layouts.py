@@ -184,7 +184,7 @@ def test_types_that_are_classes_are_known_as_their_names_are(tmp_path: Path) -> 
         check_datasets(config, 'train_dataloader')
 
 
-@pytest.mark.parametrize('name', ['CocoDataset', 'mmdet.CocoDataset', CocoDataset])
+@pytest.mark.parametrize('name', ['CocoDataset', 'mmdet.CocoDataset', 'mmdet.datasets.coco.CocoDataset', CocoDataset])
 def test_a_type_has_one_name(name: object) -> None:
     assert kind_of(name) == 'CocoDataset'
     assert kind_of('mine.CocoDataset') != 'CocoDataset'
