@@ -12,18 +12,18 @@ The core needs torch and mmengine. The adapters are `asr_downstream.detection` (
 the other extras; importing this package imports none of them.
 """
 
-from asr_downstream.attaching import rebind
 from asr_downstream.attention import ChannelAttention, pool
-from asr_downstream.description import describe
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
-from asr_downstream.folding import fold
-from asr_downstream.fusing import fuse_conv_bn
-from asr_downstream.loading import load_plugged
-from asr_downstream.plugging import plug
-from asr_downstream.recording import record
+from asr_downstream.folding.exact import fold
+from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
+from asr_downstream.folding.verify import verify
+from asr_downstream.plugging.attach import rebind
+from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.load import load_plugged
+from asr_downstream.plugging.plug import plug
+from asr_downstream.plugging.record import record
+from asr_downstream.plugging.sites import SITES, register_site
 from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
-from asr_downstream.sites import SITES, register_site
-from asr_downstream.verification import verify
 
 __version__ = '0.1.0'
 

@@ -22,14 +22,15 @@ from asr_downstream.errors import AsrError, PlugError, did_you_mean
 
 __all__ = ['ATTENTIONS', 'HOOKS', 'LOOPS', 'MODELS', 'PLUGS', 'TRANSFORMS', 'build', 'find']
 
-ATTENTIONS = Registry('attention', scope='asr_downstream', locations=['asr_downstream.attention'])
-HOOKS = Registry('hook', parent=ENGINE_HOOKS, scope='asr_downstream', locations=['asr_downstream.detection.saving'])
-LOOPS = Registry('loop', parent=ENGINE_LOOPS, scope='asr_downstream', locations=['asr_downstream.detection.loops'])
+SCOPE = 'asr_downstream'
+ATTENTIONS = Registry('attention', scope=SCOPE, locations=['asr_downstream.attention'])
+HOOKS = Registry('hook', parent=ENGINE_HOOKS, scope=SCOPE, locations=['asr_downstream.detection.training.save'])
+LOOPS = Registry('loop', parent=ENGINE_LOOPS, scope=SCOPE, locations=['asr_downstream.detection.training.loops'])
 TRANSFORMS = Registry(
-    'transform', parent=ENGINE_TRANSFORMS, scope='asr_downstream', locations=['asr_downstream.detection.loading']
+    'transform', parent=ENGINE_TRANSFORMS, scope=SCOPE, locations=['asr_downstream.detection.data.loading']
 )
-PLUGS = Registry('plug', scope='asr_downstream', locations=['asr_downstream.plugs'])
-MODELS = Registry('model', parent=ENGINE_MODELS, scope='asr_downstream', locations=['asr_downstream.detection.plugged'])
+PLUGS = Registry('plug', scope=SCOPE, locations=['asr_downstream.plugging.plugs'])
+MODELS = Registry('model', parent=ENGINE_MODELS, scope=SCOPE, locations=['asr_downstream.detection.models.plugged'])
 
 
 def build(registry: Registry, spec: Any, **defaults: Any) -> Any:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -21,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/compared'), help='folder (work_dirs/compared)')
     args = parser.parse_args(argv)
 
-    from asr_downstream.generation.comparison import compare_runs
+    from asr_downstream.diffusion.evaluation.compare import compare_runs
 
     print(compare_runs(args.runs, args.out))
     written = [name for name in ('curves.png', 'samples.png', 'results.json') if (args.out / name).is_file()]

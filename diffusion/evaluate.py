@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--show', action='store_true', help='print earlier results and stop')
     args = parser.parse_args(argv)
 
-    from asr_downstream.engine.checkpoints import run_of
-    from asr_downstream.generation.evaluation import Plan, evaluate_runs
-    from asr_downstream.generation.results import read_results, tables
+    from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
+    from asr_downstream.diffusion.evaluation.results import read_results, tables
+    from asr_downstream.engine.state.checkpoints import run_of
 
     if args.show:
         found = [result for path in dict.fromkeys(map(run_of, args.runs)) for result in read_results(path)]

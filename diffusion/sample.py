@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -30,11 +30,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     import torch
 
-    from asr_downstream.files import check_writable
-    from asr_downstream.generation.folding import fold_run
-    from asr_downstream.generation.pictures import save_grid, save_images
-    from asr_downstream.generation.runs import load_run
-    from asr_downstream.generation.sampling import build_sampler, generate
+    from asr_downstream.diffusion.folding import fold_run
+    from asr_downstream.diffusion.pictures import save_grid, save_images
+    from asr_downstream.diffusion.runs import load_run
+    from asr_downstream.diffusion.sampling import build_sampler, generate
+    from asr_downstream.files.atomic import check_writable
 
     run = load_run(args.run, ema=cli.ema(args))
     out = args.out or run.folder / 'images'

@@ -5,7 +5,7 @@
     python diffusion/train.py CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
     python diffusion/train.py CONFIG --dry-run        # config, sites, cost and memory; trains nothing
     python diffusion/train.py CONFIG --resume         # from the newest complete checkpoint of the run
-    python -m asr_downstream.launching --nproc_per_node 8 diffusion/train.py CONFIG
+    python -m asr_downstream.console.torchrun --nproc_per_node 8 diffusion/train.py CONFIG
     accelerate launch --multi_gpu --num_processes 8 diffusion/train.py CONFIG
 
 Keys of a config and their defaults: asr_downstream/generation/defaults.py and asr_downstream/engine/defaults.py. Data:
@@ -21,7 +21,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.generation.config import load_config
+    from asr_downstream.diffusion.config import load_config
 
     config = load_config(args.config, args.cfg_options, args.data)
     if args.output_dir is not None:
@@ -46,13 +46,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.seed is not None:
         config.seed = args.seed
     if args.dry_run:
-        from asr_downstream.generation.planning import plan
+        from asr_downstream.diffusion.training.plan import plan
 
         print(plan(config))
         return
-    from asr_downstream.engine.processes import end_processes
+    from asr_downstream.diffusion.training.train import train
+    from asr_downstream.engine.launch import end_processes
     from asr_downstream.errors import CompleteError
-    from asr_downstream.generation.training import train
 
     said = []
     try:

@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 

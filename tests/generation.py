@@ -20,12 +20,12 @@ from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from asr_downstream import cli
-from asr_downstream.engine.reporting import read_log
-from asr_downstream.files import sha256
-from asr_downstream.generation.config import load_config
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.training import train
+from asr_downstream.console import cli
+from asr_downstream.diffusion.config import load_config
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.engine.trackers import read_log
+from asr_downstream.files.atomic import sha256
 
 UNET = dict(
     sample_size=8,

@@ -14,12 +14,12 @@ from conftest import ROOT, randomise
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
+from matrix.backbones import ASR, BACKBONES, DIA, SE, build, check, markdown
 from mmdet.registry import MODELS
 from mmengine.config import ConfigDict
 from mmengine.registry import init_default_scope
 
 from asr_downstream import PlugError, describe, fold, plug, verify
-from asr_downstream.detection.matrix import ASR, BACKBONES, DIA, SE, build, check, markdown
 
 BY_NAME = {backbone.name: backbone for backbone in BACKBONES}
 SAMPLE = ('ResNet-18', 'MobileNetV2', 'CSPDarknet, depthwise', 'CSPNeXt (RTMDet)', 'Swin', 'PVTv2', 'VGG (SSD)')

@@ -14,7 +14,7 @@ from test_plug import assert_untouched, snapshot
 from torch import Tensor, nn
 
 from asr_downstream import FoldError, describe, fold, plug, record, verify
-from asr_downstream.layers import Plugged
+from asr_downstream.plugging.layers import Plugged
 
 SE = dict(type='Attention', attention=dict(type='SE', reduction=4))
 CBAM = dict(type='Attention', attention=dict(type='CBAM', reduction=4))

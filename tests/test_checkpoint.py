@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from test_plug import ASR, tiny
 
 from asr_downstream import CheckpointError, plug
-from asr_downstream.checkpoint import load_state, read_checkpoint, state_dict_of
-from asr_downstream.files import write_atomically
+from asr_downstream.files.atomic import write_atomically
+from asr_downstream.files.weights import load_state, read_checkpoint, state_dict_of
 
 
 class Evil:

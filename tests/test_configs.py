@@ -20,9 +20,9 @@ from torch import nn
 
 from asr_downstream import describe, fold
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.detectors import build_detector, compare_features
+from asr_downstream.detection.models.detectors import build_detector, compare_features
 from asr_downstream.errors import AsrError
-from asr_downstream.far.description import mixers
+from asr_downstream.far.model.describe import mixers
 
 CONFIGS = sorted(p for p in (ROOT / 'det_configs').rglob('*.py') if '_base_' not in p.parts)
 FAST = ('-asr-se', '_digits')  # of R18 only where there is no R50

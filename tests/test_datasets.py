@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from asr_downstream.detection.coco import check_annotations, check_datasets, path_of
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.datasets import find_splits, fit_to_data
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.voc import convert_voc
+from asr_downstream.detection.data.coco import check_annotations, check_datasets, path_of
+from asr_downstream.detection.data.fit import find_splits, fit_to_data
+from asr_downstream.detection.data.voc import convert_voc
+from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.errors import DataError
 
 COCO = ROOT / 'det_configs/retinanet/retinanet_r18-asr-se-c3-c5_fpn_1x_coco.py'

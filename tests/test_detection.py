@@ -21,13 +21,13 @@ from mmengine.registry import init_default_scope
 
 import asr_downstream
 from asr_downstream import describe, fold, plug, verify
-from asr_downstream.attaching import rebind
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.digits import make_digits
-from asr_downstream.detection.evaluation import metrics_of
-from asr_downstream.detection.plugged import PluggedModel
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.evaluation.evaluate import metrics_of
+from asr_downstream.detection.models.detectors import build_detector
+from asr_downstream.detection.models.plugged import PluggedModel
 from asr_downstream.errors import DataError
+from asr_downstream.plugging.attach import rebind
 
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
 X = (2, 3, 64, 64)

@@ -21,10 +21,10 @@ from test_detection import BACKBONES, IDS, X, in_eval, plugged, tiny
 from test_dia_state import ASR_DIA, DIA, assert_same
 
 from asr_downstream import FoldError, describe, fold, plug, verify
-from asr_downstream.detection.calibrating import CalibrationPlan, calibration_batches, fold_calibrated
 from asr_downstream.detection.config import load_config, partly_stock_config, stock_config
-from asr_downstream.detection.detectors import build_detector, compare_features
-from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, calibration_batches, fold_calibrated
+from asr_downstream.detection.models.detectors import build_detector, compare_features
 from asr_downstream.errors import DataError
 
 CONFIG = Path('det_configs/digits/retinanet_r18-w16-dia_fpn_digits.py')

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from asr_downstream import AsrError, FoldError, PlugError, fold, plug, rebind, record, verify
 from asr_downstream.attention import SE
-from asr_downstream.layers import Plugged
+from asr_downstream.plugging.layers import Plugged
 from asr_downstream.registry import ATTENTIONS
 
 SPECS = pytest.mark.parametrize('spec', [DIA, ASR_DIA], ids=['DIA', 'ASR-DIA'])

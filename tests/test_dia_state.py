@@ -16,8 +16,9 @@ from conftest import randomise
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asr_downstream import AsrError, plug, record, state
+from asr_downstream import AsrError, plug, record
 from asr_downstream.models.resnet_cifar import Bottleneck, ResNet
+from asr_downstream.plugging import recurrence as state
 
 DIA = dict(type='DIA', attention=dict(type='DIALSTM'))
 ASR_DIA = dict(type='ASR', attention=dict(type='DIALSTM'))

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from asr_downstream.engine.config import Schema, portable, work_dir_of
-from asr_downstream.engine.images import Images, build_images
-from asr_downstream.engine.optimising import build_schedule
-from asr_downstream.engine.reporting import Reporter, read_log
+from asr_downstream.engine.data.images import Images, build_images
+from asr_downstream.engine.loop import recompute_activations, train
+from asr_downstream.engine.optim import build_schedule
 from asr_downstream.engine.task import Task
-from asr_downstream.engine.training import recompute_activations, train
+from asr_downstream.engine.trackers import Reporter, read_log
 from asr_downstream.errors import AsrError, CheckpointError
 
 DEFAULTS = ModuleType('defaults')
@@ -108,7 +108,7 @@ def groups_of(checkpoint: Path) -> list[dict[str, Any]]:
 
 
 def test_the_engine_does_not_import_diffusers() -> None:
-    code = 'import sys, asr_downstream.engine.training as t; print(t.train.__name__, "diffusers" in sys.modules)'
+    code = 'import sys, asr_downstream.engine.loop as t; print(t.train.__name__, "diffusers" in sys.modules)'
     command = [sys.executable, '-W', 'ignore', '-c', code]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout == 'train False\n', done.stderr
@@ -158,7 +158,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
 def test_a_checkpoint_that_is_older_than_a_key_had_its_default(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from asr_downstream.engine.resuming import Progress, check_same_run
+    from asr_downstream.engine.state.train_state import Progress, check_same_run
 
     now = Progress.of(config_for(tmp_path), 1, 10, ('width',))
     before = Progress(3, 3, {k: v for k, v in now.settings.items() if k not in ('width', 'lr_scheduler_kwargs')})

@@ -15,20 +15,20 @@ from conftest import ROOT, randomise
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
+from bench.coco import fake_set
 from mmdet.evaluation import CocoMetric
 from mmengine.evaluator import Evaluator
 from pycocotools import mask as masks
 
-from asr_downstream.benchmark.coco import fake_set
-from asr_downstream.detection.augmented import augmented
 from asr_downstream.detection.config import load_config
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.digits import make_digits
-from asr_downstream.detection.evaluation import Evaluation, Seen, evaluate, scored
-from asr_downstream.detection.pictures import show_each
-from asr_downstream.detection.results import markdown, read_run
-from asr_downstream.detection.scores import NAMES, score
-from asr_downstream.detection.testing import TestPlan, evaluate_checkpoint
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.evaluation.augmented import augmented
+from asr_downstream.detection.evaluation.evaluate import Evaluation, Seen, evaluate, scored
+from asr_downstream.detection.evaluation.pictures import show_each
+from asr_downstream.detection.evaluation.results import markdown, read_run
+from asr_downstream.detection.evaluation.scores import NAMES, score
+from asr_downstream.detection.evaluation.test import TestPlan, evaluate_checkpoint
+from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.errors import AsrError, DataError
 
 CONFIG = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'

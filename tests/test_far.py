@@ -11,14 +11,14 @@ from conftest import randomise
 from far import CASES, FAR, Block, Case, vit
 from torch import Tensor, nn
 
-from asr_downstream import cost
 from asr_downstream.errors import PlugError
 from asr_downstream.far import MultiHeadLSTM, describe, replace
-from asr_downstream.far.execution import ENOUGH, EXECUTIONS, multiply_adds, pick
-from asr_downstream.far.features import Features
-from asr_downstream.far.heads import HeadLSTM, from_dense, to_dense
-from asr_downstream.far.replacing import find_attentions
-from asr_downstream.far.tuning import tune
+from asr_downstream.far.distil.loss import Features
+from asr_downstream.far.model.autotune import tune
+from asr_downstream.far.model.backends import ENOUGH, EXECUTIONS, multiply_adds, pick
+from asr_downstream.far.model.head import HeadLSTM, from_dense, to_dense
+from asr_downstream.far.model.replace import find_attentions
+from asr_downstream.measure import cost
 
 case = pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())
 
@@ -151,7 +151,7 @@ def test_a_stand_in_with_the_outputs_of_the_heads_is_the_teacher(case: Case) -> 
 
 
 def mixers_of(model: nn.Module) -> list[tuple[str, MultiHeadLSTM]]:
-    from asr_downstream.far.description import mixers
+    from asr_downstream.far.model.describe import mixers
 
     return list(mixers(model))
 
@@ -300,7 +300,7 @@ def test_describe_states_the_rule_and_tune_measures(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_moves_only_what_learns() -> None:
-    from asr_downstream.far.learning import learning
+    from asr_downstream.far.distil.trainable import learning
 
     for learns, blocks in (('replacements', False), ('blocks', True)):
         model = vit()

@@ -19,15 +19,15 @@ from far import CASES, FAR, Block, vit, write_config
 from torch import Tensor, nn
 
 from asr_downstream import far
-from asr_downstream.engine import checkpoints
+from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
-from asr_downstream.far.classification import build_classifier
 from asr_downstream.far.config import load_config
+from asr_downstream.far.distil.classification import build_classifier
+from asr_downstream.far.distil.stages import load_teacher, run_stages
+from asr_downstream.far.export import load_far, save_far
 from asr_downstream.far.family import prune_family
-from asr_downstream.far.replacing import find_attentions, replace
-from asr_downstream.far.shipping import load_far, save_far
-from asr_downstream.far.stages import load_teacher, run_stages
-from asr_downstream.timing import Ratio, faster_from
+from asr_downstream.far.model.replace import find_attentions, replace
+from asr_downstream.measure.timing import Ratio, faster_from
 
 FORKED = """
 import os, signal, threading, torch
@@ -194,7 +194,7 @@ def test_relative_thresholds_keep_a_unit_of_each_direction() -> None:
 
 
 def test_timing_leaves_the_mode() -> None:
-    from asr_downstream.far.budgets import time_ratio
+    from asr_downstream.far.prune.budgets import time_ratio
 
     model = vit().train()
     assert 0.1 < time_ratio(model, vit(), CASES['ViT'].inputs()) < 10
@@ -230,7 +230,7 @@ def test_teachers_of_another_class_or_without_normalisation_are_refused(tmp_path
     stored = {'image_processor_type': 'ViTImageProcessor', 'image_mean': [0.25], 'image_std': [0.5]}
     (tmp_path / 'vit' / 'preprocessor_config.json').write_text(json.dumps(stored))
     config = load_config(write_config(tmp_path, teacher=right, stages=stages))
-    from asr_downstream.far.classification import Classification
+    from asr_downstream.far.distil.classification import Classification
 
     task = Classification(config)
     assert task.inputs({'image': torch.zeros(1, 1, 8, 8)})['pixel_values'].unique().item() == pytest.approx(0.5)
@@ -265,7 +265,7 @@ def test_a_finished_stage_of_another_recipe_is_not_passed_over(run: Path) -> Non
 
 
 def test_a_cut_by_latency_is_made_once(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asr_downstream.far import budgets
+    from asr_downstream.far.prune import budgets
 
     out = tmp_path / 'out'
     shutil.copytree(run / 'out', out)
@@ -301,7 +301,7 @@ def test_faster_from_is_where_all_longer_ones_are_faster() -> None:
 
 
 def test_attention_over_tokens_is_swept(run: Path) -> None:
-    from asr_downstream.far.evaluation import load_family, sweep, sweep_table
+    from asr_downstream.far.evaluation.evaluate import load_family, sweep, sweep_table
     from asr_downstream.far.family import ship_trained
 
     ship_trained(load_config(run / 'tiny.py'), run / 'out')

@@ -24,10 +24,10 @@ from mmengine.runner.checkpoint import get_state_dict, load_checkpoint
 from mmengine.structures import InstanceData
 
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.detectors import build_detector, load_detector
-from asr_downstream.detection.training import pretrained
+from asr_downstream.detection.models.detectors import build_detector, load_detector
+from asr_downstream.detection.training.train import pretrained
 from asr_downstream.errors import AsrError, CheckpointError, FoldError, PlugError
-from asr_downstream.far.description import mixers
+from asr_downstream.far.model.describe import mixers
 
 FAR = dict(type='FAR', layers='all')
 SMALL = dict(embed_dims=8, num_layers=[1, 1, 2, 1], num_heads=[1, 2, 4, 2], drop_path_rate=0.0, init_cfg=None)
@@ -364,7 +364,7 @@ def test_teachers_that_do_not_fit_are_refused_before_the_first_step(tmp_path: Pa
 
 
 def test_the_stock_config_is_that_of_the_teacher_and_nothing_folds(tmp_path: Path) -> None:
-    from asr_downstream.detection.shipping import fold_checkpoint
+    from asr_downstream.detection.export import fold_checkpoint
 
     config = retinanet(tmp_path)
     plain = stock_config(config)

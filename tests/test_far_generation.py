@@ -17,24 +17,24 @@ from generation import ASR, UNET, assert_same, conditional_arguments, config_for
 from mmengine.config import Config
 from safetensors.torch import load_file
 
-from asr_downstream import cost
-from asr_downstream.description import describe as describe_gates
-from asr_downstream.engine import checkpoints
+from asr_downstream.diffusion.export import fold_and_ship
+from asr_downstream.diffusion.folding import compare, fold_run
+from asr_downstream.diffusion.models.build import build_model
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.sampling import build_sampler, generate
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
-from asr_downstream.far.budgets import Budget
 from asr_downstream.far.config import load_config
-from asr_downstream.far.description import describe
+from asr_downstream.far.distil.loss import Features
+from asr_downstream.far.distil.stages import build_task, load_teacher, replaced, run_stages
+from asr_downstream.far.export import load_far
 from asr_downstream.far.family import prune_family, ship_trained
-from asr_downstream.far.features import Features
-from asr_downstream.far.replacing import find_attentions
-from asr_downstream.far.shipping import load_far
-from asr_downstream.far.stages import build_task, load_teacher, replaced, run_stages
-from asr_downstream.generation.folding import compare, fold_run
-from asr_downstream.generation.models import build_model
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.sampling import build_sampler, generate
-from asr_downstream.generation.shipping import fold_and_ship
-from asr_downstream.generation.training import train
+from asr_downstream.far.model.describe import describe
+from asr_downstream.far.model.replace import find_attentions
+from asr_downstream.far.prune.budgets import Budget
+from asr_downstream.measure import cost
+from asr_downstream.plugging.describe import describe as describe_gates
 
 ATTENTIONS = [
     'down_blocks.1.attentions.0', 'up_blocks.0.attentions.0', 'up_blocks.0.attentions.1', 'mid_block.attentions.0',

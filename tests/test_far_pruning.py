@@ -13,13 +13,13 @@ from conftest import randomise
 from far import CASES, FAR, unet, vit
 from torch import nn
 
-from asr_downstream import cost
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import MultiHeadLSTM, describe, replace
-from asr_downstream.far.budgets import Budget, cut
-from asr_downstream.far.description import mixers
-from asr_downstream.far.pruning import group_norms, hoyer_square, mask_units, scores, shrink, units_above
-from asr_downstream.far.shipping import load_far, save_far
+from asr_downstream.far.export import load_far, save_far
+from asr_downstream.far.model.describe import mixers
+from asr_downstream.far.prune.budgets import Budget, cut
+from asr_downstream.far.prune.scores import group_norms, hoyer_square, mask_units, scores, shrink, units_above
+from asr_downstream.measure import cost
 
 
 def student(variant: str = 'M3', **kwargs: Any) -> Any:
@@ -131,7 +131,7 @@ def test_a_budget_of_units_or_parameters_is_met_closely(share: float) -> None:
 
 
 def test_a_budget_of_latency_is_met_or_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from asr_downstream.far import budgets
+    from asr_downstream.far.prune import budgets
 
     def pretended(model: Any, whole: Any, example: Any) -> float:  # a clock that runs with the units: the test is exact
         one, other = (1.0 + sum(row.units for row in describe(m).rows) for m in (model, whole))

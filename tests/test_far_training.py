@@ -14,20 +14,20 @@ from far import CASES, FAR, launch, vit, write_config
 from mmengine.config import Config
 from safetensors.torch import load_file
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.draws import generator
-from asr_downstream.engine.optimising import build_schedule
-from asr_downstream.engine.reporting import read_log
+from asr_downstream.engine.data.augment import AUGMENTATIONS, build_augmentations
+from asr_downstream.engine.data.sampler import generator
+from asr_downstream.engine.optim import build_schedule
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, PlugError
-from asr_downstream.far.augmenting import AUGMENTATIONS, build_augmentations
-from asr_downstream.far.classification import Classification, split
 from asr_downstream.far.config import derived, load_config, stage_config, with_epochs
-from asr_downstream.far.distillation import Distillation
-from asr_downstream.far.evaluation import load_family
-from asr_downstream.far.features import DISTANCES, Features, block_of, check_feature
-from asr_downstream.far.relations import attention_maps, mixer_maps, similarity
-from asr_downstream.far.replacing import find_attentions, replace
-from asr_downstream.far.stages import load_student, load_teacher, run_stages
+from asr_downstream.far.distil.classification import Classification, split
+from asr_downstream.far.distil.loss import DISTANCES, Features, block_of, check_feature
+from asr_downstream.far.distil.stages import load_student, load_teacher, run_stages
+from asr_downstream.far.distil.task import Distillation
+from asr_downstream.far.evaluation.evaluate import load_family
+from asr_downstream.far.evaluation.token_relations import attention_maps, mixer_maps, similarity
+from asr_downstream.far.model.replace import find_attentions, replace
 from asr_downstream.registry import build
 
 

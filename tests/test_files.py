@@ -17,15 +17,15 @@ from conftest import ROOT, files_of_at_most
 from filelock import FileLock
 from safetensors.torch import save_file
 
-from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files import check_writable, write_atomically, writing
-from asr_downstream.locks import check_free, occupied
+from asr_downstream.files.atomic import check_writable, write_atomically, writing
+from asr_downstream.files.locks import check_free, occupied
+from asr_downstream.files.weights import read_checkpoint
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from asr_downstream.locks import occupied
+from asr_downstream.files.locks import occupied
 with occupied(Path(sys.argv[1])):
     print('held', flush=True)
     time.sleep(60)

@@ -13,7 +13,7 @@ from test_plug import ASR, CLASSIC, X, assert_untouched, snapshot, tiny
 from torch import nn
 
 from asr_downstream import AsrError, FoldError, describe, fold, plug, verify
-from asr_downstream.layers import Plugged
+from asr_downstream.plugging.layers import Plugged
 
 
 def plugged(spec: object = ASR) -> nn.Module:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from asr_downstream import fold, plug
-from asr_downstream.layers import LAYERS
+from asr_downstream.plugging.layers import LAYERS
 
 BAR = 1e-10
 IDS = [case.name for case in LAYER_CASES]

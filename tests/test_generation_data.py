@@ -12,10 +12,10 @@ import torch
 from generation import write_images
 from PIL import Image
 
-from asr_downstream.engine.draws import Draws
-from asr_downstream.engine.images import BadFiles, build_images
+from asr_downstream.diffusion.training.data import Samples
+from asr_downstream.engine.data.images import BadFiles, build_images
+from asr_downstream.engine.data.sampler import Draws
 from asr_downstream.errors import AsrError, DataError
-from asr_downstream.generation.data import Samples
 
 DIGITS = {'type': 'Digits', 'resolution': 8}
 

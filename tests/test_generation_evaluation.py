@@ -19,15 +19,15 @@ from generation import (
     write_images,
 )
 
+from asr_downstream.diffusion.evaluation.compare import compare_runs
+from asr_downstream.diffusion.evaluation.encoder import load_encoder, train_encoder
+from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
+from asr_downstream.diffusion.evaluation.metrics import Distances, build_extractor
+from asr_downstream.diffusion.evaluation.results import Result, read_results, save_results, tables
+from asr_downstream.diffusion.folding import compare, fold_run
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.training.train import train
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError
-from asr_downstream.generation.comparison import compare_runs
-from asr_downstream.generation.encoder import load_encoder, train_encoder
-from asr_downstream.generation.evaluation import Plan, evaluate_runs
-from asr_downstream.generation.folding import compare, fold_run
-from asr_downstream.generation.metrics import Distances, build_extractor
-from asr_downstream.generation.results import Result, read_results, save_results, tables
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.training import train
 
 QUICK = Plan(num_samples=12, steps=3, extractor='', batch_size=12, workers=0)
 

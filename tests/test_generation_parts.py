@@ -10,12 +10,12 @@ import torch
 from generation import UNET, config_for, write_config, write_images
 from torch import nn
 
-from asr_downstream.engine.ema import EMA
+from asr_downstream.diffusion.config import load_config
+from asr_downstream.diffusion.models.build import build_model, build_scheduler
+from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.training.objective import denoising_loss, snr_weights, target_of
+from asr_downstream.engine.state.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError, DataError
-from asr_downstream.generation.config import load_config
-from asr_downstream.generation.models import build_model, build_scheduler
-from asr_downstream.generation.objective import denoising_loss, snr_weights, target_of
-from asr_downstream.generation.parts import build_parts
 
 # Objective ------------------------------------------------------------------------------------------------------------
 

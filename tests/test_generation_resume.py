@@ -30,11 +30,11 @@ from generation import (
     write_images,
 )
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.reporting import read_log
+from asr_downstream.diffusion.config import load_config
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.generation.config import load_config
-from asr_downstream.generation.training import train
 
 SPLIT = dict(train_batch_size=4, gradient_accumulation_steps=2)
 

@@ -27,14 +27,14 @@ from generation import (
 from safetensors.torch import load_file
 
 from asr_downstream import describe
-from asr_downstream.engine.draws import mix
+from asr_downstream.diffusion.evaluation.encoder import train_encoder
+from asr_downstream.diffusion.export import fold_and_ship
+from asr_downstream.diffusion.folding import fold_run
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.sampling import build_sampler, generate
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.engine.data.sampler import mix
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
-from asr_downstream.generation.encoder import train_encoder
-from asr_downstream.generation.folding import fold_run
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.sampling import build_sampler, generate
-from asr_downstream.generation.shipping import fold_and_ship
-from asr_downstream.generation.training import train
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +137,7 @@ def test_folders_of_others_are_not_overwritten(run: Path, shipped: Path, tmp_pat
 def test_a_model_that_differs_after_folding_is_not_shipped(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asr_downstream.generation import shipping
+    from asr_downstream.diffusion import export as shipping
 
     def wrong(of: Any, calibrate: Any) -> Any:
         folded, report = fold_run(of, calibrate)

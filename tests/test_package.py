@@ -139,7 +139,7 @@ def test_benchmark_of_unets(tool: Callable[..., object], tmp_path: Path) -> None
 
 def test_parameters_by_depth() -> None:
     pytest.importorskip('mmdet')
-    from asr_downstream.benchmark.plug import depth_table
+    from bench.plug import depth_table
 
     text, counts = depth_table()
     assert {row['DIA r=4'] for row in counts.values()} == {13_959_040}

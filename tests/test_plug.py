@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import asr_downstream
 from asr_downstream import PlugError, describe, plug, rebind, register_site, verify
 from asr_downstream.models.resnet_cifar import BasicBlock, Bottleneck, ResNet
+from asr_downstream.plugging.sites import SITES
 from asr_downstream.registry import ATTENTIONS as REGISTRY
-from asr_downstream.sites import SITES
 
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
 CLASSIC = dict(type='Attention', attention=dict(type='SE', reduction=4))

@@ -30,7 +30,7 @@ def test_the_config_block_builds_a_plugged_detector(tmp_path: Path) -> None:
     pytest.importorskip('mmdet')
     from asr_downstream import describe
     from asr_downstream.detection.config import load_config
-    from asr_downstream.detection.detectors import build_detector
+    from asr_downstream.detection.models.detectors import build_detector
 
     path = tmp_path / 'config.py'
     path.write_text(next(b for b in BLOCKS if '_base_' in b))
@@ -40,8 +40,8 @@ def test_the_config_block_builds_a_plugged_detector(tmp_path: Path) -> None:
 def test_the_diffusion_block_is_a_config_of_a_plugged_unet(tmp_path: Path) -> None:
     pytest.importorskip('diffusers')
     from asr_downstream import describe
-    from asr_downstream.generation.config import load_config
-    from asr_downstream.generation.models import build_model
+    from asr_downstream.diffusion.config import load_config
+    from asr_downstream.diffusion.models.build import build_model
 
     path = tmp_path / 'config.py'
     path.write_text(next(b for b in BLOCKS if 'max_train_steps' in b))
@@ -49,7 +49,7 @@ def test_the_diffusion_block_is_a_config_of_a_plugged_unet(tmp_path: Path) -> No
 
 
 def test_the_tables_of_sites_are_the_data() -> None:
-    from asr_downstream.sites import sites_table
+    from asr_downstream.plugging.sites import sites_table
 
     assert sites_table() in README
 
@@ -57,7 +57,7 @@ def test_the_tables_of_sites_are_the_data() -> None:
 def test_commands_name_tools_and_options_that_exist() -> None:
     assert len(COMMANDS) >= 5
     for script, arguments in COMMANDS:
-        source = (ROOT / script).read_text() + (ROOT / 'asr_downstream/cli.py').read_text()
+        source = (ROOT / script).read_text() + (ROOT / 'asr_downstream/console/cli.py').read_text()
         for option in re.findall(r'--[a-z-]+', arguments):
             assert f"'{option}'" in source, f'{script} {option}'
 

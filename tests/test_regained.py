@@ -11,8 +11,8 @@ from conftest import randomise
 from torch import Tensor, nn
 
 from asr_downstream import plug, verify
-from asr_downstream.cost import saved_bytes
-from asr_downstream.layers import Plugged
+from asr_downstream.measure.cost import saved_bytes
+from asr_downstream.plugging.layers import Plugged
 
 SE = dict(type='Attention', attention=dict(type='SE', reduction=4))
 ECA = dict(type='Attention', attention=dict(type='ECA'))

@@ -12,8 +12,8 @@ pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
 from asr_downstream.detection.config import load_config
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.shipping import fold_checkpoint
+from asr_downstream.detection.export import fold_checkpoint
+from asr_downstream.detection.models.detectors import build_detector
 
 MODELS = [
     ('retinanet/retinanet_r18', ()),

@@ -11,7 +11,7 @@ import time
 import pytest
 from conftest import ROOT
 
-from asr_downstream.stopping import Stopped, StopSignal
+from asr_downstream.console.stopping import Stopped, StopSignal
 
 PROGRAM = """
 import os, sys, time
@@ -19,7 +19,7 @@ import torch
 from functools import partial
 from torch.utils.data import DataLoader
 from asr_downstream import cli
-from asr_downstream.stopping import StopSignal, leave_stopping_to_the_parent
+from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent
 
 def main(argv):
     loader = DataLoader(range(10_000), num_workers=1, worker_init_fn=leave_stopping_to_the_parent)
@@ -57,7 +57,7 @@ def test_a_signal_to_the_group_spares_the_workers(number: signal.Signals, status
 
 PERSISTENT = """
 from torch.utils.data import DataLoader
-from asr_downstream.stopping import leave_stopping_to_the_parent
+from asr_downstream.console.stopping import leave_stopping_to_the_parent
 
 loader = DataLoader(
     range(8), num_workers=1, persistent_workers=True, worker_init_fn=leave_stopping_to_the_parent
@@ -97,7 +97,7 @@ def test_a_termination_that_is_passed_on_once_more_changes_nothing() -> None:
 HUNG = """
 import os, signal, sys, time
 from torch.utils.data import DataLoader
-from asr_downstream.stopping import leave_stopping_to_the_parent
+from asr_downstream.console.stopping import leave_stopping_to_the_parent
 
 class Items:
     def __len__(self): return 9
@@ -143,7 +143,7 @@ def test_a_signal_is_noted_when_nobody_reads_the_output(monkeypatch: pytest.Monk
 POOLS = """
 import sys
 from multiprocessing import Pool
-from asr_downstream.stopping import StopSignal
+from asr_downstream.console.stopping import StopSignal
 
 with StopSignal():
     for round in range(40):

@@ -18,10 +18,10 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from asr_downstream.checkpoint import read_checkpoint
-from asr_downstream.detection.coco import check_annotations
-from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.data.coco import check_annotations
+from asr_downstream.detection.data.digits import make_digits
 from asr_downstream.errors import DataError
+from asr_downstream.files.weights import read_checkpoint
 
 PLUGGED = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'

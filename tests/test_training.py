@@ -20,16 +20,16 @@ pytestmark = pytest.mark.det
 
 from mmengine.hooks import Hook
 
-from asr_downstream.checkpoint import read_checkpoint
-from asr_downstream.detection import training
-from asr_downstream.detection.checkpoints import noted
+from asr_downstream.console.stopping import Stopped, StopSignal
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.digits import make_digits
-from asr_downstream.detection.loops import StopHook, ValFirst
-from asr_downstream.detection.processes import join
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.training import train as training
+from asr_downstream.detection.training.checkpoints import noted
+from asr_downstream.detection.training.launch import join
+from asr_downstream.detection.training.loops import StopHook, ValFirst
 from asr_downstream.errors import AsrError
-from asr_downstream.layers import Plugged
-from asr_downstream.stopping import Stopped, StopSignal
+from asr_downstream.files.weights import read_checkpoint
+from asr_downstream.plugging.layers import Plugged
 
 ASR = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
@@ -196,7 +196,7 @@ def test_fold_eval_of_what_does_not_fold_is_refused(digits: Path, tmp_path: Path
 
 
 def test_averaged_weights_are_what_is_written_and_folds(digits: Path, tmp_path: Path) -> None:
-    from asr_downstream.detection.shipping import fold_checkpoint
+    from asr_downstream.detection.export import fold_checkpoint
 
     config = configured(digits)
     training.average(config, momentum=0.1)
@@ -267,7 +267,7 @@ def test_processes_ask_each_other_rarely_when_steps_are_fast_and_always_when_the
     runner = type('Runner', (), {'world_size': 2, 'iter': 0})()
     other_stops = 10**9
     monkeypatch.setattr(
-        'asr_downstream.detection.loops.largest',
+        'asr_downstream.detection.training.loops.largest',
         lambda stop, seconds: (asked.append(runner.iter + 1), [float(runner.iter + 1 >= other_stops), slowest])[1],
     )
     stops: list[int] = []

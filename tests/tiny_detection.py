@@ -12,10 +12,10 @@ from conftest import ROOT
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from asr_downstream.checkpoint import read_checkpoint
-from asr_downstream.detection import training
 from asr_downstream.detection.config import load_config
-from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.training import train as training
+from asr_downstream.files.weights import read_checkpoint
 
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
 TINY = {

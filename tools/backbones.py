@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -22,11 +22,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--markdown', action='store_true', help='print the table for the documentation')
     args = parser.parse_args(argv)
 
+    from matrix.backbones import BACKBONES, check, markdown
     from rich.table import Table
 
-    from asr_downstream.description import render
-    from asr_downstream.detection.matrix import BACKBONES, check, markdown
-    from asr_downstream.progress import bar
+    from asr_downstream.console.progress import bar
+    from asr_downstream.plugging.describe import render
 
     chosen = [b for b in BACKBONES if not args.name or any(n.lower() in b.name.lower() for n in args.name)]
     if not chosen:

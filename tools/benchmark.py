@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,12 +28,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
     args = parser.parse_args(argv)
 
-    from asr_downstream.benchmark import plug
-    from asr_downstream.files import write_json
-    from asr_downstream.versions import versions
+    from bench import plug
+
+    from asr_downstream.files.atomic import write_json
+    from asr_downstream.measure.versions import versions
 
     if args.benchmark == 'far':
-        from asr_downstream.benchmark import far
+        from bench import far
 
         sizes = [case for case in far.CASES if not args.case or any(n.lower() in case.name.lower() for n in args.case)]
         if not sizes:
@@ -45,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(args.out / 'far.json', {'execution': runs, 'tokens': shapes, 'versions': versions()})
         return
     if args.benchmark == 'det':
-        from asr_downstream.benchmark import coco, det
+        from bench import coco, det
 
         detectors = []
         for case in det.CASES:
@@ -64,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     known: Any = plug.CASES
     if args.benchmark == 'unet':
-        from asr_downstream.benchmark.unet import CASES as known
+        from bench.unet import CASES as known
     cases = [c for c in known if not args.case or any(n.lower() in c.name.lower() for n in args.case)]
     if not cases:
         parser.error(f'--case matches none of: {", ".join(c.name for c in known)}')

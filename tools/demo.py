@@ -18,7 +18,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,17 +35,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     failed = []
     if args.only in (None, 'detection'):
-        from asr_downstream.detection.demo import run_demo as detection
+        from demos.detection import run_demo as detection
 
         summary = detection(args.out, ROOT / 'det_configs' / 'digits', ROOT / 'tools', args.epochs)
         failed += [name for name, held in summary['checks'].items() if not held]
     if args.only in (None, 'diffusion'):
-        from asr_downstream.generation.demo import run_demo as diffusion
+        from demos.diffusion import run_demo as diffusion
 
         summary = diffusion(args.out / 'diffusion', ROOT / 'diffusion' / 'configs', ROOT / 'tools', args.steps)
         failed += [name for name, held in summary['checks'].items() if not held]
     if args.only in (None, 'far'):
-        from asr_downstream.far.demo import run_demo as far
+        from demos.far import run_demo as far
 
         summary = far(args.out / 'far', ROOT / 'tools' / 'far_configs')
         failed += [name for name, held in summary['checks'].items() if not held]

@@ -42,5 +42,5 @@ if ! "$python" -c "$has" >/dev/null 2>&1; then
   echo "error: $python has no torch or no asr_downstream; run make setup, or give another one with PYTHON=" >&2
   exit 1
 fi
-exec "$python" -m asr_downstream.launching "${where[@]}" --nproc_per_node "$processes" \
+exec "$python" -m asr_downstream.console.torchrun "${where[@]}" --nproc_per_node "$processes" \
   "$here/train_det.py" "$config" --launcher pytorch "$@"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -34,10 +34,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.engine.processes import end_processes
+    from asr_downstream.engine.launch import end_processes
     from asr_downstream.far.config import load_config, out_of
+    from asr_downstream.far.distil.stages import plan, run_stages
     from asr_downstream.far.family import ship_trained
-    from asr_downstream.far.stages import plan, run_stages
 
     options = dict(args.cfg_options or {}) | ({} if args.seed is None else {'seed': args.seed})
     config = load_config(args.config, options, args.data)

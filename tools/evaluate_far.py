@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 from asr_downstream.errors import AsrError, CheckpointError
 
 
@@ -33,9 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--relations', type=cli.count, metavar='N', help='compare token relations on N images')
     args = parser.parse_args(argv)
 
-    from asr_downstream.far import evaluation
-    from asr_downstream.files import check_writable, write_json
-    from asr_downstream.versions import versions
+    from asr_downstream.far.evaluation import evaluate as evaluation
+    from asr_downstream.files.atomic import check_writable, write_json
+    from asr_downstream.measure.versions import versions
 
     if not (args.folder / 'shipped').is_dir():
         raise CheckpointError(

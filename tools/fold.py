@@ -10,7 +10,7 @@ of this package. A run without a plug, such as the control arm, is shipped as it
 
 Diffusion: writes a folder that DDPMPipeline.from_pretrained('shipped/digits') loads, with a model card, samples.png
 and fold_report.json. What is shipped needs diffusers and nothing of this package. A run without a plug is shipped as it
-is; one whose attention is replaced (FAR) as a folder for asr_downstream.far.shipping.load_far.
+is; one whose attention is replaced (FAR) as a folder for asr_downstream.far.export.load_far.
 
 The gates of ASR fold exactly. With --calibrate N, gates that depend on the input (SE, DIA, ...) are replaced by their
 mean over N training images; how constant they were and what that changes is printed and in the report.
@@ -24,7 +24,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
 
 
@@ -75,17 +75,17 @@ def fold_run(args: argparse.Namespace) -> None:
     path, out = args.paths
     if path.is_file():
         raise AsrError(f'{path}: is a file; expected RUN OUT, or for a detector CONFIG CHECKPOINT OUT')
-    from asr_downstream.files import check_writable
-    from asr_downstream.generation.card import Metadata
-    from asr_downstream.generation.runs import load_run
-    from asr_downstream.generation.shipping import fold_and_ship
+    from asr_downstream.diffusion.card import Metadata
+    from asr_downstream.diffusion.export import fold_and_ship
+    from asr_downstream.diffusion.runs import load_run
+    from asr_downstream.files.atomic import check_writable
 
     check_writable(out.absolute().parent)
     run = load_run(path, (args.data or True) if args.calibrate else False, cli.ema(args))
     metadata = Metadata(args.license, args.base_model, tuple(args.dataset or ()), tuple(args.tag or ()))
     result = fold_and_ship(run, out, args.calibrate, metadata)
     if result.get('replaced'):
-        print(f'{out}: {result["model"]} with replaced attention, for asr_downstream.far.shipping.load_far, and a card')
+        print(f'{out}: {result["model"]} with replaced attention, for asr_downstream.far.export.load_far, and a card')
         return
     if not result['sites'] or result['difference'] is None:
         print(result['report'])
@@ -102,9 +102,9 @@ def fold_run(args: argparse.Namespace) -> None:
 def fold_detector(args: argparse.Namespace) -> None:
     """Fold a checkpoint of tools/train_det.py."""
     config_file, checkpoint, out = args.paths
-    from asr_downstream.detection.calibrating import CalibrationPlan
     from asr_downstream.detection.config import load_config
-    from asr_downstream.detection.shipping import fold_checkpoint
+    from asr_downstream.detection.evaluation.calibrate import CalibrationPlan
+    from asr_downstream.detection.export import fold_checkpoint
 
     config = load_config(config_file, args.data_root, args.cfg_options, needs_data=bool(args.calibrate))
     plan = None

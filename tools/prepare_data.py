@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,20 +36,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     if args.set == 'digits':
-        from asr_downstream.detection.digits import make_digits
+        from asr_downstream.detection.data.digits import make_digits
 
         for split, path in make_digits(args.out, args.seed).items():
             print(f'{split}: {path}')
         return
     if args.set == 'voc':
-        from asr_downstream.detection.voc import convert_voc
+        from asr_downstream.detection.data.voc import convert_voc
 
         print('\n'.join(convert_voc(args.root, args.overwrite, args.split, args.seed)))
         return
-    from asr_downstream.detection.coco import check_tree, unpack
+    from asr_downstream.detection.data.coco import check_tree, unpack
 
     if args.set == 'check':
-        from asr_downstream.detection.checking import check_set
+        from asr_downstream.detection.data.check import check_set
 
         check_set(args.root)
         return

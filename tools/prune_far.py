@@ -20,7 +20,7 @@ from typing import Any
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -41,10 +41,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.engine.processes import end_processes
-    from asr_downstream.far.budgets import Budget
+    from asr_downstream.engine.launch import end_processes
     from asr_downstream.far.config import load_config, out_of
     from asr_downstream.far.family import prune_family
+    from asr_downstream.far.prune.budgets import Budget
 
     budgets = [Budget('units' if kind == 'keep' else kind, value)
                for kind in ('keep', 'parameters', 'latency', 'threshold') for value in getattr(args, kind)]  # fmt: skip

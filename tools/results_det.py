@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -24,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--out', type=Path, help='JSON lines to write, one a run')
     args = parser.parse_args(argv)
 
-    from asr_downstream.detection.results import markdown, read_run, write_jsonl
-    from asr_downstream.files import check_could_write
+    from asr_downstream.detection.evaluation.results import markdown, read_run, write_jsonl
+    from asr_downstream.files.atomic import check_could_write
 
     if args.out:
         check_could_write(args.out.parent)

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -49,10 +49,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     if args.fold != 'calibrated' and (args.calibrate or args.refine_norms or args.max_drop is not None):
         parser.error('--calibrate, --refine-norms and --max-drop go with --fold calibrated')
-    from asr_downstream.detection.calibrating import CalibrationPlan
     from asr_downstream.detection.config import load_config
-    from asr_downstream.detection.evaluation import work_dir_of
-    from asr_downstream.detection.testing import TestPlan, evaluate_checkpoint
+    from asr_downstream.detection.evaluation.calibrate import CalibrationPlan
+    from asr_downstream.detection.evaluation.evaluate import work_dir_of
+    from asr_downstream.detection.evaluation.test import TestPlan, evaluate_checkpoint
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     calibration = CalibrationPlan(

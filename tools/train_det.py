@@ -22,9 +22,9 @@ from pathlib import Path
 
 from mmengine.config import DictAction
 
-from asr_downstream import cli
+from asr_downstream.console import cli
+from asr_downstream.console.stopping import Stopped
 from asr_downstream.errors import AsrError
-from asr_downstream.stopping import Stopped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
     args = parser.parse_args(argv)
 
-    from asr_downstream.detection import checkpoints, evaluation, processes, training
     from asr_downstream.detection.config import load_config
-    from asr_downstream.detection.loops import ValFirst
+    from asr_downstream.detection.evaluation import evaluate as evaluation
+    from asr_downstream.detection.training import checkpoints
+    from asr_downstream.detection.training import launch as processes
+    from asr_downstream.detection.training import train as training
+    from asr_downstream.detection.training.loops import ValFirst
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     if args.amp:

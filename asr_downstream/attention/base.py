@@ -27,7 +27,7 @@ class ChannelAttention(nn.Module):
             has one position and a batch of one. They may be overridden in the spec.
         confined: the gates lie in (0, 1), as those of a sigmoid do; False for free scales (LayerScale).
         of_mean: the gates depend on a map only through its mean over the positions: ``self(x) == self(pool(x))``. The
-            mean may then be computed in another way (`asr_downstream.fused`).
+            mean may then be computed in another way (`asr_downstream.plugging.kernels.gated_batch_norm`).
         recurrent: has ``step(y, state) -> (gates, state)``, which carries a state along the sites that share it.
     """
 

@@ -51,4 +51,4 @@ except ImportError as error:
     missing = 'mmcv was installed without its compiled ops' if 'mmcv._ext' in str(error) else str(error)
     raise AsrError(f'detection needs the extra det ({missing}); install it with: {INSTALL}') from error
 
-from asr_downstream.detection import upstream  # noqa: E402, F401
+from asr_downstream.detection.models import mmdet_patches  # noqa: E402, F401

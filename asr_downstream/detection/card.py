@@ -7,8 +7,8 @@ from typing import Any
 
 from mmengine.config import Config
 
-from asr_downstream.cards import front_matter
-from asr_downstream.detection.coco import leaves
+from asr_downstream.detection.data.coco import leaves
+from asr_downstream.files.card import front_matter
 
 __all__ = ['card_path', 'detector_card']
 
@@ -31,7 +31,7 @@ def detector_card(config: Config, out: Path, report: dict[str, Any], meta: dict[
         out: the shipped weights.
         report: of the fold.
         meta: of the checkpoint.
-        card: see `asr_downstream.cards.card_of`.
+        card: see `asr_downstream.files.card.card_of`.
     """
     kind = str(getattr(config.model.type, '__name__', config.model.type))
     loader = config.get('train_dataloader') or {}

@@ -12,10 +12,10 @@ from typing import Any
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
-from asr_downstream.configs import override, read_config
-from asr_downstream.detection.datasets import fit_to_data
-from asr_downstream.detection.loading import name_files
+from asr_downstream.detection.data.fit import fit_to_data
+from asr_downstream.detection.data.loading import name_files
 from asr_downstream.errors import AsrError, DataError, FoldError
+from asr_downstream.files.configs import override, read_config
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
@@ -36,7 +36,7 @@ def load_config(
     Args:
         path: config file.
         data_root: folder of the data set, to which the config is made to fit, see
-            `asr_downstream.detection.datasets.fit_to_data`. Without it, a relative ``data/NAME/`` of the config is
+            `asr_downstream.detection.data.fit.fit_to_data`. Without it, a relative ``data/NAME/`` of the config is
             looked up under the environment variable ``ASR_DATA_ROOT``, if that is set.
         options: overrides, ``{'train_cfg.max_epochs': 3}``.
         needs_data: whether ``ASR_DATA_ROOT`` is looked at.

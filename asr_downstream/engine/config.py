@@ -14,10 +14,10 @@ from typing import Any
 
 from mmengine.config import Config
 
-from asr_downstream.configs import override, read_config, without_templates
 from asr_downstream.engine import defaults
 from asr_downstream.errors import AsrError, DataError, did_you_mean
-from asr_downstream.files import cannot_write, write_atomically
+from asr_downstream.files.atomic import cannot_write, write_atomically
+from asr_downstream.files.configs import override, read_config, without_templates
 
 __all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'work_dir_of', 'write_config']
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from asr_downstream.engine.config import Schema
-from asr_downstream.engine.images import Images
-from asr_downstream.engine.reporting import Reporter
+from asr_downstream.engine.data.images import Images
+from asr_downstream.engine.trackers import Reporter
 
 __all__ = ['Task']
 

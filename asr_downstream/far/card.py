@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from asr_downstream.cards import front_matter
-from asr_downstream.cost import parameters
-from asr_downstream.far.description import describe
+from asr_downstream.far.model.describe import describe
+from asr_downstream.files.card import front_matter
+from asr_downstream.measure.cost import parameters
 
 __all__ = ['card']
 

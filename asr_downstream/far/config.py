@@ -9,11 +9,11 @@ from typing import Any
 
 from mmengine.config import Config
 
-from asr_downstream.configs import plain
 from asr_downstream.engine.config import Schema
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far import defaults
-from asr_downstream.far.learning import STUDENTS
+from asr_downstream.far.distil.trainable import STUDENTS
+from asr_downstream.files.configs import plain
 
 __all__ = ['LEARNS', 'SCHEMA', 'load_config', 'out_of', 'stage_config', 'with_epochs']
 

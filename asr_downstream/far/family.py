@@ -17,17 +17,11 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
-from asr_downstream import description as gates
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.training import train
+from asr_downstream.engine.loop import train
+from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.far.budgets import Budget, cut
 from asr_downstream.far.config import derived, with_epochs
-from asr_downstream.far.description import describe
-from asr_downstream.far.distillation import Distillation
-from asr_downstream.far.pruning import scores, shrink, units_above
-from asr_downstream.far.shipping import save_far
-from asr_downstream.far.stages import (
+from asr_downstream.far.distil.stages import (
     build_task,
     finished,
     is_finished,
@@ -40,7 +34,13 @@ from asr_downstream.far.stages import (
     students,
     world,
 )
-from asr_downstream.files import first_line, write_json
+from asr_downstream.far.distil.task import Distillation
+from asr_downstream.far.export import save_far
+from asr_downstream.far.model.describe import describe
+from asr_downstream.far.prune.budgets import Budget, cut
+from asr_downstream.far.prune.scores import scores, shrink, units_above
+from asr_downstream.files.atomic import first_line, write_json
+from asr_downstream.plugging import describe as gates
 
 __all__ = ['prune_family', 'ship_trained']
 

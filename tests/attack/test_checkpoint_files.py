@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from test_engine import run_of
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.reporting import read_log
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files import sha256
+from asr_downstream.files.atomic import sha256
 
 
 @pytest.fixture(scope='module')

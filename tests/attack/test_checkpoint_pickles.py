@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import nn
 
-from asr_downstream.checkpoint import read_checkpoint
 from asr_downstream.errors import CheckpointError
+from asr_downstream.files.weights import read_checkpoint
 
 pytestmark = pytest.mark.timeout(60)
 

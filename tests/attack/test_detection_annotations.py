@@ -17,9 +17,9 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
-from asr_downstream.detection.checking import check_set
-from asr_downstream.detection.coco import check_annotations, check_datasets
 from asr_downstream.detection.config import load_config
+from asr_downstream.detection.data.check import check_set
+from asr_downstream.detection.data.coco import check_annotations, check_datasets
 from asr_downstream.errors import DataError
 
 COCO = ROOT / 'det_configs/retinanet/retinanet_r18-asr-se-c3-c5_fpn_1x_coco.py'
@@ -230,7 +230,7 @@ def test_what_is_no_file_is_missing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_set_of_the_size_of_coco_is_checked_in_seconds() -> None:
-    from asr_downstream.detection.soundness import examine
+    from asr_downstream.detection.data.soundness import examine
 
     content = coco('train', images=118_000, boxes=7)
     began = time.perf_counter()

@@ -14,11 +14,11 @@ from PIL import Image
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
-from asr_downstream.detection.comparing import differences
 from asr_downstream.detection.config import load_config
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.evaluation import Detections, evaluate
-from asr_downstream.detection.pictures import show_each
+from asr_downstream.detection.evaluation.compare import differences
+from asr_downstream.detection.evaluation.evaluate import Detections, evaluate
+from asr_downstream.detection.evaluation.pictures import show_each
+from asr_downstream.detection.models.detectors import build_detector
 
 DIGITS = ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
 TEN = tuple('0123456789')

@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.det, pytest.mark.timeout(120)]
 
 from mmengine.registry import TRANSFORMS
 
-from asr_downstream.detection.calibrating import calibration_batches
-from asr_downstream.detection.coco import check_annotations
 from asr_downstream.detection.config import load_config, stock_config
-from asr_downstream.detection.detectors import build_detector
-from asr_downstream.detection.evaluation import evaluate
+from asr_downstream.detection.data.coco import check_annotations
+from asr_downstream.detection.evaluation.calibrate import calibration_batches
+from asr_downstream.detection.evaluation.evaluate import evaluate
+from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.errors import DataError
 
 DIGITS = ROOT / 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'
@@ -101,7 +101,7 @@ def test_testing_and_calibrating_name_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tools_say_it_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asr_downstream.detection import coco
+    from asr_downstream.detection.data import coco
 
     monkeypatch.setattr(coco, 'examine_files', lambda *a: iter(()))  # as if it broke afterwards
     root = tiny_set(tmp_path / 'set', classes=tuple('0123456789'))

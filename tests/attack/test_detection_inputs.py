@@ -20,10 +20,10 @@ pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
 from mmdet.datasets import CocoDataset
 
-from asr_downstream.detection.coco import check_annotations
-from asr_downstream.detection.datasets import find_splits
-from asr_downstream.detection.headers import read_header
-from asr_downstream.detection.voc import convert_voc
+from asr_downstream.detection.data.coco import check_annotations
+from asr_downstream.detection.data.fit import find_splits
+from asr_downstream.detection.data.headers import read_header
+from asr_downstream.detection.data.voc import convert_voc
 from asr_downstream.errors import AsrError
 
 VALUES: tuple[Any, ...] = (

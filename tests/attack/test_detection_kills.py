@@ -148,5 +148,5 @@ def test_a_launch_that_lost_a_process_goes_on_as_if_it_had_not(
 
 def rank_of(command: Command, rank: int) -> psutil.Process:
     """Process of a launch."""
-    launcher = next(p for p in command.processes() if 'asr_downstream.launching' in p.cmdline())
+    launcher = next(p for p in command.processes() if 'asr_downstream.console.torchrun' in p.cmdline())
     return next(p for p in launcher.children() if p.environ().get('RANK') == str(rank))

@@ -17,12 +17,13 @@ pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 from mmdet.datasets import CocoDataset
 from mmengine import hooks, runner
 
-from asr_downstream.detection import loops, saving
-from asr_downstream.detection.coco import check_datasets, path_of
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
-from asr_downstream.detection.datasets import fit_to_data
-from asr_downstream.detection.kinds import kind_of
-from asr_downstream.detection.training import prepare
+from asr_downstream.detection.data.coco import check_datasets, path_of
+from asr_downstream.detection.data.fit import fit_to_data
+from asr_downstream.detection.training import loops
+from asr_downstream.detection.training import save as saving
+from asr_downstream.detection.training.train import prepare
+from asr_downstream.detection.types import kind_of
 from asr_downstream.errors import DataError
 from asr_downstream.registry import HOOKS, LOOPS
 

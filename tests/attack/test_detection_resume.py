@@ -21,8 +21,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 from tiny_detection import FLIP, Dead, DieAt, SignalAt, Steps, as_file, assert_same, pictures, run, tiny
 
-from asr_downstream.detection import training
-from asr_downstream.detection.draws import draw_by_sample
+from asr_downstream.detection.training import train as training
+from asr_downstream.detection.training.sampler import draw_by_sample
 from asr_downstream.errors import CheckpointError
 
 sys.path.insert(0, str(ROOT / 'tools'))

@@ -22,9 +22,9 @@ from mmengine.registry import METRICS
 from mmengine.runner.checkpoint import save_checkpoint
 from tiny_detection import Dead, SignalAt, as_file, pictures, run, tiny
 
-from asr_downstream.checkpoint import read_checkpoint
-from asr_downstream.detection import training
+from asr_downstream.detection.training import train as training
 from asr_downstream.errors import AsrError
+from asr_downstream.files.weights import read_checkpoint
 
 sys.path.insert(0, str(ROOT / 'tools'))
 import train_det
@@ -185,7 +185,7 @@ def test_weights_that_are_not_finite_are_never_written(digits: Path, tmp_path: P
 
 
 def test_a_folder_takes_one_run_at_a_time(digits: Path, tmp_path: Path) -> None:
-    from asr_downstream.locks import occupied
+    from asr_downstream.files.locks import occupied
 
     with occupied(tmp_path), pytest.raises(AsrError, match=str(tmp_path)):
         run(tiny(digits), tmp_path)

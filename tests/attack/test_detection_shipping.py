@@ -20,10 +20,12 @@ pytestmark = [pytest.mark.det, pytest.mark.timeout(120)]
 
 from mmengine.config import Config
 
-from asr_downstream.detection import comparing, shipping, testing
+from asr_downstream.detection import export as shipping
 from asr_downstream.detection.config import load_config
-from asr_downstream.detection.detectors import build_detector, load_detector
-from asr_downstream.detection.digits import make_digits
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.evaluation import compare as comparing
+from asr_downstream.detection.evaluation import test as testing
+from asr_downstream.detection.models.detectors import build_detector, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 
 FOLDER = ROOT / 'det_configs/digits'

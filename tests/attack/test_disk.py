@@ -15,8 +15,8 @@ from generation import assert_same, launch, losses, write_config
 from kills import run as run_command
 from test_engine import run_of
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.reporting import read_log
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError
 
 Usage = namedtuple('Usage', 'total used free')

@@ -14,11 +14,12 @@ from kills import run as run_command
 from test_engine import Classification, config_for
 from torch import Tensor, nn
 
-from asr_downstream.checkpoint import not_finite, read_checkpoint
-from asr_downstream.engine import checkpoints, watching
-from asr_downstream.engine.processes import start_processes
-from asr_downstream.engine.training import Training, train
+from asr_downstream.engine import watch as watching
+from asr_downstream.engine.launch import start_processes
+from asr_downstream.engine.loop import Training, train
+from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError
+from asr_downstream.files.weights import not_finite, read_checkpoint
 
 SELDOM = dict(max_train_steps=20, logging_steps=20, checkpointing_steps=2, checkpoints_total_limit=1, use_ema=True)
 
@@ -134,8 +135,8 @@ def test_two_processes_notice_a_divergence_of_one(tmp_path: Path) -> None:
     [('max_grad_norm', math.inf), ('adam_epsilon', math.nan), ('lr_scheduler_kwargs', {'x': [-math.inf, (math.nan,)]})],
 )
 def test_numbers_that_are_not_finite_are_read_as_they_were_written(tmp_path: Path, key: str, value: Any) -> None:
+    from asr_downstream.diffusion.config import load_config
     from asr_downstream.engine.config import portable
-    from asr_downstream.generation.config import load_config
 
     config = load_config(write_config(tmp_path), {key: value})
     path = tmp_path / 'again.py'
@@ -148,8 +149,8 @@ def test_numbers_that_are_not_finite_are_read_as_they_were_written(tmp_path: Pat
 def test_a_run_without_a_limit_of_the_gradients_can_be_read(tmp_path: Path) -> None:
     from generation import config_for as diffusion_config
 
-    from asr_downstream.generation.runs import load_run
-    from asr_downstream.generation.training import train as train_diffusion
+    from asr_downstream.diffusion.runs import load_run
+    from asr_downstream.diffusion.training.train import train as train_diffusion
 
     config = diffusion_config(tmp_path, max_train_steps=1)
     config.max_grad_norm = math.inf  # of --cfg-options
@@ -160,7 +161,7 @@ def test_a_run_without_a_limit_of_the_gradients_can_be_read(tmp_path: Path) -> N
 def test_a_config_that_would_not_be_read_again_stops_the_run_before_its_work(tmp_path: Path) -> None:
     from generation import config_for as diffusion_config
 
-    from asr_downstream.generation.training import train as train_diffusion
+    from asr_downstream.diffusion.training.train import train as train_diffusion
 
     config = diffusion_config(tmp_path, max_train_steps=1)
     config.prompt_note = object()

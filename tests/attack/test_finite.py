@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from asr_downstream import checkpoint
 from asr_downstream.errors import CheckpointError
+from asr_downstream.files import weights as checkpoint
 
 STATE = {
     'conv.weight': torch.ones(3, 2),

@@ -15,12 +15,12 @@ from safetensors.torch import load_file, save_file
 
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import replace
-from asr_downstream.far.budgets import Budget
 from asr_downstream.far.config import load_config
-from asr_downstream.far.evaluation import load_family
+from asr_downstream.far.distil.stages import run_stages
+from asr_downstream.far.evaluation.evaluate import load_family
+from asr_downstream.far.export import FAR_FILE, load_far, save_far
 from asr_downstream.far.family import prune_family
-from asr_downstream.far.shipping import FAR_FILE, load_far, save_far
-from asr_downstream.far.stages import run_stages
+from asr_downstream.far.prune.budgets import Budget
 
 
 def far_vit() -> Any:

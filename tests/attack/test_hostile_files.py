@@ -25,18 +25,18 @@ from mutations import JSON_MUTATIONS, MUTATIONS, mutate
 from PIL import Image
 from safetensors.torch import load_file
 
-from asr_downstream.engine.images import build_images
+from asr_downstream.diffusion.evaluation.encoder import load_encoder, train_encoder
+from asr_downstream.diffusion.evaluation.results import Result, save_results
+from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.engine.data.images import build_images
 from asr_downstream.errors import AsrError
 from asr_downstream.far import replace
 from asr_downstream.far.config import load_config as load_far_config
-from asr_downstream.far.evaluation import load_family
-from asr_downstream.far.shipping import save_far
-from asr_downstream.far.stages import load_student, run_stages
-from asr_downstream.generation.encoder import load_encoder, train_encoder
-from asr_downstream.generation.parts import build_parts
-from asr_downstream.generation.results import Result, save_results
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.training import train
+from asr_downstream.far.distil.stages import load_student, run_stages
+from asr_downstream.far.evaluation.evaluate import load_family
+from asr_downstream.far.export import save_far
 
 Answer = Any
 

@@ -13,8 +13,8 @@ import pytest
 from generation import write_images
 from PIL import Image
 
-from asr_downstream.engine.images import Images, build_images
-from asr_downstream.engine.sources import ImageFolder
+from asr_downstream.engine.data.images import Images, build_images
+from asr_downstream.engine.data.sources import ImageFolder
 from asr_downstream.errors import DataError
 
 RAMP = np.linspace(0, 1, 64).reshape(8, 8)

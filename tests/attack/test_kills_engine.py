@@ -17,8 +17,8 @@ from generation import assert_same, command, losses, write_config
 from kills import Command, appears, grows, has_lines, kill_and_resume
 from kills import run as run_command
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.reporting import read_log
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 
 KILLS = 8
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']

@@ -12,16 +12,16 @@ import pytest
 from generation import ASR, DIT, UNET, assert_refused, call, config_for, trained, write_config, write_images
 from rich.table import Table
 
-from asr_downstream.description import render
+from asr_downstream.console.progress import bar
+from asr_downstream.diffusion.config import load_config
+from asr_downstream.diffusion.evaluation.compare import compare_runs
+from asr_downstream.diffusion.evaluation.results import Result, save_results, tables
+from asr_downstream.diffusion.export import fold_and_ship
+from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.runs import load_run
 from asr_downstream.engine.config import CONFIG_FILE, portable
 from asr_downstream.errors import AsrError
-from asr_downstream.generation.comparison import compare_runs
-from asr_downstream.generation.config import load_config
-from asr_downstream.generation.parts import build_parts
-from asr_downstream.generation.results import Result, save_results, tables
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.shipping import fold_and_ship
-from asr_downstream.progress import bar
+from asr_downstream.plugging.describe import render
 
 NAMES = ['[bold]', '[/x]', 'a[red]b[/red]', '[link=file:///etc]here', ':smile:', '\\[x]', '[[x]]']
 
@@ -106,7 +106,7 @@ def test_a_run_on_data_below_such_a_folder_is_read_back(tmp_path: Path) -> None:
     model = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
     config = load_config(write_config(tmp_path, model=model, max_train_steps=1), data=images)
     config.output_dir = str(tmp_path / 'run')
-    from asr_downstream.generation.training import train
+    from asr_downstream.diffusion.training.train import train
 
     train(config)
     assert load_run(tmp_path / 'run', data=True).config.data.path == str(images)

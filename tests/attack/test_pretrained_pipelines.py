@@ -15,14 +15,14 @@ from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from asr_downstream import plug
+from asr_downstream.diffusion.defaults import DEFAULT_SCHEDULE
+from asr_downstream.diffusion.models.build import build_model
+from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.models.pretrained import noise_schedule, same_schedule
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.training.train import train
 from asr_downstream.errors import AsrError
-from asr_downstream.files import sha256
-from asr_downstream.generation.defaults import DEFAULT_SCHEDULE
-from asr_downstream.generation.models import build_model
-from asr_downstream.generation.parts import build_parts
-from asr_downstream.generation.pretrained import noise_schedule, same_schedule
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.training import train
+from asr_downstream.files.atomic import sha256
 
 DAMAGES = ('lacks', 'has more', 'plugged', 'not finite', 'bin')
 WEIGHTS = 'diffusion_pytorch_model.safetensors'

@@ -16,13 +16,13 @@ from conftest import files_of_at_most
 from generation import ASR, assert_refused, call, rewrite, script, trained
 from safetensors.torch import load_file, save_file
 
+from asr_downstream.diffusion.evaluation import evaluate as evaluation
+from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
+from asr_downstream.diffusion.evaluation.results import Result, read_results, save_results
+from asr_downstream.diffusion.runs import load_run
 from asr_downstream.errors import AsrError
-from asr_downstream.far.shipping import load_far, save_far
-from asr_downstream.files import sha256
-from asr_downstream.generation import evaluation
-from asr_downstream.generation.evaluation import Plan, evaluate_runs
-from asr_downstream.generation.results import Result, read_results, save_results
-from asr_downstream.generation.runs import load_run
+from asr_downstream.far.export import load_far, save_far
+from asr_downstream.files.atomic import sha256
 
 QUICK = ('--num-samples', 4, '--steps', 2, '--workers', 0)
 
@@ -142,7 +142,9 @@ def unusable(folder: Path) -> Path:
 def test_folders_that_cannot_be_written_are_refused_before_any_work(
     run: Path, copy: Path, tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from asr_downstream.generation import comparison, folding, sampling, shipping
+    from asr_downstream.diffusion import export as shipping
+    from asr_downstream.diffusion import folding, sampling
+    from asr_downstream.diffusion.evaluation import compare as comparison
 
     for module, name in ((sampling, 'generate'), (folding, 'fold'), (shipping, 'compare'), (comparison, 'draw_curves')):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('worked first'))

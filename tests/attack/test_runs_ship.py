@@ -13,9 +13,9 @@ import yaml
 from generation import ASR, DIT, UNET, assert_refused, call, config_for, trained, vae, write_images
 from safetensors.torch import load_file
 
-from asr_downstream.far.shipping import load_far
-from asr_downstream.generation.runs import load_run
-from asr_downstream.generation.training import train
+from asr_downstream.diffusion.runs import load_run
+from asr_downstream.diffusion.training.train import train
+from asr_downstream.far.export import load_far
 
 
 @pytest.fixture(scope='module')
@@ -106,7 +106,7 @@ def test_the_card_says_what_it_is_told(stock: Path, tmp_path: Path) -> None:
 
 
 def test_ids_of_the_hub_in_a_config_are_on_the_card(tmp_path: Path) -> None:
-    from asr_downstream.generation.card import Metadata
+    from asr_downstream.diffusion.card import Metadata
 
     config = config_for(tmp_path)
     config.data = dict(type='HubDataset', path='user/birds', resolution=8)

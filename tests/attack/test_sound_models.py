@@ -17,9 +17,9 @@ from torch import Tensor, nn
 import asr_downstream
 from asr_downstream import CheckpointError, FoldError, PlugError, fold, plug, verify
 from asr_downstream.attention.se import SE
-from asr_downstream.checkpoint import check_weights_finite, not_finite
-from asr_downstream.copying import copy_of
-from asr_downstream.engine.ema import EMA
+from asr_downstream.engine.state.ema import EMA
+from asr_downstream.files.weights import check_weights_finite, not_finite
+from asr_downstream.modules.copies import copy_of
 from asr_downstream.registry import ATTENTIONS, check_arguments
 
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=2))

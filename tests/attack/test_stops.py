@@ -21,13 +21,13 @@ from kills import Command, has_lines
 from kills import run as run_command
 from test_engine import Classification, config_for, run_of
 
-from asr_downstream.engine import checkpoints
-from asr_downstream.engine.reporting import read_log
-from asr_downstream.engine.training import train
+from asr_downstream.console.stopping import Stopped
+from asr_downstream.engine.loop import train
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError
-from asr_downstream.files import sha256
-from asr_downstream.locks import occupied
-from asr_downstream.stopping import Stopped
+from asr_downstream.files.atomic import sha256
+from asr_downstream.files.locks import occupied
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 
@@ -217,4 +217,4 @@ def test_a_run_that_is_complete_is_no_failure_to_resume(tmp_path: Path) -> None:
 def test_no_document_recommends_a_launcher_that_leaves_one_process_behind() -> None:
     for path in ('README.md', 'diffusion/README.md', 'diffusion/train.py'):
         assert 'accelerate launch diffusion/train.py' not in (ROOT / path).read_text(), path
-    assert 'asr_downstream.launching --nproc_per_node N diffusion/train.py' in (ROOT / 'README.md').read_text()
+    assert 'asr_downstream.console.torchrun --nproc_per_node N diffusion/train.py' in (ROOT / 'README.md').read_text()

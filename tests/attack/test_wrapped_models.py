@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_module
 from torch.nn.parallel import DistributedDataParallel
 
 from asr_downstream import FoldError, PlugError, fold, plug
-from asr_downstream.fitness import SHARDED, WRAPPERS, names_of
+from asr_downstream.modules.check import SHARDED, WRAPPERS, names_of
 
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=2), sites=['*0', '*2'])
 

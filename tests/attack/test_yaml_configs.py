@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 from generation import assert_refused, call, write_config
 
-from asr_downstream.configs import read_config
+from asr_downstream.files.configs import read_config
 
 TOOLS = {
     'diffusion/train.py': ('--dry-run',),

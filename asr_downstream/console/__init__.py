@@ -1,0 +1,1 @@
+"""What programs share: command lines, progress, signals, text."""

@@ -1,0 +1,112 @@
+"""What the command line tools share: one line for an error, exit codes, table output."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from asr_downstream.console.stopping import Stopped
+from asr_downstream.errors import AsrError, OtherProcessError
+
+# What a loader puts before the error of its worker.
+IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
+
+__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
+
+# A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
+UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
+
+
+def parser(doc: str | None) -> argparse.ArgumentParser:
+    """Make a parser whose ``--help`` is the docstring of the tool: what it does, then the commands to type."""
+    summary, _, rest = (doc or '').partition('\n')
+    return argparse.ArgumentParser(
+        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+
+
+def count(text: str) -> int:
+    """Parse a whole number of at least 1."""
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} should be a whole number of at least 1')
+    return int(text)
+
+
+def part(text: str) -> float:
+    """Parse a number between 0 and 1, both left out."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} should be between 0 and 1, such as 0.8')
+    return value
+
+
+def add_calibration(parser: argparse.ArgumentParser) -> None:
+    """Add the options of calibrated folding."""
+    parser.add_argument(
+        '--calibrate', type=count, metavar='N', help='training images to average gates over, such as 64'
+    )
+    parser.add_argument(
+        '--refine-norms', action='store_true', help='estimate batch norm statistics again over those images'
+    )
+    parser.add_argument(
+        '--max-drop',
+        type=float,
+        metavar='AP',
+        help='most AP in [0, 1] to lose; the least constant sites stay plugged until it holds',
+    )
+
+
+def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
+    """Add the options of generating images."""
+    parser.add_argument('--num-samples', type=count, default=num_samples, help=f'images (default: {num_samples})')
+    parser.add_argument(
+        '--sampler',
+        default='DDIM',
+        choices=['DDPM', 'DDIM', 'DPM-Solver++'],
+        help='default: DDIM; DDPM needs many steps, DPM-Solver++ few',
+    )
+    parser.add_argument('--steps', type=count, default=50, help='inference steps (default: 50)')
+    parser.add_argument('--guidance-scale', type=float, default=1.0, help='of conditioned models (default: 1, none)')
+    parser.add_argument('--seed', type=int, default=0, help='of the images (default: 0)')
+    parser.add_argument('--batch-size', type=count, default=64, help='images a forward (default: 64)')
+    parser.add_argument('--weights', choices=['ema', 'raw'], help='default: the average, if the run has one')
+
+
+def ema(args: argparse.Namespace) -> bool | None:
+    """Which weights `add_sampling` asks for: averaged, as trained, or (None) whatever the run has."""
+    return None if args.weights is None else args.weights == 'ema'
+
+
+def run(main: Callable[[Sequence[str] | None], None]) -> None:
+    """Run the main function of a tool; errors that a user can mend become one line and exit code 1.
+
+    A program that was told to stop exits with 128 + the signal: 130 after Ctrl-C, 143 after a termination.
+    ``ASR_DEBUG=1`` shows tracebacks.
+    """
+    try:
+        main(None)
+    except KeyboardInterrupt as interrupt:
+        print('\ninterrupted', file=sys.stderr)
+        sys.exit(interrupt.status if isinstance(interrupt, Stopped) else 130)
+    except Exception as error:
+        if os.environ.get('ASR_DEBUG'):
+            raise
+        if isinstance(error, OtherProcessError):
+            sys.exit(1)
+        unreadable = UNREADABLE.search(str(error))
+        if unreadable:
+            message = f'{unreadable[1]}: cannot be read as an image; replace it or take it out of the annotation file'
+        elif isinstance(error, AsrError):
+            message = ' '.join(IN_WORKER.sub('', str(error)).split())
+        elif isinstance(error, PermissionError):
+            message = f'{error.filename}: no permission to write or read; choose another folder'
+        else:
+            raise
+        print(f'error: {message}', file=sys.stderr)
+        sys.exit(1)

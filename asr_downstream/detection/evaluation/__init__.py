@@ -1,0 +1,1 @@
+"""COCO scores, folded copies beside their originals, calibration, pictures, tables."""

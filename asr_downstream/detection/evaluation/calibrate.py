@@ -1,0 +1,138 @@
+"""Calibrated folding of detectors: gates averaged over training images, and AP before and after."""
+
+from __future__ import annotations
+
+import copy
+import io
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.device import get_device
+from mmengine.runner import Runner
+from torch import nn
+
+from asr_downstream.detection.evaluation.evaluate import evaluate
+from asr_downstream.errors import DataError, FoldError
+from asr_downstream.folding.exact import FoldReport, fold
+from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.sites import some
+
+__all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_calibrated', 'preprocessed_features']
+
+
+@dataclass(frozen=True)
+class CalibrationPlan:
+    """How to fold by calibration.
+
+    Attributes:
+        images: number of training images to average the gates over.
+        refine_norms: estimate the batch norm statistics again, over the same images.
+        max_drop: most AP, in [0, 1], that may be lost; the least constant sites stay plugged until it holds.
+        evaluate: measure AP before and after; needed for ``max_drop``.
+        seed: of the choice of images.
+    """
+
+    images: int = 64
+    refine_norms: bool = False
+    max_drop: float | None = None
+    evaluate: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.images < 1:
+            raise DataError(f'calibration needs at least 1 image, not {self.images}')
+
+
+def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]:
+    """Load training images as the test pipeline prepares them: no augmentation, since the gates are to be typical.
+
+    Raises:
+        DataError: the config has no training set, or it is empty.
+    """
+    if not config.get('train_dataloader') or not config.get('test_dataloader'):
+        raise DataError(f'{config.filename}: calibration needs a train_dataloader and a test_dataloader')
+    test = config.test_dataloader
+    dataset = unaugmented(config.train_dataloader.dataset, pipeline_of(test.dataset))
+    loader = {**test, 'dataset': dataset, 'num_workers': 0, 'persistent_workers': False}
+    with redirect_stdout(io.StringIO()):  # pycocotools prints
+        built = Runner.build_dataloader(loader)
+    if not len(built.dataset):
+        raise DataError(f'{config.filename}: the training set is empty')
+    order = torch.randperm(len(built.dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
+    size = test.get('batch_size', 1)
+    return [
+        built.collate_fn([built.dataset[i] for i in order[start : start + size]])
+        for start in range(0, len(order), size)
+    ]  # fmt: skip
+
+
+def pipeline_of(dataset: Any) -> Any:
+    """Pipeline of a data set's config, inside of its wrappers."""
+    while 'pipeline' not in dataset:
+        inner = dataset.get('dataset') or (dataset.get('datasets') or [None])[0]
+        if inner is None:
+            raise DataError(f'a data set of type {dataset.get("type")} has no pipeline')
+        dataset = inner
+    return dataset['pipeline']
+
+
+def unaugmented(dataset: Any, pipeline: Any) -> dict[str, Any]:
+    """Config of the data sets inside, with another pipeline; wrappers that mix or repeat images are taken off."""
+    if 'dataset' in dataset:
+        return unaugmented(dataset['dataset'], pipeline)
+    found = copy.deepcopy(dict(dataset))
+    if 'datasets' in found:
+        found['datasets'] = [unaugmented(inner, pipeline) for inner in found['datasets']]
+        return found
+    return {**found, 'pipeline': pipeline, 'test_mode': True}
+
+
+def preprocessed_features(model: Any, batch: Any) -> Any:
+    """Run a detector up to its neck: feature maps, which are continuous, unlike what follows NMS."""
+    return model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
+
+
+def check_exact(model: nn.Module, checkpoint: Path, option: str) -> None:
+    """Refuse to fold gates exactly that depend on the input.
+
+    Args:
+        model: a detector.
+        checkpoint: where it comes from.
+        option: of the command line that folds such gates.
+
+    Raises:
+        FoldError: there are such gates.
+    """
+    varying = [row for row in describe(model).sites if not row.folds]
+    if varying:
+        plugs = sorted({row.plug for row in varying})
+        raise FoldError(
+            f'{checkpoint}: the gates at {len(varying)} sites ({some(plugs)}) depend on the input and have no exact '
+            f'fold; replace them by their mean over N training images with {option}, or train dict(type="ASR", ...)'
+        )
+
+
+def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:
+    """Fold a detector by calibration on its own training images; the metric is AP on the test set of the config.
+
+    Raises:
+        FoldError: see `asr_downstream.fold`.
+        DataError: there are no data.
+    """
+    if plan.max_drop is not None and not plan.evaluate:
+        raise DataError('max_drop is about AP, which has to be measured: leave evaluate=True')
+    model.to(get_device())
+    batches = calibration_batches(config, plan.images, plan.seed)
+    return fold(
+        model,
+        calibrate=batches,
+        step=preprocessed_features,
+        check=batches[:1],
+        refine_norms=plan.refine_norms,
+        metric=(lambda m: evaluate(config, m, 'AP').metrics['AP']) if plan.evaluate else None,
+        max_drop=plan.max_drop,
+    )

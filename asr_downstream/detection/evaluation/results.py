@@ -1,0 +1,143 @@
+"""Results of several trainings: one record a run, and a table with mean and spread over seeds."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from asr_downstream.errors import DataError
+from asr_downstream.files.atomic import write_atomically
+from asr_downstream.files.configs import read_config
+
+__all__ = ['markdown', 'read_run', 'write_jsonl']
+
+KEPT = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR', 'segm_AP', 'segm_AP50', 'parameters', 'gmacs', 'classes')
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """Summarise a run of `tools/train_det.py` that `tools/test_det.py --work-dir` has tested.
+
+    Returns:
+        Config, seed, epochs, batch, loss by epoch, metrics as trained (at the last epoch) and folded, versions.
+
+    Raises:
+        DataError: the run is not complete, was not tested, or was tested at another epoch than its last.
+    """
+    configs = sorted(folder.glob('*.py'))
+    if not configs or not (folder / 'last_checkpoint').is_file():
+        raise DataError(f'{folder}: is no run of tools/train_det.py: it has no config or no last_checkpoint')
+    if not (folder / 'test.json').is_file():
+        raise DataError(f'{folder}: was not tested; python tools/test_det.py CONFIG CHECKPOINT --work-dir {folder}')
+    config = read_config(configs[0], 'det_configs/')
+    tested = read_test(folder / 'test.json')
+    last = Path((folder / 'last_checkpoint').read_text().strip()).name
+    if Path(tested['checkpoint']).name != last:
+        raise DataError(f'{folder}: test.json is about {tested["checkpoint"]}, but the last checkpoint is {last}')
+    epochs = config.train_cfg.max_epochs
+    losses = losses_by_epoch(folder)
+    if len(losses) < epochs:
+        raise DataError(f'{folder}: has logs of {len(losses)} of {epochs} epochs')
+    record: dict[str, Any] = {
+        'config': configs[0].stem,
+        'seed': config.get('randomness', {}).get('seed'),
+        'epochs': epochs,
+        'batch': config.train_dataloader.batch_size,
+        'checkpoint': last,
+        'loss': [round(value, 4) for value in losses],
+        'trained': kept(tested.get('unfolded', tested)),
+    }
+    if 'folded' in tested:
+        record['folded'] = kept(tested['folded'])
+        record['difference'] = tested['difference']
+        sites = (tested.get('calibration') or {}).get('sites', [])
+        record['calibrated_on'] = max((site['samples'] for site in sites), default=None)
+    return {**record, 'sha256': tested['sha256'], 'versions': tested['versions']}
+
+
+def read_test(path: Path) -> dict[str, Any]:
+    """Read what `tools/test_det.py` wrote.
+
+    Raises:
+        DataError: it is damaged, or something else.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        sound = isinstance(found['checkpoint'], str) and {'sha256', 'versions'} <= found.keys()
+        sound = sound and 'AP' in found.get('unfolded', found)
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        sound = False
+    if not sound:
+        raise DataError(f'{path}: is damaged or not of tools/test_det.py; test the run again')
+    return found
+
+
+def kept(metrics: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of an evaluation: no latency, which belongs to a machine."""
+    return {key: metrics[key] for key in KEPT if key in metrics}
+
+
+def losses_by_epoch(folder: Path) -> list[float]:
+    """Mean of the logged losses of each epoch, over all logs of the run; what was run twice counts once."""
+    steps: dict[int, tuple[int, float]] = {}
+    for log in sorted(folder.glob('*/vis_data/scalars.json')):
+        for number, line in enumerate(log.read_text(errors='replace').splitlines(), 1):
+            try:
+                entry = json.loads(line)
+                wanted = 'loss' in entry and 'epoch' in entry and 'iter' in entry
+            except (ValueError, TypeError) as error:
+                raise DataError(f'{log}: line {number} is damaged ({error}); take it out, or train again') from error
+            if wanted:
+                steps[entry['iter']] = entry['epoch'], entry['loss']
+    epochs: dict[int, list[float]] = {}
+    for epoch, loss in steps.values():
+        epochs.setdefault(epoch, []).append(loss)
+    return [mean(epochs[epoch]) for epoch in sorted(epochs)]
+
+
+def write_jsonl(path: Path, records: list[dict[str, Any]]) -> None:
+    """Write one record a line."""
+    write_atomically(path, lambda p: p.write_text(''.join(json.dumps(record) + '\n' for record in records)))
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """Table with one row a config: mean and standard deviation over its seeds.
+
+    The difference to the first config is taken seed by seed: runs of one seed have the same stock weights at the start,
+    and the same order of the data.
+    """
+    lines = [
+        '| config | seeds | AP | AP50 | AP - AP of the first, by seed | folded AP | calibrated | parameters | folded |',
+        '|---|---|---|---|---|---|---|---|---|',
+    ]
+    base = {r['seed']: r['trained']['AP'] for r in records if r['config'] == records[0]['config']}
+    for name in dict.fromkeys(record['config'] for record in records):
+        runs = [record for record in records if record['config'] == name]
+        trained = [run['trained'] for run in runs]
+        folded = [run['folded'] for run in runs if 'folded' in run]
+        calibrated = any(run.get('calibrated_on') for run in runs)
+        cells = [
+            f'`{name}`',
+            ', '.join(str(run['seed']) for run in runs),
+            spread([m['AP'] for m in trained]),
+            spread([m['AP50'] for m in trained]),
+            '' if runs[0] is records[0] else difference(runs, base),
+            spread([m['AP'] for m in folded]) if folded else '',
+            ('yes' if calibrated else 'no: exact') if folded else '',
+            f'{trained[0]["parameters"]:,}',
+            f'{folded[0]["parameters"]:,}' if folded else '',
+        ]
+        lines.append(f'| {" | ".join(cells)} |')
+    return '\n'.join(lines)
+
+
+def difference(runs: list[dict[str, Any]], base: dict[Any, float]) -> str:
+    """AP minus that of the run of the same seed."""
+    found = [run['trained']['AP'] - base[run['seed']] for run in runs if run['seed'] in base]
+    return spread(found, '+.3f') if found else ''
+
+
+def spread(values: list[float], form: str = '.3f') -> str:
+    """Mean and standard deviation; without the latter for one value."""
+    return f'{mean(values):{form}} ± {stdev(values):.3f}' if len(values) > 1 else f'{values[0]:{form}}'

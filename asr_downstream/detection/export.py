@@ -1,0 +1,174 @@
+"""Folding a checkpoint: from a training checkpoint to a file that the stock config loads strictly."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from safetensors.torch import save_file
+from torch import nn
+
+from asr_downstream.detection.card import card_path, detector_card
+from asr_downstream.detection.config import partly_stock_config, stock_config
+from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_calibrated
+from asr_downstream.detection.models.detectors import build_detector, compare_features, load_detector
+from asr_downstream.errors import AsrError, CheckpointError, FoldError
+from asr_downstream.far.model.describe import mixers
+from asr_downstream.files.atomic import aside, check_could_write, sha256, write_together
+from asr_downstream.files.card import card_of
+from asr_downstream.files.weights import load_state
+from asr_downstream.folding.exact import FoldReport, fold
+from asr_downstream.folding.verify import Verification
+from asr_downstream.measure.versions import versions
+from asr_downstream.modules.copies import copy_of
+from asr_downstream.plugging.describe import describe
+
+__all__ = ['fold_checkpoint']
+
+FORMATS = ('.pth', '.safetensors')
+# Relative to the largest value of a feature map. Folding rounds each weight once; a network adds such roundings up.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
+
+
+def fold_checkpoint(
+    config: Config,
+    checkpoint: Path,
+    out: Path,
+    trust: bool = False,
+    calibrate: CalibrationPlan | None = None,
+    card: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Fold ``checkpoint`` and write four files that need nothing of this package.
+
+    ``out``: the stock weights; ``<out>.py``: the stock config; beside them ``fold_report.json``: sites, measured
+    errors, hashes, versions; and a model card, ``README.md``, or ``<out>.md`` where somebody has written a README.
+    Before anything is written, the folded weights are loaded strictly into the model of the stock config, and its
+    feature maps are compared with the plugged model's in float32 and float64. A stock model is shipped as it is.
+
+    Args:
+        config: the config it was trained with.
+        checkpoint: what training wrote.
+        out: file to write, ``.pth`` or ``.safetensors``.
+        trust: see `asr_downstream.files.weights.read_checkpoint`.
+        calibrate: how to replace gates that depend on the input by their mean; None folds exactly or not at all. Where
+            its budget leaves sites plugged, ``<out>.py`` is a config of this package with those sites only.
+        card: for the card, see `asr_downstream.files.card.card_of`.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError, FoldError: it does not load, does not fold, or the result differs.
+        AsrError: ``out`` cannot be written.
+    """
+    if out.suffix not in FORMATS:
+        raise AsrError(f'{out}: the folded checkpoint should end in {" or ".join(FORMATS)}')
+    for source in (checkpoint, Path(config.filename)):
+        if source.resolve() in (out.resolve(), out.with_suffix('.py').resolve()):
+            raise AsrError(f'{out}: would overwrite {source}; give the folded detector another name or folder')
+    said = card_of(config, card)
+    check_could_write(out.parent)
+    plugged, meta = load_detector(config, checkpoint, trust)
+    if any(True for _ in mixers(plugged)):
+        raise FoldError(
+            f'{checkpoint}: attention of this detector is replaced by LSTMs, which no stock detector has; use it with '
+            f'the config it was trained with'
+        )
+    stock = not describe(plugged).sites
+    if stock and calibrate is not None:
+        raise CheckpointError(
+            f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug; leave out --calibrate'
+        )
+    if calibrate is None:
+        check_exact(plugged, checkpoint, '--calibrate N')
+    check_could_write(out.parent, sum(v.numel() * v.element_size() for v in plugged.state_dict().values()))
+    if calibrate is not None and calibrate.max_drop is not None:
+        partly_stock_config(config, [row.path for row in describe(plugged).sites])  # refuses now, not after an hour
+    start = time.perf_counter()
+    if stock:
+        folded, report = plugged, FoldReport()
+    else:
+        folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
+    seconds = time.perf_counter() - start
+    if not report.sites and not stock:
+        raise FoldError(
+            f'{checkpoint}: the budget leaves every site plugged, so nothing was folded or written; raise --max-drop'
+        )
+    kept = [row.path for row in describe(folded).sites]
+    plain = partly_stock_config(config, kept) if kept else stock_config(config)
+    shipped = build_detector(plain)
+    load_state(shipped, folded.cpu().state_dict(), checkpoint)
+    if report.calibration is None:
+        checks = {
+            'float32': compare_features(plugged.float(), shipped.float()),
+            **({} if stock else {'float64': compare_exactly(plugged)}),
+        }
+    else:  # the plugged model is another function; what is shipped is to be the folded one
+        checks = {'float32': compare_features(folded, shipped)}
+    for precision, found in checks.items():
+        bound = TOLERANCE[getattr(torch, precision)]
+        if not found.relative <= bound:
+            raise FoldError(
+                f'{checkpoint}: the folded model differs by {found.relative:.1e} in {precision}, more than {bound:g}; '
+                f'nothing was written'
+            )
+    content = report_content(config, checkpoint, report, checks, seconds)
+    content['still_plugged'] = kept
+    written = card_path(out)
+    content['card'] = written.name
+    text = detector_card(plain, out, content, meta, said)
+
+    def write_report(path: Path) -> None:
+        content['folded'] = {'file': out.name, 'sha256': sha256(aside(out)), 'config': out.with_suffix('.py').name}
+        path.write_text(json.dumps(content, indent=2) + '\n')
+
+    write_together(
+        {
+            out: lambda p: write_weights(p, out.suffix, shipped, meta),
+            out.with_suffix('.py'): lambda p: p.write_text(plain.pretty_text),
+            written: lambda p: p.write_text(text),
+            out.parent / 'fold_report.json': write_report,
+        }
+    )
+    return {**content, 'report': report}
+
+
+def compare_exactly(plugged: nn.Module) -> Verification:
+    """Fold and compare in float64, where nothing but the algebra is left."""
+    exact = copy_of(plugged).double()
+    return compare_features(exact, fold(exact)[0])
+
+
+def write_weights(path: Path, suffix: str, stock: nn.Module, meta: dict[str, Any]) -> None:
+    """Write the stock weights; a ``.pth`` also says which classes the boxes have, as mmdet's inference expects."""
+    state = {k: v.clone(memory_format=torch.contiguous_format) for k, v in stock.state_dict().items()}
+    if suffix == '.safetensors':
+        save_file(state, path, {'format': 'pt'})
+    else:
+        kept = {k: meta[k] for k in ('dataset_meta', 'epoch', 'iter', 'seed') if k in meta}
+        torch.save({'state_dict': state, 'meta': kept}, path)
+
+
+def report_content(
+    config: Config, checkpoint: Path, report: FoldReport, checks: dict[str, Verification], seconds: float
+) -> dict[str, Any]:
+    """Gather what a reader of the report wants to know."""
+    return {
+        'config': str(config.filename),
+        'checkpoint': {'file': str(checkpoint), 'sha256': sha256(checkpoint)},
+        'spec': report.spec,
+        'fold_seconds': round(seconds, 3),
+        'strict_load': True,
+        'feature_map_difference': {
+            precision: {'absolute': v.absolute, 'relative': v.relative} for precision, v in checks.items()
+        },
+        'sites': [asdict(site) for site in report.sites],
+        'calibration': None if report.calibration is None else report.calibration.as_dict(),
+        'versions': versions(),
+    }

@@ -1,0 +1,1 @@
+"""Detectors with a plug, with LSTMs in the place of attention, or with a teacher."""

@@ -1,0 +1,1 @@
+"""Training by MMEngine's Runner: stops, resumes and checkpoints bit for bit."""

@@ -1,0 +1,184 @@
+"""The model card of a shipped folder: what it is, how it was trained, what folding changed, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from asr_downstream.diffusion.evaluation.results import Result, tables
+from asr_downstream.diffusion.models.conditions import ClassLabels
+from asr_downstream.diffusion.pipelines import folder_of, loop, pipeline_name, quoted, usage
+from asr_downstream.diffusion.runs import Run
+from asr_downstream.files.card import front_matter
+
+__all__ = ['Metadata', 'far_card', 'model_card']
+
+TRAINING = (
+    'max_train_steps', 'train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lr_scheduler',
+    'lr_warmup_steps', 'snr_gamma', 'use_ema', 'mixed_precision', 'seed',
+)  # fmt: skip
+TASKS = {'DDPMPipeline': 'unconditional-image-generation', 'StableDiffusionPipeline': 'text-to-image'}
+HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What the head of a card says besides what is always known; nothing is guessed.
+
+    Attributes:
+        license: such as ``'apache-2.0'``.
+        base_model: id of the model that the training started from.
+        datasets: ids of the data.
+        tags: further ones.
+    """
+
+    license: str | None = None
+    base_model: str | None = None
+    datasets: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    def of(self, config: Config) -> Metadata:
+        """Fill in ids of the hub that a config names; folders of a disk say nothing to others."""
+        base = config.model.get('pretrained_model_name_or_path')
+        data = config.data.get('path') if config.data.get('type') == 'HubDataset' else None
+        return replace(
+            self,
+            base_model=self.base_model or (base if is_hub_id(base) else None),
+            datasets=self.datasets or ((str(data),) if is_hub_id(data) else ()),
+        )
+
+    def head(self, library: str, tags: tuple[str, ...], task: str | None = None) -> str:
+        """YAML front matter, as the hub reads it."""
+        given = {
+            'license': self.license,
+            'base_model': self.base_model,
+            'datasets': list(self.datasets),
+            'tags': list(self.tags),
+        }
+        more = {'pipeline_tag': task} if task else {}
+        return front_matter(library, {key: value for key, value in given.items() if value}, tags, **more)
+
+
+def is_hub_id(path: Any) -> bool:
+    """Whether a path is an id such as ``'google/ddpm-cat-256'`` and nothing on this disk."""
+    return isinstance(path, str) and HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+
+
+def model_card(run: Run, report: dict[str, Any], results: list[Result], metadata: Metadata) -> str:
+    """Text of ``README.md``.
+
+    Args:
+        run: that was shipped.
+        report: of the fold.
+        results: of evaluations of this checkpoint.
+        metadata: of its head.
+    """
+    name = pipeline_name(run)
+    measured = f'```\n{tables(results)}\n```' if results else 'Not evaluated.'
+    attention = (
+        'It was trained with the attention below, whose gates were folded into the weights afterwards: nothing'
+        if report['sites'] or report['calibration']
+        else 'It was trained as it is: nothing'
+    )
+    guided = ''
+    if name == 'DiTPipeline' and run.parts.condition.drop:
+        guided = (
+            f'\nWith guidance, which `DiTPipeline` has for the 1,000 classes of ImageNet only:\n\n{block(loop(run))}\n'
+        )
+    tags = ('diffusion', folder_of(run.parts.model))
+    count = f'{report["parameters"]["shipped"]:,} parameters'
+    return f"""{metadata.of(run.config).head('diffusers', tags, TASKS.get(name or ''))}# {run.folder.name}
+
+A stock `{report['model']}` of diffusers with {count}. {attention} but diffusers is needed to run it.
+
+![samples](samples.png)
+
+{block(usage(run))}
+{guided}{classes(run)}
+{training(run, report['plug'])}
+
+## Folding
+{folding(report)}
+
+## Measured
+{measured}
+"""
+
+
+def far_card(run: Run, facts: Mapping[str, Any], metadata: Metadata) -> str:
+    """Text of ``README.md`` of a run whose attention is replaced."""
+    code = f"from asr_downstream.far.export import load_far\n\nmodel = load_far('THIS FOLDER')  # a {facts['model']}"
+    head = metadata.of(run.config).head('asr_downstream', ('diffusion', folder_of(run.parts.model), 'FAR'))
+    return f"""{head}# {run.folder.name}
+
+A `{facts['model']}` of diffusers whose self-attention is replaced by LSTMs (FAR, arXiv 2505.21535), with
+{facts['parameters']:,} parameters. Plain diffusers cannot load it: it needs asr_downstream.
+
+{block(code)}
+
+Called as the class of diffusers is; the noise schedule is in `scheduler`.
+{classes(run)}
+{training(run, run.config.plug)}
+
+Replaced: `{run.config.replace}`
+"""
+
+
+def block(code: str) -> str:
+    """Python code as Markdown."""
+    return f'```python\n{code}\n```'
+
+
+def training(run: Run, plug: Any) -> str:
+    """How it was trained."""
+    config = run.config
+    data = {k: Path(v).name if k == 'path' else v for k, v in config.data.items()}
+    rows = '\n'.join(f'| {key} | {config[key]} |' for key in TRAINING)
+    return f"""## Training
+Step {run.step} of a training on `{data}`, {'averaged weights' if run.ema else 'weights as trained'}.
+
+| | |
+|---|---|
+| model | `{dict(config.model)}` |
+| plug | `{plug}` |
+| noise schedule | `{dict(config.noise_scheduler)}` |
+{rows}"""
+
+
+def classes(run: Run) -> str:
+    """Numbers of the classes, and of the one that stands for none."""
+    condition = run.parts.condition
+    if not isinstance(condition, ClassLabels):
+        return ''
+    rows = [
+        f'| {number} | `{quoted(name)[1:-1]}` |'.replace('||', '| |') for number, name in enumerate(condition.classes)
+    ]
+    if condition.drop:
+        rows.append(
+            f'| {len(rows)} | none: the null class, trained with {condition.drop:.0%} of the samples, for guidance |'
+        )
+    return '\n## Classes\n| number | class |\n|---|---|\n' + '\n'.join(rows) + '\n'
+
+
+def folding(report: dict[str, Any]) -> str:
+    """What folding changed."""
+    sites, plugged = len(report['sites']), report['parameters']['plugged']
+    if not sites and report['calibration'] is None:
+        return 'There was nothing to fold: the run has no plug, and its weights are shipped as they were trained.'
+    text = f'{sites} sites were folded; while it trained the model had {plugged:,} parameters.\n'
+    if report['difference'] is None:
+        change = report['calibration']['output_change']
+        return text + (
+            f'Gates that depended on the input were replaced by their mean over training images. That changes the '
+            f'predictions of the model by {change:.2%} (root mean square).'
+        )
+    rows = '\n'.join(f'| {p} | {d["model"]:.1e} | {d["sample"]:.1e} |' for p, d in report['difference'].items())
+    return text + (
+        'The folded model against the trained one, largest difference (of a forward: relative to the largest output; '
+        f'of a DDIM sample of ten steps: in [0, 1]):\n\n| precision | forward | sample |\n|---|---|---|\n{rows}'
+    )

@@ -1,0 +1,188 @@
+"""Shipping a run: a folder of diffusers' own, that loads where this package is not installed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+
+from asr_downstream.diffusion.card import Metadata, far_card, model_card
+from asr_downstream.diffusion.evaluation.results import read_results
+from asr_downstream.diffusion.folding import as_trained, compare, fold_run
+from asr_downstream.diffusion.models.conditions import Text
+from asr_downstream.diffusion.pictures import save_grid
+from asr_downstream.diffusion.pipelines import folder_of, pipeline_of
+from asr_downstream.diffusion.runs import Run
+from asr_downstream.diffusion.sampling import build_sampler, generate
+from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.far.export import save_far
+from asr_downstream.files.atomic import cannot_write, check_writable, sha256, writable_folder, write_json, writing
+from asr_downstream.files.configs import plain
+from asr_downstream.measure.cost import parameters
+from asr_downstream.measure.versions import versions
+from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.sites import some
+
+__all__ = ['fold_and_ship']
+
+REPORT = 'fold_report.json'
+PICTURES, PICTURE_STEPS = 16, 50
+
+
+def fold_and_ship(
+    run: Run, out: Path, calibrate: int | None = None, metadata: Metadata | None = None
+) -> dict[str, Any]:
+    """Fold the model of a run, if it has a plug, and write a folder that plain diffusers loads.
+
+    It holds the pipeline (safetensors only), a model card, ``samples.png`` and ``fold_report.json``. It is written
+    aside, read back, compared with the model of the run, and then renamed. A run whose attention is replaced is written
+    by `asr_downstream.far.export.save_far`, which needs this package.
+
+    Args:
+        run: loaded; with its data if ``calibrate`` is given.
+        out: folder to write; one that this function has written before is replaced.
+        calibrate: see `asr_downstream.diffusion.folding.fold_run`.
+        metadata: of the card.
+
+    Returns:
+        The report.
+
+    Raises:
+        CheckpointError, FoldError: the model does not fold, or the result differs.
+        AsrError: ``out`` cannot be written or holds something else; said before the work.
+    """
+    metadata = metadata or Metadata()
+    plugged = bool(describe(run.parts.model).sites)
+    if calibrate is not None and not plugged:
+        raise CheckpointError(f'{run.folder}: nothing to calibrate, its model has no plug; leave --calibrate out')
+    results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
+    check_writable(out.absolute().parent)
+    if run.config.replace is not None:
+        return ship_replaced(run, out, metadata)
+    if strange := not_ours(out):
+        raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
+    start = time.perf_counter()
+    stock, folding = fold_run(run, calibrate) if plugged else as_trained(run)
+    seconds = time.perf_counter() - start
+    # what a calibrated fold ships is another function: only an exact one can be compared with the run
+    difference = compare(run, stock) if folding.calibration is None else None
+    sampler = build_sampler('DDIM', run.parts.scheduler)
+    steps = min(PICTURE_STEPS, sampler.config.num_train_timesteps)
+    images = generate(stock, run.parts, sampler, range(PICTURES), steps, run.config.seed)
+    aside = writable_folder(out.absolute().with_name(f'.{out.name}.tmp'))
+    try:
+        with writing(out, sum(value.nbytes for value in stock.state_dict().values())):
+            part = save_parts(run, stock, aside)
+            check_loads(stock, aside / part)
+            save_grid(aside / 'samples.png', images)
+            weights = sorted((aside / part).glob('*.safetensors'))
+            report = {
+                'run': run.folder.name,
+                'step': run.step,
+                'ema': run.ema,
+                'checkpoint_sha256': run.sha256,
+                'weights': {path.name: sha256(path) for path in weights},
+                'model': type(stock).__name__,
+                'pipeline': (aside / 'model_index.json').is_file(),
+                'plug': plain(run.config.plug),
+                'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
+                'fold_seconds': round(seconds, 3),
+                'difference': difference,
+                'sites': [asdict(site) for site in folding.sites],
+                'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
+                'versions': versions(),
+                'files': sorted([*files_in(aside), REPORT, 'README.md']),
+            }
+            write_json(aside / REPORT, report)
+            (aside / 'README.md').write_text(model_card(run, report, results, metadata), encoding='utf-8')
+        replace_folder(aside, out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return {**report, 'report': folding}
+
+
+def ship_replaced(run: Run, out: Path, metadata: Metadata) -> dict[str, Any]:
+    """Write a run whose attention is replaced, for `asr_downstream.far.export.load_far`."""
+    facts = {'model': type(run.parts.model).__name__, 'parameters': parameters(run.parts.model)}
+
+    def others(folder: Path) -> None:
+        save_others(run, folder)
+        (folder / 'README.md').write_text(far_card(run, facts, metadata), encoding='utf-8')
+
+    about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema, 'checkpoint_sha256': run.sha256}
+    save_far(run.parts.model, out, about, others, run.parts.inputs(2))
+    return {**facts, **about, 'replaced': True, 'sites': [], 'pipeline': False}
+
+
+def files_in(folder: Path) -> set[str]:
+    """Relative paths of all files."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir()}
+
+
+def not_ours(out: Path) -> list[str]:
+    """What is in the way at ``out``: a file, or files that `fold_and_ship` has not listed in its report there."""
+    if not out.exists():
+        return []
+    if not out.is_dir():
+        return [out.name]
+    try:
+        ours = set(json.loads((out / REPORT).read_text())['files'])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return sorted(files_in(out) - ours)
+
+
+def save_parts(run: Run, stock: Any, folder: Path) -> str:
+    """Write the pipeline, or where diffusers has none, its parts in folders of their usual names.
+
+    Returns:
+        Name of the folder of the model.
+    """
+    name = folder_of(stock)
+    pipeline = pipeline_of(run, stock)
+    if pipeline is not None:
+        pipeline.save_pretrained(folder, safe_serialization=True)
+        return name
+    stock.save_pretrained(folder / name, safe_serialization=True)
+    save_others(run, folder)
+    return name
+
+
+def save_others(run: Run, folder: Path) -> None:
+    """Write what a model is sampled with: schedule, VAE, text encoder."""
+    diffusers.DDPMScheduler.from_config(run.parts.scheduler.config).save_pretrained(folder / 'scheduler')
+    if run.parts.vae is not None:
+        run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
+    if isinstance(run.parts.condition, Text):
+        run.parts.condition.encoder.save_pretrained(folder / 'text_encoder')
+        run.parts.condition.tokenizer.save_pretrained(folder / 'tokenizer')
+
+
+def check_loads(stock: Any, folder: Path) -> None:
+    """Read the model back, as diffusers does, and compare every weight."""
+    again = type(stock).from_pretrained(folder, local_files_only=True).state_dict()
+    own = stock.state_dict()
+    if own.keys() != again.keys() or not all(torch.equal(own[key], again[key]) for key in own):
+        raise AsrError(f'{folder}: what was written does not read back as it was; check the disk')
+
+
+def replace_folder(aside: Path, out: Path) -> None:
+    """Rename a finished folder to its place; one that was there goes only after that."""
+    try:
+        if out.exists():
+            old = out.absolute().with_name(f'.{out.name}.old')
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(out, old)
+            os.replace(aside, out)
+            shutil.rmtree(old)
+        else:
+            os.replace(aside, out)
+    except OSError as error:
+        raise cannot_write(out, error) from error

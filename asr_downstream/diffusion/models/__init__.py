@@ -1,0 +1,1 @@
+"""Models, noise schedules and conditions of diffusers, built from configs."""

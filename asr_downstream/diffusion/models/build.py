@@ -1,0 +1,129 @@
+"""Models and schedulers of diffusers, built from configs."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.embeddings import LabelEmbedding
+from mmengine.config import Config
+
+from asr_downstream.diffusion.models.pretrained import find_model, load_whole
+from asr_downstream.errors import AsrError, PlugError, did_you_mean
+from asr_downstream.far import replace
+from asr_downstream.files.configs import plain
+from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.plug import plug
+from asr_downstream.plugging.sites import some
+
+__all__ = ['build_model', 'build_scheduler', 'check_gates', 'gated', 'sample_shape']
+
+MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
+PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
+
+
+def build_model(config: Config, plugged: bool = True) -> Any:
+    """Build the model of a config; of two configs of one seed, the plugged model has the weights of the stock one.
+
+    Args:
+        config: a diffusion config.
+        plugged: whether to plug it as the config says. Attention is replaced in any case: LSTMs do not fold.
+
+    Raises:
+        AsrError: the class or an argument is not known, or a pretrained model is not there.
+        PlugError: plug or replacements do not fit, or not each other.
+    """
+    torch.manual_seed(config.seed)
+    model = build(config.model, MODELS, 'model')
+    if model.config.out_channels != model.config.in_channels:
+        raise AsrError(
+            f'model: out_channels={model.config.out_channels} should equal in_channels={model.config.in_channels}; '
+            f'a learned variance is not trained here'
+        )
+    for module in model.modules():
+        if isinstance(module, LabelEmbedding):
+            module.dropout_prob = 0.0  # each block of a DiT would drop other labels, on top of the condition's drop
+    if plugged and config.plug is not None:
+        plug(model, plain(config.plug))
+    if config.replace is not None:
+        before = gated(model)
+        replace(model, plain(config.replace))
+        check_gates(before, model)
+    return model
+
+
+def gated(model: Any) -> set[str]:
+    """Paths of the layers that have gates."""
+    return {site.path for site in describe(model).sites}
+
+
+def check_gates(before: set[str], model: Any) -> None:
+    """Refuse a model of which a layer with gates went with its attention.
+
+    Args:
+        before: see `gated`; of the plugged model.
+        model: the same with its attention replaced.
+
+    Raises:
+        PlugError: see above.
+    """
+    if gone := sorted(before - gated(model)):
+        raise PlugError(
+            f"replace: the gates of {some(gone)} would go with the attention; use variant='M3', which keeps output "
+            f'projections, or leave these layers out of the sites of the plug'
+        )
+
+
+def build_scheduler(spec: dict[str, Any], latents: bool = False) -> Any:
+    """Build a noise scheduler of diffusers from ``dict(type='DDPMScheduler', ...)``.
+
+    Args:
+        spec: of the config.
+        latents: whether it is for latents, which do not lie in [-1, 1]: then ``clip_sample`` is off, and
+            ``steps_offset`` 1, as diffusers' latent pipelines want it, unless the spec says otherwise.
+
+    Raises:
+        AsrError: the class or an argument is not known.
+    """
+    spec = {'clip_sample': False, 'steps_offset': 1, **spec} if latents else spec
+    scheduler = build(spec, ('DDPMScheduler', 'DDIMScheduler'), 'noise_scheduler')
+    if scheduler.config.prediction_type not in PREDICTIONS:
+        kind = scheduler.config.prediction_type
+        raise AsrError(f'noise_scheduler: prediction_type={kind!r} is not known; {did_you_mean(kind, PREDICTIONS)}')
+    return scheduler
+
+
+def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:
+    """Make an object of diffusers from its class name and arguments, or load it from a pretrained folder."""
+    arguments = plain(spec)
+    name = arguments.pop('type', None)
+    if name not in known:
+        raise AsrError(f'{what}: type={name!r} is not one that is trained here; {did_you_mean(str(name), known)}')
+    cls = getattr(diffusers, name)
+    pretrained = arguments.get('pretrained_model_name_or_path')
+    if pretrained is not None and issubclass(cls, diffusers.ModelMixin):
+        return load_whole(cls, what, **find_model(arguments, name, what))
+    try:
+        if pretrained is not None:
+            return cls.from_pretrained(**arguments)
+        takes = inspect.signature(cls.__init__).parameters
+        for key in arguments:
+            if key not in takes:
+                raise AsrError(f'{what}: {name} takes no {key!r}; {did_you_mean(key, set(takes) - {"self"})}')
+        return cls(**arguments)
+    except AsrError:
+        raise
+    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        first = str(error).strip().splitlines()[0][:200]
+        raise AsrError(f'{what}: {name} cannot be made from {pretrained or arguments} ({first})') from error
+
+
+def sample_shape(model: Any) -> tuple[int, int, int]:
+    """Shape ``(C, H, W)`` of what the model denoises."""
+    size = model.config.sample_size
+    if size is None:
+        raise AsrError('model: sample_size should be given, it is the height and width of what is denoised')
+    height, width = (size, size) if isinstance(size, int) else size
+    return model.config.in_channels, height, width

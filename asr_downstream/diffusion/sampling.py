@@ -1,0 +1,139 @@
+"""Sampling: images from a model, each from a random stream of its own, so that it does not depend on the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import diffusers
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.console.progress import bar
+from asr_downstream.diffusion.models.components import Parts
+from asr_downstream.engine.data.sampler import mix
+from asr_downstream.errors import AsrError, DataError, did_you_mean
+
+__all__ = ['SAMPLERS', 'build_sampler', 'check_can_sample', 'generate']
+
+# diffusers: critical for the cosine schedule, whose last signal-to-noise ratios are next to nothing.
+COSINE = {'lambda_min_clipped': -5.1}
+
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    'DDPM': (diffusers.DDPMScheduler, {}),
+    'DDIM': (diffusers.DDIMScheduler, {}),
+    'DPM-Solver++': (diffusers.DPMSolverMultistepScheduler, {'algorithm_type': 'dpmsolver++'}),
+}
+
+
+def build_sampler(name: str, scheduler: Any) -> Any:
+    """Make a sampler for a model that was trained with ``scheduler``.
+
+    Args:
+        name: DDPM (Ho et al., arXiv 2006.11239), DDIM (arXiv 2010.02502) or DPM-Solver++ (arXiv 2211.01095).
+        scheduler: of the training; betas and prediction type are taken from it.
+
+    Raises:
+        AsrError: the name is not known.
+    """
+    if name not in SAMPLERS:
+        raise AsrError(f'sampler {name!r} is not known; {did_you_mean(name, SAMPLERS)}')
+    cls, options = SAMPLERS[name]
+    if name == 'DPM-Solver++' and scheduler.config.beta_schedule == 'squaredcos_cap_v2':
+        options = options | COSINE
+    return cls.from_config(scheduler.config, **options)
+
+
+@torch.no_grad()
+def generate(
+    model: nn.Module,
+    parts: Parts,
+    sampler: Any,
+    numbers: Sequence[int],
+    steps: int,
+    seed: int = 0,
+    batch_size: int = 64,
+    guidance_scale: float = 1.0,
+    text: str = '',
+    describe: Callable[[Sequence[int]], Tensor] | None = None,
+) -> Tensor:
+    """Generate images.
+
+    Args:
+        model: in eval mode, on any device.
+        parts: of its run; the condition says what image ``number`` shows.
+        sampler: see `build_sampler`.
+        numbers: of the images; image ``n`` of a seed is the same in every batch and with every batch size.
+        steps: number of inference steps.
+        seed: of the images.
+        batch_size: images a forward.
+        guidance_scale: 1 is no guidance; more needs a condition that was trained with ``drop``.
+        text: of the progress bar; without it there is none.
+        describe: numbers to conditions; by default classes or prompts take turns.
+
+    Returns:
+        Images ``(N, C, H, W)`` in [0, 1], float32, on the CPU.
+
+    Raises:
+        AsrError: training mode, too many steps, or guidance without ``drop``.
+        DataError: images are not finite.
+    """
+    if model.training:
+        raise AsrError(f'{type(model).__name__} is in training mode: call model.eval() first')
+    check_can_sample(parts, sampler, steps, guidance_scale)
+    batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
+    images = []
+    for batch in bar(batches, text) if text else batches:
+        described = (describe or parts.condition.of_samples)(batch)
+        images.append(generate_batch(model, parts, sampler, batch, described, steps, seed, guidance_scale))
+    return torch.cat(images) if images else torch.empty(0, *parts.shape)
+
+
+def check_can_sample(parts: Parts, sampler: Any, steps: int, guidance_scale: float = 1.0) -> None:
+    """Refuse a sampling that does not fit a run.
+
+    Raises:
+        AsrError: too many steps, or guidance without ``drop``.
+    """
+    if not 1 <= steps <= sampler.config.num_train_timesteps:
+        raise AsrError(f'{steps} inference steps: should be between 1 and {sampler.config.num_train_timesteps}')
+    if guidance_scale != 1 and not parts.condition.drop:
+        raise AsrError('guidance needs a condition that was trained with drop > 0')
+
+
+def generate_batch(
+    model: nn.Module,
+    parts: Parts,
+    sampler: Any,
+    numbers: list[int],
+    described: Tensor,
+    steps: int,
+    seed: int,
+    guidance_scale: float,
+) -> Tensor:
+    """Generate one batch."""
+    parameter = next(model.parameters())
+    device, dtype = parameter.device, parameter.dtype
+    streams = [torch.Generator().manual_seed(mix(seed, 'image', number)) for number in numbers]
+    x = torch.stack([torch.randn(parts.shape, generator=s) for s in streams]).to(device, dtype)
+    described = described.to(device)
+    condition, nothing = parts.condition.arguments(described), {}
+    if guidance_scale != 1:
+        nothing = parts.condition.arguments(described, torch.ones(len(numbers), dtype=torch.bool, device=device))
+    sampler.set_timesteps(steps)
+    x = x * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        scaled = sampler.scale_model_input(x, t)
+        when = t.to(device).expand(len(numbers))
+        predicted = model(scaled, when, **condition).sample
+        if guidance_scale != 1:
+            plain = model(scaled, when, **nothing).sample
+            predicted = plain + guidance_scale * (predicted - plain)
+        x = sampler.step(predicted, t, x, generator=streams).prev_sample
+    images = parts.decode(x).float().cpu()
+    if not (x.isfinite().all() and images.isfinite().all()):  # decoding clips infinity to white
+        raise DataError(
+            f'the generated images are not finite: {type(model).__name__} computes NaN or infinity; the training '
+            f'diverged, or the numbers are too large for {str(dtype).removeprefix("torch.")}'
+        )
+    return images

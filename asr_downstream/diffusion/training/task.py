@@ -1,0 +1,90 @@
+"""Denoising as a task: a diffusion model learns to predict noise, velocity or the image itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from torch import Tensor, nn
+
+from asr_downstream.diffusion.config import SCHEMA
+from asr_downstream.diffusion.models.components import Parts
+from asr_downstream.diffusion.models.pretrained import same_schedule
+from asr_downstream.diffusion.pictures import grid, save_grid
+from asr_downstream.diffusion.sampling import build_sampler, generate
+from asr_downstream.diffusion.training.data import Samples
+from asr_downstream.diffusion.training.objective import denoising_loss
+from asr_downstream.engine.config import portable
+from asr_downstream.engine.task import Task
+from asr_downstream.engine.trackers import Reporter
+from asr_downstream.errors import DataError
+
+__all__ = ['Denoising']
+
+
+class Denoising(Task):
+    """Denoising, with a grid of samples as validation.
+
+    Args:
+        config: a diffusion config.
+        parts: of it, with data.
+    """
+
+    schema = SCHEMA
+    fixed: tuple[str, ...] = ('model', 'plug', 'replace', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
+
+    def __init__(self, config: Config, parts: Parts) -> None:
+        self.config = config
+        self.parts = parts
+        self.model = parts.model
+        self.images = parts.images
+        self.sampler = build_sampler(config.sampler, parts.scheduler)
+
+    def same(self, key: str, before: Any, now: Any) -> bool:
+        """Compare noise schedules by what they are for the model."""
+        if key == 'noise_scheduler' and isinstance(before, dict) and isinstance(now, dict):
+            return same_schedule(before, now)
+        return super().same(key, before, now)
+
+    def samples(self) -> Samples:
+        """See `Parts.samples`."""
+        return self.parts.samples()
+
+    def to(self, device: torch.device) -> None:
+        """See `Parts.to`."""
+        self.parts.to(device)
+
+    def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Encode images and ``condition``, in float32: half precision would change the noise level."""
+        image = self.parts.encode(batch['image'])
+        return {**batch, 'image': image, 'condition': self.parts.conditioned(batch)}
+
+    def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Arguments of the model: the noisy images, how noisy they are, and the condition."""
+        noisy = self.parts.scheduler.add_noise(batch['image'], batch['noise'], batch['timestep'])
+        return {self.parts.input_name: noisy, 'timestep': batch['timestep'], **batch['condition']}
+
+    def objective(self, output: Any, batch: dict[str, Any]) -> Tensor:
+        """Loss of what the model returned for `inputs`."""
+        return denoising_loss(self.parts.scheduler, output.sample, batch, self.config.snr_gamma)
+
+    def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
+        """Write ``samples/step-<step>.png``: always the same noise."""
+        config = self.config
+        try:
+            images = generate(
+                model, self.parts, self.sampler, range(config.num_validation_images), config.num_inference_steps,
+                config.seed, config.train_batch_size, config.guidance_scale,
+            )  # fmt: skip
+        except DataError as error:  # whether the training itself diverged, the loop sees
+            reporter.say(f'step {step}: no samples: {error}')
+            return
+        save_grid(run / 'samples' / f'step-{step:07d}.png', images)
+        reporter.picture(step, grid(images))
+
+    def config_text(self) -> str:
+        """Resolved config, with the classes or prompts that the data gave."""
+        condition = self.parts.condition.complete(self.config.to_dict()['condition'])
+        return portable(self.config, condition=condition)

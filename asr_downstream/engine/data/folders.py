@@ -1,0 +1,68 @@
+"""Files below a folder, whatever else a file system holds: links in circles, pipes, sockets, devices."""
+
+from __future__ import annotations
+
+import os
+import stat
+import warnings
+from pathlib import Path
+
+from asr_downstream.errors import DataError
+from asr_downstream.plugging.sites import some
+
+__all__ = ['files_below']
+
+# What the entry of a folder is.
+FILE, FOLDER, LINK, ODD = 'file', 'folder', 'link', 'odd'
+
+
+def files_below(root: Path) -> list[str]:
+    """Paths of all files below a folder, relative to it, with forward slashes.
+
+    Links to folders are followed, but each folder is read once, so that links in a circle end and no file is counted
+    twice. What is left out is said in a warning.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    found: list[str] = []
+    odd: list[str] = []
+    links: list[Path] = []
+    seen: set[tuple[int, int]] = set()
+    folders = [root]
+    while folders or links:
+        # Links come last: a folder has its own name, not that of a link to it.
+        folder = folders.pop() if folders else links.pop(0)
+        try:
+            status = folder.stat()
+            if (status.st_dev, status.st_ino) in seen:
+                odd.append(f'{folder}: is read already')
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            with os.scandir(folder) as entries:
+                for entry in sorted(entries, key=lambda e: e.name):
+                    path, kind = folder / entry.name, kind_of(entry)
+                    if kind == FILE:
+                        found.append(path.relative_to(root).as_posix())
+                    elif kind == ODD:
+                        odd.append(f'{path}: is no file')
+                    else:
+                        (links if kind == LINK else folders).append(path)
+        except OSError as error:
+            raise DataError(f'{folder}: cannot be read ({error.strerror or error}); mend or remove it') from error
+    if odd:
+        warnings.warn(f'left out: {some(sorted(odd))}', stacklevel=2)
+    return found
+
+
+def kind_of(entry: os.DirEntry[str]) -> str:
+    """Kind of an entry; a link to nothing counts as a file, which cannot be decoded then and has a name."""
+    if entry.is_file(follow_symlinks=False):
+        return FILE
+    if entry.is_dir(follow_symlinks=False):
+        return FOLDER
+    try:
+        mode = entry.stat().st_mode
+    except OSError:
+        return FILE
+    return FILE if stat.S_ISREG(mode) else LINK if stat.S_ISDIR(mode) else ODD

@@ -1,0 +1,243 @@
+"""Image sources: a folder, a zip that is read in place, a Hugging Face data set, and the digits that need no download.
+
+A source has a length, ``read(i)`` for a PIL image, ``name(i)``, ``labels`` (class numbers, or None), ``classes`` (their
+names) and ``caption(i)``.
+"""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from mmengine.registry import Registry
+from PIL import Image
+
+from asr_downstream.engine.data.folders import files_below
+from asr_downstream.errors import AsrError, DataError, did_you_mean
+
+__all__ = ['SOURCES', 'Digits', 'Files', 'HubDataset', 'ImageFolder', 'Source', 'Zip']
+
+SUFFIXES = frozenset(('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'))
+SOURCES = Registry('image source', scope='asr_downstream')
+
+
+class Source:
+    """Base class of the image sources."""
+
+    labels: list[int] | None = None
+    classes: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """Decode an image; raises OSError if that is not possible."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """Where an image comes from, for messages."""
+        raise NotImplementedError
+
+    def caption(self, index: int) -> str:
+        """Text of an image.
+
+        Raises:
+            DataError: there are no texts.
+        """
+        raise DataError(f'{type(self).__name__}: has no captions; use HubDataset with caption_column=...')
+
+
+class Files(Source):
+    """Images with paths; the classes are the names of the folders they are in, if there are several.
+
+    Args:
+        paths: relative paths with forward slashes.
+        root: what they are in, for messages.
+    """
+
+    def __init__(self, paths: list[str], root: Path) -> None:
+        self.root = root
+        self.paths = sorted(p for p in paths if is_image(p))
+        if not self.paths:
+            raise DataError(f'{root}: has no images ({", ".join(sorted(SUFFIXES))}); check the path')
+        folders = [PurePosixPath(p).parent.name for p in self.paths]
+        classes = sorted(set(folders))
+        if len(classes) > 1 and '' not in classes:
+            self.classes = tuple(classes)
+            numbers = {name: number for number, name in enumerate(classes)}
+            self.labels = [numbers[folder] for folder in folders]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def name(self, index: int) -> str:
+        """Path of the file."""
+        return f'{self.root}/{self.paths[index]}'
+
+
+def is_image(path: str) -> bool:
+    """Whether a path looks like an image; hidden files and folders do not, nor what macOS adds to archives."""
+    parts = PurePosixPath(path).parts
+    return PurePosixPath(path).suffix.lower() in SUFFIXES and not any(p.startswith(('.', '__MACOSX')) for p in parts)
+
+
+@SOURCES.register_module()
+class ImageFolder(Files):
+    """Images below a folder; each folder counts once, see `folders.files_below`.
+
+    Args:
+        path: the folder.
+    """
+
+    def __init__(self, path: str) -> None:
+        root = Path(path)
+        if not root.is_dir():
+            raise DataError(f'{root}: no such image folder; give one with --data, or set ASR_DATA_ROOT')
+        super().__init__(files_below(root), root)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode the file."""
+        with Image.open(self.root / self.paths[index]) as image:
+            image.load()
+            return image
+
+
+@SOURCES.register_module()
+class Zip(Files):
+    """Images in a zip file, which is not unpacked.
+
+    Args:
+        path: the zip file.
+    """
+
+    def __init__(self, path: str) -> None:
+        root = Path(path)
+        if not root.is_file():
+            raise DataError(f'{root}: no such zip file; give one with --data, or set ASR_DATA_ROOT')
+        try:
+            with zipfile.ZipFile(root) as archive:
+                paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
+        except zipfile.BadZipFile as error:
+            raise DataError(f'{root}: is no zip file that can be read ({error}); copy it again') from error
+        super().__init__(paths, root)
+        self.handle: tuple[int, zipfile.ZipFile | None] = (0, None)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode an entry; each worker process opens the archive for itself."""
+        if self.handle[0] != os.getpid():
+            self.handle = os.getpid(), zipfile.ZipFile(self.root)
+        assert self.handle[1] is not None
+        try:
+            with self.handle[1].open(self.paths[index]) as file, Image.open(file) as image:
+                image.load()
+                return image
+        except zipfile.BadZipFile as error:
+            raise OSError(str(error)) from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, 'handle': (0, None)}
+
+
+@SOURCES.register_module()
+class HubDataset(Source):
+    """A data set that the ``datasets`` library can load: an id on the Hugging Face hub, or a local one.
+
+    Args:
+        path: id or folder.
+        name: configuration of the data set.
+        split: such as ``'train'``.
+        image_column, label_column, caption_column: columns to use; the first of the fitting kind by default.
+        **kwargs: for ``datasets.load_dataset``, such as ``revision`` or ``data_dir``.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = 'train',
+        image_column: str | None = None,
+        label_column: str | None = None,
+        caption_column: str | None = None,
+        **kwargs: Any,
+    ) -> None:
+        try:
+            import datasets
+        except ImportError as error:
+            raise DataError(f'HubDataset needs datasets ({error}); install it with: pip install datasets') from error
+        try:
+            self.rows = datasets.load_dataset(path, name, split=split, **kwargs)
+        except Exception as error:  # its errors have no common class
+            raise DataError(f'{path}: cannot be loaded by datasets ({type(error).__name__}: {error})') from error
+        if not isinstance(self.rows, datasets.Dataset):  # a stream, or all splits
+            raise DataError(
+                f'{path}: images are drawn by number, which a {type(self.rows).__name__} cannot do; leave out '
+                f"streaming, and name a split='train' (streaming={kwargs.get('streaming', False)}, split={split!r})"
+            )
+        self.path = f'{path}[{split}]'
+        features = self.rows.features
+        self.image_column = self.column(features, image_column, datasets.Image, 'image')
+        found = [c for c, f in features.items() if isinstance(f, datasets.ClassLabel)]
+        self.label_column = label_column or (found[0] if found else None)
+        if self.label_column is not None:
+            self.column(features, self.label_column, datasets.ClassLabel, 'label')
+            self.classes = tuple(features[self.label_column].names)
+            self.labels = list(self.rows[self.label_column])
+        if caption_column is not None:
+            self.column(features, caption_column, datasets.Value, 'caption')
+        self.caption_column = caption_column
+
+    def column(self, features: Any, name: str | None, kind: type, what: str) -> str:
+        """Find a column of a kind."""
+        fitting = [c for c, f in features.items() if isinstance(f, kind)]
+        if name is not None and name not in fitting:
+            raise DataError(f'{self.path}: {name!r} is not a column of {what}s; {did_you_mean(name, fitting)}')
+        if not fitting:
+            raise DataError(f'{self.path}: has no column of {what}s, only {", ".join(features)}')
+        return name or fitting[0]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> Image.Image:
+        """Decode an image."""
+        return self.rows[index][self.image_column]
+
+    def name(self, index: int) -> str:
+        """Name of the data set and the row."""
+        return f'{self.path} row {index}'
+
+    def caption(self, index: int) -> str:
+        """Text of the caption column."""
+        if self.caption_column is None:
+            raise DataError(f"{self.path}: name its captions with data=dict(..., caption_column='text')")
+        return self.rows[index][self.caption_column]
+
+
+@SOURCES.register_module()
+class Digits(Source):
+    """The 1,797 handwritten digits of 8x8 pixels that come with scikit-learn (UCI, E. Alpaydin, C. Kaynak, 1998)."""
+
+    classes = tuple('0123456789')
+
+    def __init__(self) -> None:
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise AsrError(f'Digits needs scikit-learn ({error}); install it with: pip install scikit-learn') from error
+        found = load_digits()
+        self.pixels = np.rint(found.images * (255 / 16)).astype(np.uint8)
+        self.labels = found.target.tolist()
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def read(self, index: int) -> Image.Image:
+        """Return a digit, white on black."""
+        return Image.fromarray(self.pixels[index])
+
+    def name(self, index: int) -> str:
+        """Number of the digit."""
+        return f'digit {index}'

@@ -1,0 +1,1 @@
+"""The state of a training: its checkpoints, written and read back."""

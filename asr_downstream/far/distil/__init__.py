@@ -1,0 +1,1 @@
+"""Distillation of the replaced attentions: what is compared, what learns, the stages."""

@@ -1,0 +1,204 @@
+"""The stages of a FAR config, one training each, in folders beside each other: teacher, distillation, fine-tuning."""
+
+from __future__ import annotations
+
+import copy
+import os
+import pkgutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+from torch import nn
+
+from asr_downstream.engine.loop import check_folder, train
+from asr_downstream.engine.state import checkpoints
+from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
+from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.far.config import stage_config, with_epochs
+from asr_downstream.far.distil.task import Distillation
+from asr_downstream.far.model.describe import describe
+from asr_downstream.far.model.replace import replace
+from asr_downstream.files.configs import plain
+from asr_downstream.files.locks import occupied
+from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint, state_dict_of
+from asr_downstream.measure import cost
+
+__all__ = [
+    'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',
+    'of_this_launch', 'plan', 'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
+]  # fmt: skip
+
+# Type of a task -> where it is made: called with a config, and a model or None for the teacher. Imported when used,
+# since each needs another library.
+TASKS = {
+    'Classification': 'asr_downstream.far.distil.classification:Classification',
+    'Denoising': 'asr_downstream.diffusion.training.far:Replaced',
+}
+
+
+def build_task(config: Config, model: nn.Module | None = None) -> Any:
+    """Build the task of a config.
+
+    Raises:
+        AsrError: it is not known, or does not fit.
+    """
+    arguments = plain(config.task)
+    name = arguments.pop('type', None)
+    if name not in TASKS or arguments:
+        raise AsrError(f'task={config.task}: should be dict(type=...); {did_you_mean(str(name), TASKS)}')
+    return pkgutil.resolve_name(TASKS[name])(config, model)
+
+
+def say_once(line: str) -> None:
+    """Print a line, on the first process alone."""
+    if not int(os.environ.get('RANK', '0')):
+        print(line, flush=True)
+
+
+def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[str], None] = say_once) -> Path:
+    """Train all stages, one after the other.
+
+    Args:
+        config: see `asr_downstream.far.config.load_config`.
+        out: folder; a stage is in the folder of its name.
+        resume: whether to pass over finished stages and continue the one that was interrupted.
+        say: takes lines for the user.
+
+    Returns:
+        Folder of the last stage.
+
+    Raises:
+        AsrError: something does not fit, or a stage was trained before and ``resume`` is not set.
+    """
+    names = [stage['name'] for stage in config.stages]
+    with of_this_launch(out):
+        if not resume:
+            for name in names:
+                check_folder(out / name, None)
+        for number, name in enumerate(names, 1):
+            if resume and finished(config, out, name):
+                say(f'stage {number}/{len(names)}, {name}: finished before')
+                continue
+            settings = stage_config(config, name)
+            say(f'stage {number}/{len(names)}, {name}: {settings.learns} learn')
+            train_stage(config, name, out, 'latest' if resume and checkpoints.checkpoints_in(out / name) else None)
+    return out / names[-1]
+
+
+@contextmanager
+def of_this_launch(out: Path) -> Iterator[None]:
+    """Keep the folder of the stages to this launch inside the block; its first process holds the lock.
+
+    Raises:
+        AsrError: another one has it.
+    """
+    with occupied(out) if not int(os.environ.get('RANK', '0')) else nullcontext():
+        yield
+
+
+def train_stage(config: Config, name: str, out: Path, resume: str | None = None) -> Path:
+    """Train one stage; those before it are finished.
+
+    Returns:
+        Its last checkpoint.
+    """
+    task = stage_task(config, name, out)
+    return train(task, task.config, out / name, resume)
+
+
+def stage_task(config: Config, name: str, out: Path) -> Any:
+    """Build the task of a stage, with the weights that the stages before it left."""
+    settings = stage_config(config, name)
+    if settings.learns == 'teacher':
+        task = build_task(settings)
+    else:
+        teacher = load_teacher(config, out)
+        before = students(config)
+        before = before[: before.index(name)]
+        student = load_student(config, out, before[-1]) if before else replaced(config, teacher)
+        task = Distillation(build_task(settings, student), teacher, settings)
+    with_epochs(settings, len(task.samples()), world())
+    return task
+
+
+def students(config: Config) -> list[str]:
+    """Names of the stages that train the student."""
+    return [stage['name'] for stage in config.stages if stage.get('learns', config.learns) != 'teacher']
+
+
+def finished(config: Config, out: Path, name: str) -> bool:
+    """Whether a stage was trained to its end."""
+    if not checkpoints.checkpoints_in(out / name):
+        return False
+    return is_finished(stage_task(config, name, out), out / name)
+
+
+def is_finished(task: Any, run: Path) -> bool:
+    """Whether a run with checkpoints is a training of this task, to its end.
+
+    Raises:
+        CheckpointError: it is of another one.
+    """
+    checkpoint = checkpoints.find(run)
+    found = read_progress(checkpoint)
+    expected = Progress.of(task.config, world(), len(task.samples()), task.fixed)
+    check_same_run(found, expected, checkpoint, task.fixed, task.schema.defaults, lambda line: None)
+    return found.step >= task.config.max_train_steps
+
+
+def load_teacher(config: Config, out: Path) -> Any:
+    """The teacher, as the config has it, or as the stage that learns it left it."""
+    model = build_task(config).model.eval()
+    for stage in config.stages:
+        if stage.get('learns', config.learns) == 'teacher':
+            load_weights(model, out / stage['name'])
+    return model
+
+
+def load_student(config: Config, out: Path, name: str) -> Any:
+    """The student as a stage left it."""
+    return load_weights(replaced(config, build_task(config).model), out / name).eval()
+
+
+def plan(config: Config) -> str:
+    """Say what would be replaced and trained, without the weights."""
+    first = stage_config(config, config.stages[0]['name'])
+    task = build_task(first)
+    student = replaced(config, task.model)
+    lines = [str(describe(student)), f'{cost.parameters(task.model):,} -> {cost.parameters(student):,} parameters']
+    for stage in config.stages:
+        settings = with_epochs(stage_config(config, stage['name']), len(task.samples()), world())
+        what = f'distance {plain(settings.distance)}' if settings.distance else 'loss of the task alone'
+        lines.append(f'{stage["name"]}: {settings.learns} learn, {settings.max_train_steps} steps, {what}')
+    return '\n'.join(lines)
+
+
+def world() -> int:
+    """Number of processes of this launch."""
+    return int(os.environ.get('WORLD_SIZE', '1'))
+
+
+def replaced(config: Config, teacher: nn.Module) -> Any:
+    """A copy of a teacher with its attention replaced."""
+    student = copy.deepcopy(teacher).requires_grad_(True)
+    replace(student, plain(config.replace))
+    return student
+
+
+def load_weights(model: Any, run: Path) -> Any:
+    """Load the weights of the newest complete checkpoint of a run; averaged ones, if it has some.
+
+    Raises:
+        CheckpointError: there is none, or they do not fit.
+    """
+    checkpoint = checkpoints.find(run)
+    weights = next(
+        (path for path in (checkpoint / AVERAGE, checkpoint / WEIGHTS) if path.is_file()), checkpoint / WEIGHTS
+    )
+    state = state_dict_of(read_checkpoint(weights), weights)
+    check_weights_finite(state, weights, model)
+    load_state(model, state, weights)
+    return model

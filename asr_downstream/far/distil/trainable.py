@@ -1,0 +1,47 @@
+"""Which weights of a student learn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from asr_downstream.far.distil.loss import block_of
+from asr_downstream.far.model.attentions import StandIn
+from asr_downstream.far.model.describe import mixers
+from asr_downstream.far.model.lstm import VARIANTS
+
+__all__ = ['STUDENTS', 'keep_statistics', 'learning']
+
+STUDENTS = ('replacements', 'blocks', 'all')
+
+
+def learning(model: Any, learns: str) -> None:
+    """Set which parameters of a student learn.
+
+    Args:
+        model: with replaced attentions.
+        learns: ``'replacements'`` (LSTMs and their projections; the teacher's output projections stay), ``'blocks'``
+            (all of the blocks they are in) or ``'all'``.
+    """
+    model.requires_grad_(learns == 'all')
+    for path, mixer in mixers(model):
+        if learns == 'blocks':
+            model.get_submodule(block_of(model, path)).requires_grad_(True)
+        mixer.requires_grad_(True)
+        if VARIANTS[mixer.variant].projection == 'fresh':
+            projection_of(model, path).requires_grad_(True)
+
+
+def keep_statistics(model: nn.Module) -> None:
+    """Set batch norms whose weights do not learn to eval mode, so that what is frozen stays as it is."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
+            module.eval()
+
+
+def projection_of(model: nn.Module, path: str) -> nn.Module:
+    """Output projection of a replaced attention."""
+    stand_in = model.get_submodule(path)
+    return stand_in.get_submodule(stand_in.kept[0] if isinstance(stand_in, StandIn) else 'to_out.0')

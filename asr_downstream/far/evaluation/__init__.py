@@ -1,0 +1,1 @@
+"""Accuracy, cost and token relations of a teacher and its FAR family."""

@@ -1,0 +1,1 @@
+"""The LSTMs that stand in for attention: form, execution, replacement, description."""

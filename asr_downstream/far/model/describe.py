@@ -1,0 +1,98 @@
+"""`describe`: the table of the replaced attentions of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from rich.table import Table
+from torch import nn
+
+from asr_downstream.errors import PlugError
+from asr_downstream.far.model.backends import RULES
+from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.measure.cost import parameters
+from asr_downstream.plugging.describe import render
+
+__all__ = ['Description', 'Row', 'check_replaced', 'describe', 'mixers']
+
+
+@dataclass(frozen=True)
+class Row:
+    """One replacement.
+
+    Attributes:
+        path: of the attention, in ``named_modules()``.
+        variant: M1, M2 or M3.
+        channels: of a token.
+        widths: hidden units of each head, (ahead, back).
+        parameters: of the LSTMs and their projections, without a projection that is the teacher's.
+        execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `RULES`.
+    """
+
+    path: str
+    variant: str
+    channels: int
+    widths: tuple[tuple[int, int], ...]
+    parameters: int
+    execution: str
+
+    @property
+    def units(self) -> int:
+        """Hidden units of all heads and directions."""
+        return sum(map(sum, self.widths))
+
+    @property
+    def full(self) -> int:
+        """Hidden units before pruning."""
+        return 2 * self.channels
+
+
+@dataclass(frozen=True)
+class Description:
+    """The replacements of a model; prints as a table."""
+
+    model: str
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return f'{self.model}: no attention is replaced'
+        total = sum(row.parameters for row in self.rows)
+        units, full = sum(row.units for row in self.rows), sum(row.full for row in self.rows)
+        title = f'{self.model}: {len(self.rows)} attentions replaced, {total:,} parameters, {units:,} of {full:,} units'
+        table = Table('attention', 'form', 'heads', 'units', 'parameters', 'execution', title=title)
+        for column in table.columns[2:5]:
+            column.justify = 'right'
+        for row in self.rows:
+            count = f'{row.units:,} of {row.full:,}'
+            table.add_row(row.path, row.variant, str(len(row.widths)), count, f'{row.parameters:,}', row.execution)
+        rules = '\n'.join(f'auto on {device}: {rule}' for device, rule in RULES.items())
+        return f'{render(table)}\n{rules}'
+
+
+def mixers(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:
+    """The LSTMs of a model with the paths of the attentions they stand in for."""
+    for path, module in model.named_modules():
+        if isinstance(module, MultiHeadLSTM):
+            yield path.removesuffix('mixer').rstrip('.').removesuffix('.processor'), module
+
+
+def check_replaced(model: nn.Module) -> None:
+    """Refuse a model on which `replace` was not called itself.
+
+    Raises:
+        PlugError: nothing is replaced, or a part of it was, whose spec the model does not know.
+    """
+    if getattr(model, 'replace_spec', None) is None:
+        paths = [path for path, _ in mixers(model)]
+        what = f'{paths[0]} was replaced in a part of it; give that part' if paths else 'no attention is replaced'
+        raise PlugError(f'{type(model).__name__}: {what}, or call replace(model, spec) on the whole model')
+
+
+def describe(model: nn.Module) -> Description:
+    """List the replaced attentions of ``model``: path, form, units, parameters, and how they are run."""
+    rows = []
+    for path, mixer in mixers(model):
+        rows.append(Row(path, mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution))
+    return Description(type(model).__name__, tuple(rows))

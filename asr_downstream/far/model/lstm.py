@@ -1,0 +1,138 @@
+"""The multi-head LSTM that stands in for an attention (FAR, arXiv 2505.21535; form as in its authors' repository)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.errors import PlugError, did_you_mean
+from asr_downstream.far.model.backends import EXECUTIONS, multiply_adds, pick
+from asr_downstream.far.model.head import HeadLSTM
+
+__all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A form of the replacement.
+
+    Attributes:
+        head_proj: whether each head has a projection back to its width, so that its outputs are comparable with the
+            attention's heads.
+        projection: what follows: ``'kept'`` (the teacher's output projection), ``'fresh'`` (a new one in its place), or
+            ``'own'`` (one of the module, from the states of all heads).
+        note: for the documentation.
+    """
+
+    head_proj: bool
+    projection: str
+    note: str
+
+
+# Of the repository's history: M1 is its form of June 2025, M2 of 18 June, M3 from 26 June 2025 on.
+VARIANTS = {
+    'M1': Variant(False, 'own', 'pre-projection, heads, one projection of all states'),
+    'M2': Variant(True, 'fresh', 'pre-projection, heads, a projection a head, a fresh output projection'),
+    'M3': Variant(True, 'kept', "pre-projection, heads, a projection a head, the teacher's output projection"),
+}
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear layer, which may have no inputs: then it is a bias."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', 'Initializing zero-element')
+        return nn.Linear(inputs, outputs)
+
+
+class MultiHeadLSTM(nn.Module):
+    """Multi-head bidirectional LSTM over tokens: ``(B, N, channels) -> (B, N, channels)``.
+
+    A linear map, one bidirectional LSTM for each slice of ``channels / heads`` channels, and, by variant, a linear map
+    a head or one of all states. States start at zero. Under autocast the recurrences keep the dtype of their weights
+    (oneDNN has no LSTM of lower precision for float32 weights, cuDNN none in bfloat16 before 9.13), and the linear maps
+    follow autocast; a module converted to bfloat16 or float16 as a whole runs in it.
+
+    Args:
+        channels: of a token.
+        heads: number of heads; must divide ``channels``.
+        variant: a key of `VARIANTS`.
+        widths: hidden units of each head, ``(ahead, back)``; default: ``channels / heads``.
+        execution: a key of `asr_downstream.far.model.backends.EXECUTIONS`, or ``'auto'``.
+        out_channels: of the output; default: ``channels``.
+
+    Initial LSTM weights are uniform in ``+-1 / sqrt(channels)``: the authors' heads are slices of one LSTM that wide.
+
+    Raises:
+        PlugError: sizes do not fit, or a name is not known.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        heads: int,
+        variant: str = 'M3',
+        widths: Sequence[Sequence[int]] | None = None,
+        execution: str = 'auto',
+        out_channels: int | None = None,
+    ) -> None:
+        super().__init__()
+        if variant not in VARIANTS:
+            raise PlugError(f'FAR: variant={variant!r} is not known; {did_you_mean(str(variant), VARIANTS)}')
+        if execution != 'auto' and execution not in EXECUTIONS:
+            raise PlugError(
+                f'FAR: execution={execution!r} is not known; {did_you_mean(str(execution), [*EXECUTIONS, "auto"])}'
+            )
+        if heads < 1 or channels % heads:
+            raise PlugError(f'FAR: {channels} channels cannot be split into {heads} heads; give a divisor with heads=')
+        self.channels, self.variant, self.execution = channels, variant, execution
+        size = channels // heads
+        widths = [(size, size)] * heads if widths is None else widths
+        if len(widths) != heads or any(len(pair) != 2 or min(pair) < 0 for pair in widths):
+            raise PlugError(f'FAR: widths={widths!r} should be {heads} pairs (ahead, back) of numbers of hidden units')
+        self.pre_proj = nn.Linear(channels, channels)
+        self.heads = nn.ModuleList(HeadLSTM(size, pair, 1 / math.sqrt(channels)) for pair in widths)
+        out = channels if out_channels is None else out_channels
+        self.head_proj: nn.ModuleList | None = None
+        self.out_proj: nn.Linear | None = None
+        if VARIANTS[variant].head_proj:
+            if out % heads:
+                raise PlugError(f'FAR: {out} channels of the projection cannot be split into {heads} heads')
+            self.head_proj = nn.ModuleList(linear(sum(pair), out // heads) for pair in widths)
+        else:
+            self.out_proj = linear(sum(map(sum, widths)), out)
+
+    @property
+    def widths(self) -> list[tuple[int, int]]:
+        """Hidden units of each head, ``(ahead, back)``."""
+        return [head.widths for head in self.heads]  # type: ignore[misc]
+
+    def states(self, tokens: Tensor) -> list[Tensor]:
+        """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens."""
+        dtype = next(self.heads.parameters(), tokens).dtype
+        with torch.autocast(tokens.device.type, enabled=False):
+            pieces = tokens.to(dtype).chunk(len(self.heads), -1)
+            heads: Any = self.heads
+            name = self.execution
+            if name == 'auto':
+                name = pick(tokens.device, multiply_adds(heads, tokens.shape[0] * tokens.shape[1]))
+            return EXECUTIONS[name](heads, pieces)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix tokens ``(B, N, channels)``."""
+        states = self.states(self.pre_proj(x))
+        if self.head_proj is None:
+            assert self.out_proj is not None
+            return self.out_proj(torch.cat(states, -1))
+        return torch.cat([proj(s) for proj, s in zip(self.head_proj, states, strict=True)], -1)
+
+    def extra_repr(self) -> str:
+        """Sizes."""
+        return (
+            f'channels={self.channels}, heads={len(self.heads)}, variant={self.variant!r}, execution={self.execution!r}'
+        )

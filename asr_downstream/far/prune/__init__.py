@@ -1,0 +1,1 @@
+"""Pruning of hidden units: scores, and budgets of units, parameters or latency."""

@@ -1,0 +1,1 @@
+"""Folding: constant gates become weights, exactly or by calibration, and models are compared."""

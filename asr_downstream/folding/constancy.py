@@ -1,0 +1,142 @@
+"""How constant the gates of a model are over real data.
+
+The *stripe ratio* of a site is the standard deviation of its gates over the images, averaged over the channels, over
+the standard deviation of their means over the channels: how far the gates move against how much they differ. Near 0,
+the gates are the stripes of ASR (ECCV 2024, section 3) and constant for all purposes; a site above 1 does depend on its
+input.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.console.progress import bar
+from asr_downstream.errors import FoldError
+from asr_downstream.folding.verify import run
+from asr_downstream.modules.copies import batch_of
+from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.record import record
+from asr_downstream.plugging.shared_unit import Member
+
+__all__ = ['Constancy', 'Step', 'default_step', 'groups', 'measure_constancy']
+
+Step: TypeAlias = Callable[[nn.Module, Any], Any]
+
+
+@dataclass(frozen=True)
+class Constancy:
+    """How constant the gates of one site are over data.
+
+    Attributes:
+        path: of the site.
+        group: of what folds together: the site, or the run of sites of a recurrent unit.
+        mean: gates averaged over the samples, ``(C,)``, float64.
+        over_samples: standard deviation over samples (images, and positions of spatial gates), mean over channels.
+        over_channels: standard deviation of ``mean`` over channels.
+        samples: number of samples.
+    """
+
+    path: str
+    group: str
+    mean: Tensor
+    over_samples: float
+    over_channels: float
+    samples: int
+
+    @property
+    def ratio(self) -> float:
+        """The stripe ratio; 0 for gates that do not move."""
+        if self.over_samples == 0:
+            return 0.0
+        return self.over_samples / self.over_channels if self.over_channels else math.inf
+
+
+def default_step(model: nn.Module, batch: Any) -> Any:
+    """Call the model with a tensor, a list or tuple of arguments, or a dict of keyword arguments."""
+    return run(model, tuple(batch) if isinstance(batch, list) else batch)
+
+
+@torch.no_grad()
+def measure_constancy(
+    model: nn.Module, data: Iterable[Any], step: Step = default_step, text: str = 'calibrating'
+) -> list[Constancy]:
+    """Run ``model`` over ``data``.
+
+    Returns:
+        The constancy of every site with input-dependent gates, least constant last.
+
+    Raises:
+        FoldError: no data, a site that no batch reaches, or gates that are not finite.
+    """
+    totals: dict[str, Moments] = {}
+    batches = 0
+    with record(model) as seen:
+        for batch in bar(data, text):
+            try:
+                step(model, batch_of(batch))
+            except TypeError as error:
+                first = str(error).strip().splitlines()[0]
+                raise FoldError(
+                    f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({first}); '
+                    f'say how with step=lambda model, batch: model(...)'
+                ) from error
+            batches += 1
+            for path, gates in seen.gates.items():
+                for g in gates:
+                    totals.setdefault(path, Moments()).add(g)
+                gates.clear()
+            for states in seen.states.values():
+                states.clear()
+    if not batches:
+        raise FoldError('calibrate: there was no data; give a list or a loader of batches')
+    found = []
+    for path, group in groups(model).items():
+        if path not in totals:
+            raise FoldError(f'{path}: was not reached by the calibration data; leave the site out, or use other data')
+        found.append(totals[path].constancy(path, group))
+    return sorted(found, key=lambda s: s.ratio)
+
+
+class Moments:
+    """Running sums of the gates of one site, in float64."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())
+        self.squares = torch.zeros(())
+
+    def add(self, gates: Tensor) -> None:
+        """Add gates ``(B, C, *)``."""
+        rows = gates.double().flatten(2).movedim(1, -1).flatten(0, -2) if gates.dim() > 2 else gates.double()
+        self.count += rows.shape[0]
+        self.total = self.total.to(rows) + rows.sum(0)
+        self.squares = self.squares.to(rows) + rows.square().sum(0)
+
+    def constancy(self, path: str, group: str) -> Constancy:
+        """Finish."""
+        mean = self.total / self.count
+        if not mean.isfinite().all():
+            raise FoldError(f'{path}: its gates are not finite on the calibration data; the training diverged')
+        std = (self.squares / self.count - mean.square()).clamp_min(0).sqrt()
+        return Constancy(path, group, mean, float(std.mean()), float(mean.std(unbiased=False)), self.count)
+
+
+def groups(model: nn.Module) -> dict[str, str]:
+    """Path of each site with input-dependent gates -> what it folds with.
+
+    Sites that share a recurrent state fold together: a site that is left would wait for the states of the others.
+    """
+    found: dict[str, str] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, Plugged) and layer.dynamic is not None:  # type: ignore[attr-defined]
+            gates: Any = layer.dynamic  # type: ignore[attr-defined]
+            members = [gate.attention for gate in gates if isinstance(gate.attention, Member)]
+            unit = next((m.unit for m in members if m.recurrent), None)
+            found[path] = path if unit is None else unit.name
+    return found

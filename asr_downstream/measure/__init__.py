@@ -1,0 +1,1 @@
+"""What a model costs, how long a call takes, and where a number was measured."""

@@ -1,0 +1,1 @@
+"""Plugging: gates of an attention at the sites of a model, attached, described and recorded."""

@@ -1,0 +1,60 @@
+"""Plugging and unplugging one layer, by changing its class, and layers that have lost theirs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from asr_downstream.errors import PlugError
+from asr_downstream.modules.check import check_module
+from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.layers import Plugged, plugged_class
+
+__all__ = ['attach', 'detach', 'orphans', 'rebind']
+
+
+def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
+    """Turn a stock ``layer`` into its plugged class, in place."""
+    layer.__class__ = plugged_class(type(layer))
+    layer.register_module('gate', nn.ModuleList(gates) if gates else None)
+    layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
+    for slot in (layer.gate, layer.dynamic):
+        if slot is not None:
+            slot.train(layer.training)
+
+
+def detach(layer: Any) -> None:
+    """Turn a plugged ``layer`` back into its stock class, in place; its gates are dropped."""
+    del layer.gate, layer.dynamic
+    layer.__class__ = layer.stock
+
+
+def rebind(model: nn.Module) -> list[str]:
+    """Plug layers again that a converter has rebuilt, and return their paths.
+
+    ``SyncBatchNorm.convert_sync_batchnorm`` builds a new stock layer and moves the children of the old one to it: the
+    gates are still there, but nobody asks them. Call this after such a conversion.
+    """
+    check_module(model, 'rebind')
+    paths = orphans(model)
+    for path in paths:
+        layer = model.get_submodule(path)
+        if plugged_class(type(layer)) is None:
+            raise PlugError(f'{path}: was converted to {type(layer).__name__}, which cannot be plugged')
+        slots = {slot: layer._modules.pop(slot, None) for slot in ('gate', 'dynamic')}
+        attach(layer, *(list(slots[slot] or ()) for slot in ('gate', 'dynamic')))  # type: ignore[arg-type]
+    return paths
+
+
+def orphans(model: nn.Module) -> list[str]:
+    """Paths of stock layers that carry gates which nobody asks (see `rebind`)."""
+    return [
+        path
+        for path, layer in model.named_modules()
+        if not isinstance(layer, Plugged)
+        and any(
+            isinstance(child, nn.ModuleList) and len(child) > 0 and isinstance(child[0], Gate)
+            for child in layer.children()
+        )
+    ]

@@ -1,0 +1,187 @@
+"""`describe`: the table of the sites of a plugged model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from io import StringIO
+
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from asr_downstream.errors import PlugError
+from asr_downstream.modules.check import check_module
+from asr_downstream.plugging.attach import orphans
+from asr_downstream.plugging.gates import ConstantGate, Gate
+from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.shared_unit import Member, SharedUnit
+from asr_downstream.plugging.sites import find_sites, some
+
+__all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe', 'render']
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site: where it is, what it is, and what scales it.
+
+    Attributes:
+        path: name in ``named_modules()``.
+        layer: name of the stock class.
+        channels: number of gates.
+        plug: such as ``'ASR(SE) + Attention(SE)'``.
+        parameters: number of parameters that the plug added here, without shared ones.
+        folds: whether all its gates are constant.
+    """
+
+    path: str
+    layer: str
+    channels: int
+    plug: str
+    parameters: int
+    folds: bool
+
+
+@dataclass(frozen=True)
+class SharedRow:
+    """An attention that sites share.
+
+    Attributes:
+        name: of the stage.
+        attention: its class.
+        sites: paths of the sites, in the order in which a state runs along them.
+        parameters: number of its parameters.
+    """
+
+    name: str
+    attention: str
+    sites: tuple[str, ...]
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Description:
+    """The sites of a model; prints as a table.
+
+    Attributes:
+        model: class name of the model.
+        sites: one row a site, in the order of ``named_modules()``.
+        shared: one row a shared attention.
+        candidates: where nothing is plugged: paths of the layers that ``sites='residual'`` means.
+    """
+
+    model: str
+    sites: tuple[SiteRow, ...]
+    shared: tuple[SharedRow, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters that plugging added."""
+        return sum(row.parameters for row in self.sites) + sum(unit.parameters for unit in self.shared)
+
+    def __str__(self) -> str:
+        if not self.sites:
+            found = f"sites='residual' means {some(list(self.candidates))}"
+            return f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}'
+        table = Table(title=f'{self.model}: {len(self.sites)} sites, {self.parameters:,} parameters added')
+        for name, justify in (('site', 'left'), ('layer', 'left'), ('channels', 'right'), ('plug', 'left')):
+            table.add_column(name, justify=justify)  # type: ignore[arg-type]
+        table.add_column('parameters', justify='right')
+        table.add_column('folds')
+        for row in self.sites:
+            folds = 'exactly' if row.folds else 'no: depends on the input'
+            table.add_row(row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds)
+        for unit in self.shared:
+            if unit is self.shared[0]:
+                table.add_section()
+            count = f'{len(unit.sites)} sites'
+            table.add_row(unit.name, count, '', f'shared {unit.attention}', f'{unit.parameters:,}', '')
+        return render(table)
+
+
+def describe(model: nn.Module) -> Description:
+    """List the plugged sites of ``model``: path, stock class, channels, plug, parameters added, whether it folds.
+
+    Of a stock model, say which sites there are to plug.
+    """
+    check_module(model, 'describe')
+    rows = []
+    units: dict[SharedUnit, list[str]] = {}
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Plugged):
+            continue
+        gates: list[Gate] = [*(layer.gate or ()), *(layer.dynamic or ())]  # type: ignore[attr-defined]
+        for gate in gates:
+            if isinstance(gate.attention, Member):
+                units.setdefault(gate.attention.unit, []).append(path)
+        rows.append(
+            SiteRow(
+                path=path,
+                layer=layer.stock.__name__,
+                channels=gates[0].channels,
+                plug=' + '.join(label(gates)),
+                parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
+                folds=all(isinstance(gate, ConstantGate) for gate in gates),
+            )
+        )
+    check_connected(model)
+    shared = tuple(
+        SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), sum(p.numel() for p in unit.parameters()))
+        for unit, paths in units.items()
+    )
+    return Description(type(model).__name__, tuple(rows), shared, () if rows else candidates(model))
+
+
+def candidates(model: nn.Module) -> tuple[str, ...]:
+    """Paths of the layers that ``sites='residual'`` means; none where no block is known."""
+    try:
+        return tuple(site.path for site in find_sites(model))
+    except PlugError:
+        return ()
+
+
+def label(gates: list[Gate]) -> list[str]:
+    """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``."""
+    names: list[list] = []
+    for gate in gates:
+        shared = isinstance(gate.attention, Member)
+        plug = 'ASR' if isinstance(gate, ConstantGate) else 'DIA' if shared else 'Attention'
+        name = f'{plug}({attention_name(gate)})'
+        if names and names[-1][0] == name:
+            names[-1][1] += 1
+        else:
+            names.append([name, 1])
+    return [name if count == 1 else f'{name} x{count}' for name, count in names]
+
+
+def attention_name(gate: Gate) -> str:
+    """Class of a gate's attention, its own or a shared one."""
+    return type(gate.attention.attention if isinstance(gate.attention, Member) else gate.attention).__name__
+
+
+def check_connected(model: nn.Module) -> None:
+    """Refuse a model with gates that a converter has disconnected.
+
+    Raises:
+        PlugError: see `asr_downstream.plugging.layers.rebind`.
+    """
+    if paths := orphans(model):
+        raise PlugError(
+            f'{some(paths, 1)}: has gates that are not used any more: the layer was rebuilt, as '
+            f'convert_sync_batchnorm does; call asr_downstream.rebind(model) after such a conversion'
+        )
+
+
+def render(table: Table, width: int = 140) -> str:
+    """Render a rich table as plain text, for logs and files; what is in its cells is text and no markup."""
+    console = Console(
+        file=StringIO(),
+        width=width,
+        color_system=None,
+        force_terminal=False,
+        markup=False,
+        emoji=False,
+        highlight=False,
+    )
+    console.print(table)
+    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

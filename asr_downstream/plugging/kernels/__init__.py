@@ -1,0 +1,1 @@
+"""Forwards of plugged layers that save activations or work: the same numbers as the plain forms."""

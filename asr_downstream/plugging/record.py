@@ -1,0 +1,101 @@
+"""What gates and states are on real data: recorded in the forwards of a plugged model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from asr_downstream.modules.check import check_module
+from asr_downstream.plugging.gates import Gate
+from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.recurrence import Place
+from asr_downstream.plugging.shared_unit import Member, SharedUnit
+
+__all__ = ['Recording', 'record']
+
+
+@dataclass
+class Recording:
+    """Of each site, by path, one entry a forward through it; tensors are detached.
+
+    Attributes:
+        gates: what the map was multiplied by, ``(B, C)``, or ``(B, C, *)`` from a spatial attention; the product where
+            a site has several input-dependent gates; constant gates are ``(1, C)``.
+        states: what a recurrent attention left, such as ``(h, c)``, each ``(B, C)``.
+    """
+
+    gates: dict[str, list[Tensor]] = field(default_factory=dict)
+    states: dict[str, list[Any]] = field(default_factory=dict)
+
+
+@contextmanager
+def record(model: nn.Module) -> Iterator[Recording]:
+    """Record the gates and states of all forwards inside, in one thread.
+
+    Where a site has constant and input-dependent gates, the input-dependent ones are recorded.
+
+        with record(model) as seen:
+            model(images)
+        seen.gates['layer1.0.bn3'][0]  # (B, C)
+    """
+    check_module(model, 'record')
+    found = Recording()
+    handles = []
+    places: dict[tuple[int, int, int], str] = {}
+    units: set[SharedUnit] = set()
+    for path, layer in model.named_modules():
+        if not isinstance(layer, Plugged):
+            continue
+        found.gates[path] = []
+        for number, gate in enumerate(layer.dynamic or layer.gate or ()):  # type: ignore[attr-defined]
+            handles.append(gate.attention.register_forward_hook(keeper(found.gates[path], gate, number == 0)))
+            if isinstance(gate.attention, Member) and gate.attention.recurrent:
+                found.states[path] = []
+                places[spot(gate.attention.place)] = path
+                units.add(gate.attention.unit)
+
+    def watch(place: Place, state: Any) -> None:
+        if spot(place) in places:
+            found.states[places[spot(place)]].append(tuple(t.detach() for t in state))
+
+    for unit in units:
+        unit.slot.watchers += (watch,)
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for unit in units:
+            unit.slot.watchers = tuple(w for w in unit.slot.watchers if w is not watch)
+
+
+def spot(place: Place) -> tuple[int, int, int]:
+    """Key of a place."""
+    return id(place.unit), place.run, place.position
+
+
+def keeper(kept: list[Tensor], gate: Gate, first: bool) -> Any:
+    """Forward hook of the attention of ``gate``: keeps its gates, multiplied by those of the gates before."""
+
+    def keep(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if module is not gate.attention:  # of a copy of the model, which has taken this hook along
+            return
+        v = output.detach()
+        if gate.reference is not None:
+            v = v / spread(gate.reference, v.dim())
+        if not first:
+            before = kept.pop()
+            dims = max(before.dim(), v.dim())
+            v = spread(before, dims) * spread(v, dims)
+        kept.append(v)
+
+    return keep
+
+
+def spread(v: Tensor, dims: int) -> Tensor:
+    """Add axes of one position until ``v`` has ``dims`` axes."""
+    return v.view(*v.shape, *(1,) * (dims - v.dim()))

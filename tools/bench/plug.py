@@ -1,0 +1,253 @@
+"""What plugging costs in training and what folding leaves of it: time and saved activations, against the stock model.
+
+All arms have the same stock weights. ``feature maps`` and ``plain`` are the forms that other code uses, for comparison:
+the output of the layer times its gates. ASR as this package plugs it scales parameters, input-dependent gates (SE, DIA)
+are fused with their batch norm, and a folded model is stock.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from asr_downstream.folding.exact import fold
+from asr_downstream.folding.verify import verify
+from asr_downstream.measure.cost import saved_bytes
+from asr_downstream.measure.timing import Ratio, paired_times, ratio
+from asr_downstream.models import resnet56
+from asr_downstream.plugging.attach import detach
+from asr_downstream.plugging.describe import render
+from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.plug import plug
+from asr_downstream.registry import MODELS
+
+__all__ = ['CASES', 'Case', 'depth_table', 'feature_map_form', 'fold_seconds', 'measure', 'table']
+
+SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
+STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
+PLAIN = ', plain'
+SE = {'type': 'Attention', 'attention': {'type': 'SE', 'reduction': 16}}
+
+
+def dia(reduction: int) -> dict[str, Any]:
+    """Spec of DIA."""
+    return {'type': 'DIA', 'attention': {'type': 'DIALSTM', 'reduction': reduction}}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, the size of its input ``(batch, 3, side, side)``, and the input-dependent plugs that are tried on it."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: int
+    side: int
+    dynamic: dict[str, dict[str, Any]]
+
+
+def mmdet_resnet50() -> nn.Module:
+    """MMDetection's ResNet-50, all of it trained."""
+    from mmdet.models import ResNet
+
+    return ResNet(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
+
+
+CASES = (
+    Case('ResNet-56, 32 px', resnet56, batch=32, side=32, dynamic={'SE': SE, 'DIA r=4': dia(4)}),
+    Case(
+        'mmdet ResNet-50',
+        mmdet_resnet50,
+        batch=2,
+        side=224,
+        dynamic={'SE': SE, 'DIA r=20': dia(20), 'DIA r=4': dia(4)},
+    ),
+)
+
+
+def plain_form(plugged: nn.Module) -> nn.Module:
+    """Copy a plugged model; the copy multiplies the output of a layer by its input-dependent gates, and keeps it."""
+    model = copy.deepcopy(plugged)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    for layer in layers:
+        layer.fuse = layer.regain = False
+    return model
+
+
+def feature_map_form(plugged: nn.Module) -> nn.Module:
+    """Copy a plugged model into the form that multiplies the output of each site's layer by its gates."""
+    model = copy.deepcopy(plugged)
+    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
+    for layer in layers:
+        gates, dim = layer.gate, layer.channel_dim
+        detach(layer)
+        layer.register_module('late_gates', gates)
+
+        def scale(module: Any, _: Any, y: Tensor, dim: int = dim) -> Tensor:
+            for gate in module.late_gates:
+                y = y * (gate() if dim == -1 else gate().view(1, -1, 1, 1))
+            return y
+
+        layer.register_forward_hook(scale)
+    return model
+
+
+def total(outputs: Any) -> Tensor:
+    """A scalar that depends on every output."""
+    return sum((o.square().mean() for o in outputs), torch.zeros(())) if isinstance(outputs, tuple) else outputs.mean()
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss of a forward."""
+    return total(model(x))
+
+
+def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
+    """Forward, backward and an SGD step."""
+    model.train()
+    optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        optimiser.zero_grad(set_to_none=True)
+        total(model(x)).backward()
+        optimiser.step()
+
+    return step
+
+
+def inference(model: nn.Module, x: Tensor) -> Callable[[], Any]:
+    """One forward without gradients."""
+
+    def forward() -> Any:
+        with torch.inference_mode():
+            return model(x)
+
+    return forward
+
+
+def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
+    """Measure one case.
+
+    Returns:
+        Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
+        (bytes); and ``agreement``, the largest relative difference between the two forms of each plug.
+    """
+    torch.manual_seed(seed)
+    stock = case.build()
+    stock.eval()  # mmdet's ResNet.eval() returns None
+    x = torch.randn(case.batch, 3, case.side, case.side)
+    result: dict[str, Any] = {
+        'case': case.name,
+        'input': [case.batch, 3, case.side, case.side],
+        'rounds': rounds,
+        'agreement': {},
+        **{kind: {} for kind in ('training', 'inference', 'saved')},
+    }
+    for name, spec in {SCALED: SPEC, **case.dynamic}.items():  # apart: all arms at once would not fit caches and memory
+        plugged = plugged_copy(stock, spec)
+        if name == SCALED:
+            arms = {STOCK: stock, name: plugged, MAPS: feature_map_form(plugged), FOLDED: fold(plugged)[0]}
+        else:
+            arms = {STOCK: stock, name: plugged, name + PLAIN: plain_form(plugged)}
+        _, ours, theirs, *_ = arms.values()
+        result['agreement'][name] = verify(ours, theirs, x).relative
+        for kind, found in compare(arms, x, rounds, f'{case.name}, {name}').items():
+            result[kind].update({**found, **result[kind]})
+    return result
+
+
+def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> dict[str, dict[str, Any]]:
+    """Ratios to stock of paired rounds, and of saved bytes."""
+    still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
+    inference_times = paired_times(still, rounds, f'{text}: inference')
+    trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
+    for model in trained.values():
+        model.train()  # mmdet's ResNet.train() returns None
+    saved = {name: saved_bytes(model, partial(loss_of, model, x)) for name, model in trained.items()}
+    steps = {name: training_step(model, x) for name, model in trained.items()}
+    training_times = paired_times(steps, rounds, f'{text}: training steps')
+    return {
+        'training': ratios(training_times),
+        'inference': ratios(inference_times),
+        'saved': {name: count / saved[STOCK] for name, count in saved.items()},
+    }
+
+
+def plugged_copy(stock: nn.Module, spec: dict[str, Any]) -> nn.Module:
+    """Plug a copy, in eval mode."""
+    model = copy.deepcopy(stock)
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        plug(model, spec)
+    model.eval()
+    return model
+
+
+def ratios(times: dict[str, list[float]]) -> dict[str, Ratio]:
+    """Ratios of all arms to stock."""
+    return {name: ratio(series, times[STOCK]) for name, series in times.items()}
+
+
+def fold_seconds(repeats: int = 5) -> float:
+    """Median time to fold a Faster R-CNN R50 with ASR(SE) at all 16 sites, in seconds."""
+    from mmengine.hub import get_config
+    from mmengine.registry import init_default_scope
+
+    from asr_downstream.detection.models.detectors import build_detector
+
+    init_default_scope('mmdet')
+    config = get_config('mmdet::faster_rcnn/faster-rcnn_r50_fpn_1x_coco.py')
+    config.model.backbone.update(type='asr_downstream.ResNet', plug=SPEC, frozen_stages=-1)
+    model = build_detector(config)
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        fold(model)
+        times.append(time.perf_counter() - start)
+    return median(times)
+
+
+def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
+    """Parameters that SE and DIA add to mmdet's ResNets: SE grows with the depth, a shared unit does not."""
+    import asr_downstream.detection.models.plugged  # noqa: F401
+
+    counts: dict[str, dict[str, int]] = {}
+    for depth in (50, 101, 152):
+        stock = sum(p.numel() for p in MODELS.get('ResNet').stock_class(depth).parameters())
+        counts[f'ResNet-{depth}'] = {'stock': stock}
+        for name, spec in {'SE r=16': SE, 'DIA r=4': dia(4), 'DIA r=20': dia(20)}.items():
+            model = MODELS.build(dict(type='asr_downstream.ResNet', depth=depth, frozen_stages=-1, plug=spec))
+            counts[f'ResNet-{depth}'][name] = sum(p.numel() for p in model.parameters()) - stock
+    out = Table('backbone', 'stock', 'SE r=16', 'DIA r=4', 'DIA r=20', title='parameters, and what plugs add')
+    for name, row_counts in counts.items():
+        out.add_row(name, *(f'{"" if k == "stock" else "+"}{v:,}' for k, v in row_counts.items()))
+    return render(out), counts
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Print the measurements as one table."""
+    out = Table(
+        'model', 'arm', 'training step', 'saved activations', 'inference', title='ratios to stock, paired rounds'
+    )
+    for result in results:
+        for arm in result['inference']:
+            training = result['training'].get(arm)
+            saved = result['saved'].get(arm)
+            out.add_row(
+                result['case'],
+                arm,
+                str(training) if training else '',
+                f'{saved:.4f}' if saved else '',
+                str(result['inference'][arm]),
+            )
+        out.add_section()
+    return render(out)

@@ -1,0 +1,1 @@
+"""What can be plugged, found out by doing it: `tools/backbones.py`."""
