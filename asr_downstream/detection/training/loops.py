@@ -57,8 +57,9 @@ class EpochBasedTrainLoop(engine.EpochBasedTrainLoop):
     A resumed training is the uninterrupted one, bit for bit, where the kernels of the model are deterministic: order
     and augmentations of the data and the draws of the model are functions of the seed; of which transforms this does
     not hold says `asr_downstream.detection.training.sampler`. Not gone through again is a validation that was
-    interrupted, and with it what hooks and schedules learn from one. Gradients that are being accumulated are lost. Where an epoch has
-    another number of batches than before (another batch size, number of processes or data set), it starts again.
+    interrupted, and with it what hooks and schedules learn from one. Gradients that are being accumulated are lost.
+    Where an epoch has another number of batches than before (another batch size, number of processes or data set), it
+    starts again.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

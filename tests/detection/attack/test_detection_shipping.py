@@ -1,0 +1,229 @@
+"""What is shipped of detectors, stock runs too; what is refused before the work; folders that cannot be written."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import runpy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, command, files_of_at_most, randomise
+from helpers.detsets import tiny_set
+
+pytest.importorskip('mmdet')
+pytestmark = [pytest.mark.det, pytest.mark.timeout(120)]
+
+from mmengine.config import Config
+
+from asr_downstream.detection import export as shipping
+from asr_downstream.detection.config import load_config
+from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.evaluation import compare as comparing
+from asr_downstream.detection.evaluation import test as testing
+from asr_downstream.detection.models.detectors import build_detector, load_detector
+from asr_downstream.errors import AsrError, CheckpointError, FoldError
+
+FOLDER = ROOT / 'det_configs/digits'
+PLUGGED, STOCK, DIA = (FOLDER / f'retinanet_r18-w16{name}_fpn_digits.py' for name in ('-asr-se', '', '-dia'))
+TEN = tuple('0123456789')
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """A checkpoint of each config, with random weights."""
+    folder = tmp_path_factory.mktemp('made')
+    torch.manual_seed(0)
+    paths = {}
+    for config in (PLUGGED, STOCK, DIA):
+        paths[config] = folder / f'{config.stem}.pth'
+        content = {'state_dict': randomise(build_detector(load_config(config))).state_dict(), 'meta': {'epoch': 1}}
+        content['optimizer'] = {'state': {}}
+        torch.save(content, paths[config])
+    return paths
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_a_stock_run_ships(made: dict[Path, Path], suffix: str, tmp_path: Path) -> None:
+    out = tmp_path / f'shipped/detector{suffix}'
+    done = command('fold', STOCK, made[STOCK], out)
+    assert done.returncode == 0, done.stderr
+    assert 'nothing to fold' in done.stdout
+    report = json.loads((out.parent / 'fold_report.json').read_text())
+    assert report['sites'] == []
+    assert report['feature_map_difference']['float32']['absolute'] == 0.0
+    config = Config.fromfile(out.with_suffix('.py'))
+    assert 'asr_downstream' not in config.pretty_text
+    shipped, _ = load_detector(config, out)
+    trained, _ = load_detector(load_config(STOCK), made[STOCK])
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, shipped.state_dict()[key]), key
+    if suffix == '.pth':
+        assert set(torch.load(out, weights_only=True)) == {'state_dict', 'meta'}, 'weights only'
+    with pytest.raises(CheckpointError, match='no plug.*leave out --calibrate'):
+        shipping.fold_checkpoint(load_config(STOCK), made[STOCK], out, calibrate=shipping.CalibrationPlan())
+
+
+def test_a_card_says_what_was_given_and_nothing_else(made: dict[Path, Path], tmp_path: Path) -> None:
+    for name, options in {'bare': (), 'given': ('--license', 'cc-by-4.0', '--dataset', 'me/cells: "x"')}.items():
+        out = tmp_path / name / 'detector.pth'
+        done = command('fold', PLUGGED, made[PLUGGED], out, *options)
+        assert done.returncode == 0, done.stderr
+        _, head, body = (out.parent / 'README.md').read_text().split('---\n', 2)
+        found = yaml.safe_load(head)
+        assert found['library_name'] == 'mmdetection'
+        assert found['pipeline_tag'] == 'object-detection'
+        for key, value in {'license': 'cc-by-4.0', 'datasets': ['me/cells: "x"'], 'base_model': None}.items():
+            assert found.get(key) == (value if name == 'given' else None)
+        assert 'detector.py' in body
+        assert 'RetinaNet' in body
+        assert 'asr_downstream' not in body
+    assert json.loads((out.parent / 'fold_report.json').read_text())['card'] == 'README.md'
+
+
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_the_code_in_a_card_loads_a_detector_with_its_own_classes(
+    made: dict[Path, Path], suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = ('it\'s "a"', 'b\n```\\', *TEN[2:])
+    content = torch.load(made[STOCK], weights_only=True)
+    torch.save({**content, 'meta': {'dataset_meta': {'classes': classes}}}, tmp_path / 'trained.pth')
+    shipping.fold_checkpoint(load_config(STOCK), tmp_path / 'trained.pth', tmp_path / f'a{suffix}')
+    (tmp_path / 'load.py').write_text((tmp_path / 'README.md').read_text().split('```python\n')[1].split('\n```')[0])
+    monkeypatch.chdir(tmp_path)
+    assert tuple(runpy.run_path('load.py')['model'].dataset_meta['classes']) == classes
+
+
+def test_a_card_takes_the_place_of_none_that_somebody_wrote(made: dict[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / 'README.md').write_text('mine')
+    for _ in range(2):
+        assert command('fold', STOCK, made[STOCK], tmp_path / 'a.pth', '--base-model', 'me/base').returncode == 0
+        assert (tmp_path / 'README.md').read_text() == 'mine'
+        assert yaml.safe_load((tmp_path / 'a.md').read_text().split('---\n')[1])['base_model'] == 'me/base'
+
+
+def test_a_config_can_say_what_stands_in_the_card(made: dict[Path, Path], tmp_path: Path) -> None:
+    config = load_config(STOCK, options={'card.license': 'mit', 'card.datasets': ['a/b', 'c/d']})
+    shipping.fold_checkpoint(config, made[STOCK], tmp_path / 'a.pth')
+    found = yaml.safe_load((tmp_path / 'README.md').read_text().split('---\n')[1])
+    assert (found['license'], found['datasets']) == ('mit', ['a/b', 'c/d'])
+    with pytest.raises(AsrError, match="card: unknown key 'licence'.*did you mean 'license'"):
+        shipping.fold_checkpoint(load_config(STOCK, options={'card.licence': 'mit'}), made[STOCK], tmp_path / 'a.pth')
+
+
+def test_a_test_of_a_stock_model_that_is_to_fold_is_refused_without_a_warning(
+    made: dict[Path, Path], tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = load_config(STOCK, tiny_set(tmp_path / 'set', classes=TEN))
+    for folding in ('exact', 'calibrated'):
+        with pytest.raises(CheckpointError, match='nothing to fold'):
+            testing.evaluate_checkpoint(config, made[STOCK], tmp_path / 'x.json', testing.TestPlan(folding=folding))
+    assert not [str(warning.message) for warning in recwarn if 'no plugged sites' in str(warning.message)]
+
+
+def test_gates_that_depend_on_the_input_name_the_options(made: dict[Path, Path], tmp_path: Path) -> None:
+    root = tiny_set(tmp_path / 'set', classes=TEN)
+    done = command('test_det', DIA, made[DIA], '--fold', '--data-root', root, '--work-dir', tmp_path)
+    assert done.returncode == 1
+    assert '--fold calibrated --calibrate N' in done.stderr
+    done = command('fold', DIA, made[DIA], tmp_path / 'a.pth')
+    assert done.returncode == 1
+    assert 'with --calibrate N' in done.stderr
+    assert '--fold calibrated' not in done.stderr
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf')])
+def test_weights_that_are_not_finite_are_named(made: dict[Path, Path], value: float, tmp_path: Path) -> None:
+    content = torch.load(made[PLUGGED], weights_only=True)
+    content['state_dict']['backbone.layer1.0.conv1.weight'][0, 0, 0, 0] = value
+    torch.save(content, tmp_path / 'a.pth')
+    with pytest.raises(CheckpointError, match=r'a\.pth: backbone\.layer1\.0\.conv1\.weight is not finite'):
+        shipping.fold_checkpoint(load_config(PLUGGED), tmp_path / 'a.pth', tmp_path / 'b.pth')
+    with pytest.raises(CheckpointError, match=r'a\.pth: backbone\.layer1\.0\.conv1\.weight is not finite'):
+        load_detector(load_config(PLUGGED), tmp_path / 'a.pth')
+
+
+def never(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError('the work began')
+
+
+def test_a_full_disk_is_found_before_the_work(
+    made: dict[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tiny_set(tmp_path / 'set', classes=TEN)
+    for module, name in (
+        (shipping, 'fold'), (testing, 'evaluate'), (testing, 'compare'), (comparing, 'evaluate'),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, never)
+    config = load_config(STOCK, root)  # MMEngine reads configs from copies, which the limit would not let it make
+    new = tmp_path / 'new'
+    spec = importlib.util.spec_from_file_location('results_det', ROOT / 'tools/results_det.py')
+    assert spec is not None
+    assert spec.loader is not None
+    spec.loader.exec_module(tool := importlib.util.module_from_spec(spec))
+    runs: list[Callable[[], Any]] = [
+        lambda: shipping.fold_checkpoint(config, made[STOCK], new / 'a.pth'),
+        lambda: testing.evaluate_checkpoint(config, made[STOCK], new / 'test.json', testing.TestPlan()),
+        lambda: make_digits(new),
+        lambda: tool.main(['none', '--out', str(new / 'a.jsonl')]),
+    ]
+    for run in runs:
+        with files_of_at_most(0), pytest.raises(AsrError, match='new.*: cannot be written .* free') as error:
+            run()
+        assert '\n' not in str(error.value)
+    assert not (tmp_path / 'new').exists()
+
+
+@pytest.mark.parametrize('limit', [10_000, 200_000])
+def test_a_disk_that_fills_leaves_nothing(made: dict[Path, Path], limit: int, tmp_path: Path) -> None:
+    """The first limit stops the weights, the second lets small files pass."""
+    out = tmp_path / 'new/a.pth'
+    out.parent.mkdir()
+    (out.parent / 'a.py').write_text('before')
+    with files_of_at_most(limit):
+        done = command('fold', STOCK, made[STOCK], out)
+    assert done.returncode == 1
+    assert done.stderr.count('\n') == 1
+    assert 'a.pth: cannot be written' in done.stderr
+    assert [p.name for p in out.parent.iterdir()] == ['a.py']
+    assert (out.parent / 'a.py').read_text() == 'before'
+
+
+def test_digits_and_voc_leave_nothing_on_a_full_disk(tmp_path: Path) -> None:
+    from helpers.detsets import flat_voc
+
+    root = flat_voc(tmp_path / 'voc', *(f'n{n}' for n in range(40)))
+    with files_of_at_most(2000):
+        done = command('prepare_data', 'digits', tmp_path / 'digits')
+        assert (done.returncode, done.stderr.count('\n')) == (1, 1), done.stderr
+        assert 'cannot be written' in done.stderr
+        done = command('prepare_data', 'voc', root, '--split', 0.1)  # val is the larger one
+        assert (done.returncode, done.stderr.count('\n')) == (1, 1), done.stderr
+        assert 'cannot be written' in done.stderr
+    assert not list((root / 'annotations').glob('*'))
+    assert [p.name for p in tmp_path.iterdir()] == ['voc']
+
+
+@pytest.mark.parametrize('text', ['', '{', '[]', '{}', '{"checkpoint": 3}', '{"checkpoint": "epoch_2.pth"}'])
+def test_results_of_a_damaged_test_are_refused(text: str, tmp_path: Path) -> None:
+    (tmp_path / 'arm.py').write_text('train_cfg = dict(max_epochs=2)\ntrain_dataloader = dict(batch_size=4)\n')
+    (tmp_path / 'last_checkpoint').write_text('epoch_2.pth')
+    (tmp_path / 'test.json').write_text(text)
+    (tmp_path / 'x/vis_data').mkdir(parents=True)
+    (tmp_path / 'x/vis_data/scalars.json').write_text(
+        '{"loss": 1, "epoch": 1, "iter": 1}\n{"loss": 1, "epoch": 2, "iter": 2}'
+    )
+    done = command('results_det', tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.count('\n') == 1
+    assert f'{tmp_path}/test.json: ' in done.stderr
+
+
+def test_exact_folds_refuse_no_run_of_constant_gates(made: dict[Path, Path], tmp_path: Path) -> None:
+    """Control: the file of a plugged run is not exported with the config of the stock model."""
+    with pytest.raises((CheckpointError, FoldError), match='has gates, but the config builds a stock RetinaNet'):
+        shipping.fold_checkpoint(load_config(STOCK), made[PLUGGED], tmp_path / 'a.pth')

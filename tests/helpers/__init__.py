@@ -1,0 +1,1 @@
+"""Tiny models, data and programs that tests of several rooms use."""
