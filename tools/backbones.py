@@ -26,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     from rich.table import Table
 
     from asr_downstream.console.progress import bar
-    from asr_downstream.plugging.describe import render
+    from asr_downstream.console.text import render
 
     chosen = [b for b in BACKBONES if not args.name or any(n.lower() in b.name.lower() for n in args.name)]
     if not chosen:

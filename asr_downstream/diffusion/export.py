@@ -13,6 +13,7 @@ from typing import Any
 import diffusers
 import torch
 
+from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
 from asr_downstream.diffusion.evaluation.results import read_results
 from asr_downstream.diffusion.folding import as_trained, compare, fold_run
@@ -28,7 +29,6 @@ from asr_downstream.files.configs import plain
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.versions import versions
 from asr_downstream.plugging.describe import describe
-from asr_downstream.plugging.sites import some
 
 __all__ = ['fold_and_ship']
 

@@ -18,9 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import first_line
-from asr_downstream.plugging.sites import inside_gate, some
+from asr_downstream.plugging.sites import inside_gate
 
 # Names that plugging adds, in the checkpoint of a model that is not at hand.
 GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')

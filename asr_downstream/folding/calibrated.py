@@ -16,11 +16,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from asr_downstream.console.progress import bar
+from asr_downstream.console.text import render
 from asr_downstream.errors import FoldError
 from asr_downstream.folding.constancy import Constancy, Step, default_step, measure_constancy
 from asr_downstream.folding.verify import tensors
 from asr_downstream.modules.copies import batch_of, copy_of
-from asr_downstream.plugging.describe import render
 from asr_downstream.plugging.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
 

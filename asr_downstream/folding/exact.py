@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError, FoldError
 from asr_downstream.folding import calibrated as calibration
 from asr_downstream.folding.calibrated import Calibration, Metric
@@ -28,7 +29,6 @@ from asr_downstream.plugging.gates import Gate, saturation
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.save import forget, keep_dynamic
 from asr_downstream.plugging.shared_unit import Member, unregister
-from asr_downstream.plugging.sites import some
 
 __all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
 

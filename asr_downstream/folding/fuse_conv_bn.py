@@ -16,12 +16,12 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import FoldError
 from asr_downstream.folding.verify import beyond_rounding, check_inputs, outputs_of, run, verify
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.sites import some
 
 __all__ = ['fuse_conv_bn']
 

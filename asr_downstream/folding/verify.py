@@ -12,12 +12,11 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.console.text import render, some
 from asr_downstream.errors import AsrError
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.modules.leaves import leaves
-from asr_downstream.plugging.describe import render
-from asr_downstream.plugging.sites import some
 
 __all__ = ['TOLERANCE', 'Difference', 'Verification', 'beyond_rounding', 'check_inputs', 'compare', 'verify']
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from io import StringIO
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.console.text import render, some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
 from asr_downstream.plugging.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.shared_unit import Member, SharedUnit
-from asr_downstream.plugging.sites import find_sites, some
+from asr_downstream.plugging.sites import find_sites
 
-__all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe', 'render']
+__all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe']
 
 
 @dataclass(frozen=True)
@@ -170,18 +169,3 @@ def check_connected(model: nn.Module) -> None:
             f'{some(paths, 1)}: has gates that are not used any more: the layer was rebuilt, as '
             f'convert_sync_batchnorm does; call asr_downstream.rebind(model) after such a conversion'
         )
-
-
-def render(table: Table, width: int = 140) -> str:
-    """Render a rich table as plain text, for logs and files; what is in its cells is text and no markup."""
-    console = Console(
-        file=StringIO(),
-        width=width,
-        color_system=None,
-        force_terminal=False,
-        markup=False,
-        emoji=False,
-        highlight=False,
-    )
-    console.print(table)
-    return console.file.getvalue().rstrip()  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.plugging.attach import attach
@@ -23,7 +24,7 @@ from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plugs import Plug
 from asr_downstream.plugging.save import Attached, attached, watch
 from asr_downstream.plugging.shared_unit import SharedUnit, check_free, register
-from asr_downstream.plugging.sites import Site, find_sites, some
+from asr_downstream.plugging.sites import Site, find_sites
 from asr_downstream.registry import PLUGS, build
 
 __all__ = ['plug']

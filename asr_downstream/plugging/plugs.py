@@ -15,11 +15,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.layers import plugged_class
 from asr_downstream.plugging.shared_unit import Member, SharedUnit
-from asr_downstream.plugging.sites import Site, some
+from asr_downstream.plugging.sites import Site
 from asr_downstream.plugging.stages import Share, group_sites
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, check_arguments, find
 

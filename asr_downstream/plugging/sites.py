@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.plugging.layers import LAYERS, Plugged, plugged_class
 from asr_downstream.plugging.shared_unit import SharedAttentions
@@ -334,11 +335,3 @@ def is_frozen(model: nn.Module, path: str) -> bool:
 def layer_names(model: nn.Module) -> list[str]:
     """Names of all layers of the fold table."""
     return [name for name, m in model.named_modules() if is_layer(m) and not inside_gate(model, name)]
-
-
-def some(names: list[str], most: int = 6) -> str:
-    """Return the first names and a count of the rest."""
-    if not names:
-        return 'none'
-    rest = f', ... ({len(names)} in all)' if len(names) > most else ''
-    return ', '.join(names[:most]) + rest

@@ -8,8 +8,9 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 from typing import TypeAlias
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
-from asr_downstream.plugging.sites import Site, some
+from asr_downstream.plugging.sites import Site
 
 __all__ = ['Group', 'Share', 'group_sites']
 

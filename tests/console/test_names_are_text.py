@@ -13,6 +13,7 @@ from helpers.diffusion import ASR, DIT, UNET, assert_refused, call, config_for, 
 from rich.table import Table
 
 from asr_downstream.console.progress import bar
+from asr_downstream.console.text import render
 from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.evaluation.compare import compare_runs
 from asr_downstream.diffusion.evaluation.results import Result, save_results, tables
@@ -21,7 +22,6 @@ from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.engine.config import CONFIG_FILE, portable
 from asr_downstream.errors import AsrError
-from asr_downstream.plugging.describe import render
 
 NAMES = ['[bold]', '[/x]', 'a[red]b[/red]', '[link=file:///etc]here', ':smile:', '\\[x]', '[[x]]']
 

@@ -21,11 +21,11 @@ from mmengine.structures import InstanceData
 from rich.table import Table
 from torch import Tensor
 
+from asr_downstream.console.text import render
 from asr_downstream.detection.models.detectors import FeatureMaps, build_detector
 from asr_downstream.folding.exact import fold
 from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
 from asr_downstream.measure.timing import paired_times
-from asr_downstream.plugging.describe import render
 from asr_downstream.plugging.plug import plug
 from bench.plug import SE, SPEC, STOCK, dia, ratios
 

@@ -11,10 +11,10 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asr_downstream.console.text import render
 from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.far.prune.budgets import forward
 from asr_downstream.measure.timing import faster_from, paired_times, ratio
-from asr_downstream.plugging.describe import render
 
 __all__ = ['CASES', 'Attention', 'crossovers', 'execution_table', 'measure_execution', 'measure_tokens', 'token_table']
 

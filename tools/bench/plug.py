@@ -20,13 +20,13 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.console.text import render
 from asr_downstream.folding.exact import fold
 from asr_downstream.folding.verify import verify
 from asr_downstream.measure.cost import saved_bytes
 from asr_downstream.measure.timing import Ratio, paired_times, ratio
 from asr_downstream.models import resnet56
 from asr_downstream.plugging.attach import detach
-from asr_downstream.plugging.describe import render
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import plug
 from asr_downstream.registry import MODELS

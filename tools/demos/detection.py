@@ -23,6 +23,7 @@ from mmengine.runner import Runner
 from rich.table import Table
 from safetensors.torch import load_file
 
+from asr_downstream.console.text import render
 from asr_downstream.detection.config import load_config
 from asr_downstream.detection.data.coco import read_annotations
 from asr_downstream.detection.data.digits import CLASSES, make_digits
@@ -36,7 +37,7 @@ from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import write_json
 from asr_downstream.measure.versions import versions
-from asr_downstream.plugging.describe import describe, render
+from asr_downstream.plugging.describe import describe
 
 __all__ = ['run_demo']
 

@@ -18,6 +18,7 @@ from rich.table import Table
 from safetensors.torch import load_file
 from torch import Tensor
 
+from asr_downstream.console.text import render
 from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.evaluation.encoder import train_encoder
 from asr_downstream.diffusion.evaluation.evaluate import forward_gmacs, real_batches
@@ -34,7 +35,7 @@ from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import write_json
 from asr_downstream.measure import cost
 from asr_downstream.measure.versions import versions
-from asr_downstream.plugging.describe import describe, render
+from asr_downstream.plugging.describe import describe
 
 __all__ = ['run_demo']
 

@@ -16,13 +16,13 @@ from typing import Any
 from mmengine.config import Config
 from rich.progress import Progress
 
+from asr_downstream.console.text import some
 from asr_downstream.detection.data.headers import examine_files
 from asr_downstream.detection.data.headers import missing as missing_files
 from asr_downstream.detection.data.soundness import Finding, examine, per_class
 from asr_downstream.detection.types import kind_of
 from asr_downstream.errors import DataError
 from asr_downstream.files.atomic import cannot_write, writable_folder
-from asr_downstream.plugging.sites import some
 
 __all__ = [
     'Split',

@@ -13,10 +13,10 @@ from typing import Any
 from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
+from asr_downstream.console.text import some
 from asr_downstream.detection.data.coco import Split, evaluators, leaves, path_of, read_annotations
 from asr_downstream.detection.types import kind_of
 from asr_downstream.errors import DataError
-from asr_downstream.plugging.sites import some
 
 __all__ = ['find_splits', 'fit_to_data']
 

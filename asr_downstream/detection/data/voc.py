@@ -11,10 +11,10 @@ from typing import Any
 from xml.etree import ElementTree
 
 from asr_downstream.console.progress import bar
+from asr_downstream.console.text import some
 from asr_downstream.detection.data.headers import read_header
 from asr_downstream.errors import DataError
 from asr_downstream.files.atomic import check_could_write, write_together
-from asr_downstream.plugging.sites import some
 
 __all__ = ['CLASSES', 'convert_voc']
 

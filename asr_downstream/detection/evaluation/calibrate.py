@@ -15,11 +15,11 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.detection.evaluation.evaluate import evaluate
 from asr_downstream.errors import DataError, FoldError
 from asr_downstream.folding.exact import FoldReport, fold
 from asr_downstream.plugging.describe import describe
-from asr_downstream.plugging.sites import some
 
 __all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_calibrated', 'preprocessed_features']
 

@@ -13,6 +13,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from asr_downstream.console.text import render
 from asr_downstream.detection.evaluation.evaluate import (
     Detections,
     Evaluation,
@@ -22,7 +23,6 @@ from asr_downstream.detection.evaluation.evaluate import (
     metric,
 )
 from asr_downstream.measure.timing import ratio
-from asr_downstream.plugging.describe import render
 
 __all__ = ['Comparison', 'Differences', 'compare', 'differences']
 

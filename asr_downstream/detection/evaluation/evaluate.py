@@ -26,13 +26,12 @@ from rich.table import Table
 from torch import nn
 
 from asr_downstream.console.progress import bar
+from asr_downstream.console.text import render, some
 from asr_downstream.detection.evaluation.scores import KINDS, Scores, score
 from asr_downstream.errors import DataError
 from asr_downstream.measure import cost
 from asr_downstream.measure.timing import paired_times
 from asr_downstream.modules.copies import copy_of
-from asr_downstream.plugging.describe import render
-from asr_downstream.plugging.sites import some
 
 __all__ = ['Detections', 'Evaluation', 'Seen', 'evaluate', 'gmacs', 'measure_latency', 'metric', 'work_dir_of']
 

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.console.text import render
 from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.evaluation.augmented import augmented
 from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_calibrated
@@ -24,7 +25,7 @@ from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import check_could_write, sha256, write_json
 from asr_downstream.folding.exact import fold
 from asr_downstream.measure.versions import versions
-from asr_downstream.plugging.describe import describe, render
+from asr_downstream.plugging.describe import describe
 
 __all__ = ['TestPlan', 'evaluate_checkpoint']
 

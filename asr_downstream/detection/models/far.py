@@ -13,13 +13,13 @@ from typing import Any
 from mmengine.logging import print_log
 from torch import Tensor, nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.lstm import VARIANTS
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.gates import Gate
-from asr_downstream.plugging.sites import some
 
 __all__ = ['keep_fresh', 'put_lstms', 'report_load']
 

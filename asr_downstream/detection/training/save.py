@@ -16,13 +16,13 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from asr_downstream.console.text import some
 from asr_downstream.detection.training.checkpoints import note_last, problem
 from asr_downstream.detection.training.launch import together
 from asr_downstream.detection.training.loops import POSITION, bare
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import flush, write_atomically
 from asr_downstream.files.weights import load_state, not_finite
-from asr_downstream.plugging.sites import some
 from asr_downstream.registry import HOOKS
 
 __all__ = ['CheckpointHook', 'GuardHook', 'WholeFiles']

@@ -13,9 +13,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 from rich.table import Table
 
+from asr_downstream.console.text import render
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import cannot_write, check_writable, first_line, write_json, writing
-from asr_downstream.plugging.describe import render
 
 __all__ = ['FILE', 'Result', 'read_results', 'save_results', 'set_aside_damaged', 'tables']
 

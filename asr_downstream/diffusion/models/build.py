@@ -10,13 +10,13 @@ import torch
 from diffusers.models.embeddings import LabelEmbedding
 from mmengine.config import Config
 
+from asr_downstream.console.text import some
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 from asr_downstream.far import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.plug import plug
-from asr_downstream.plugging.sites import some
 
 __all__ = ['build_model', 'build_scheduler', 'check_gates', 'gated', 'sample_shape']
 

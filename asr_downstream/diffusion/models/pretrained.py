@@ -20,10 +20,10 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import first_line
 from asr_downstream.files.weights import GATES, check_weights_finite
-from asr_downstream.plugging.sites import some
 
 __all__ = ['find_model', 'load_whole', 'noise_schedule', 'resumed_schedule', 'same_schedule']
 

@@ -13,6 +13,7 @@ from typing import Any
 from mmengine.config import Config
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.diffusion import config as diffusion
 from asr_downstream.diffusion.models.build import check_gates, gated
 from asr_downstream.diffusion.runs import load_run, read_run_config
@@ -24,7 +25,6 @@ from asr_downstream.errors import AsrError, PlugError
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.describe import describe
-from asr_downstream.plugging.sites import some
 
 __all__ = ['Replaced']
 

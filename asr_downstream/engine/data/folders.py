@@ -7,8 +7,8 @@ import stat
 import warnings
 from pathlib import Path
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import DataError
-from asr_downstream.plugging.sites import some
 
 __all__ = ['files_below']
 

@@ -12,10 +12,10 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from asr_downstream.console.text import some
 from asr_downstream.engine.data.sources import SOURCES, Source
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.files.configs import check_arguments, plain
-from asr_downstream.plugging.sites import some
 
 __all__ = ['BadFiles', 'Images', 'build_images', 'eight_bits']
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.weights import is_finite
-from asr_downstream.plugging.sites import some
 
 __all__ = ['EMA']
 

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from asr_downstream.console.text import some
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.engine.state.train_state import AVERAGE, PROGRESS, SHARDED, WEIGHTS, Progress
@@ -28,7 +29,6 @@ from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import cannot_write, remove, write_json, writing
 from asr_downstream.files.weights import not_finite
 from asr_downstream.measure.versions import versions
-from asr_downstream.plugging.sites import some
 
 __all__ = ['bytes_of', 'save_training']
 

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from transformers.image_processing_base import ImageProcessingMixin
 
+from asr_downstream.console.text import some
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.data.augment import Augmentation, build_augmentations
 from asr_downstream.engine.data.images import Images, build_images
@@ -25,7 +26,6 @@ from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
 from asr_downstream.files.weights import check_weights_finite
-from asr_downstream.plugging.sites import some
 
 __all__ = ['CLASSIFIERS', 'Classification', 'Labelled', 'accuracy', 'build_classifier']
 

@@ -12,6 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.console.text import render
 from asr_downstream.errors import CheckpointError
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.far.distil.classification import Classification, accuracy
@@ -23,7 +24,6 @@ from asr_downstream.far.model.replace import find_attentions
 from asr_downstream.far.prune.budgets import forward
 from asr_downstream.measure import cost
 from asr_downstream.measure.timing import faster_from, paired_times, ratio
-from asr_downstream.plugging.describe import render
 
 __all__ = ['compare_relations', 'load_family', 'measure_family', 'sweep', 'sweep_table', 'table', 'task_of']
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.console.text import render
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.backends import RULES
 from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.measure.cost import parameters
-from asr_downstream.plugging.describe import render
 
 __all__ = ['Description', 'Row', 'check_replaced', 'describe', 'mixers']
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.attentions import HOSTS, Host, StandIn, TransformersStandIn, find_host, has, stand_in
 from asr_downstream.far.model.describe import Description, describe
@@ -19,7 +20,6 @@ from asr_downstream.far.model.lstm import VARIANTS, MultiHeadLSTM
 from asr_downstream.modules.check import check_bare, check_module, check_sites_bare
 from asr_downstream.plugging.plug import own_random_stream
 from asr_downstream.plugging.save import watch
-from asr_downstream.plugging.sites import some
 
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
 
