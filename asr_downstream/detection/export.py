@@ -22,12 +22,12 @@ from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.files.atomic import aside, check_could_write, sha256, write_together
 from asr_downstream.files.card import card_of
-from asr_downstream.files.weights import load_state
 from asr_downstream.folding.exact import FoldReport, fold
 from asr_downstream.folding.verify import Verification
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.weights import load_state
 
 __all__ = ['fold_checkpoint']
 

@@ -14,11 +14,11 @@ from asr_downstream.diffusion.runs import Run
 from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import CheckpointError, FoldError
-from asr_downstream.files.weights import load_state
 from asr_downstream.folding.exact import FoldReport, fold
 from asr_downstream.folding.verify import Verification, verify
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.weights import load_state
 
 __all__ = ['SAMPLE_STEPS', 'TOLERANCE', 'as_trained', 'calibration_batches', 'compare', 'fold_run', 'stock_of']
 

@@ -14,7 +14,8 @@ from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import sha256
-from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.plugging.weights import check_weights_finite, load_state
 
 __all__ = ['Run', 'load_run', 'read_run_config']
 

@@ -20,13 +20,14 @@ from asr_downstream.far.model.describe import check_replaced, mixers
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.atomic import first_line, sha256, writable_folder, write_json, writing
 from asr_downstream.files.configs import plain
-from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.folding.exact import fold
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging import describe as gates
 from asr_downstream.plugging import save as saving
 from asr_downstream.plugging.load import folder_path
+from asr_downstream.plugging.weights import check_weights_finite, load_state
 
 __all__ = ['FAR_FILE', 'load_far', 'read_facts', 'save_far']
 

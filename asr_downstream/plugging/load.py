@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint
+from asr_downstream.files.weights import read_checkpoint
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.plug import plug
 from asr_downstream.plugging.save import (
@@ -25,6 +25,7 @@ from asr_downstream.plugging.save import (
     records,
     unwritable,
 )
+from asr_downstream.plugging.weights import check_weights_finite, load_state
 
 __all__ = ['build_stock', 'folder_path', 'load_plugged', 'take_dtypes']
 

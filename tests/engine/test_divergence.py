@@ -19,7 +19,8 @@ from asr_downstream.engine.launch import start_processes
 from asr_downstream.engine.loop import Training, train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError
-from asr_downstream.files.weights import not_finite, read_checkpoint
+from asr_downstream.files.weights import read_checkpoint
+from asr_downstream.plugging.weights import not_finite
 
 SELDOM = dict(max_train_steps=20, logging_steps=20, checkpointing_steps=2, checkpoints_total_limit=1, use_ema=True)
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 
 from asr_downstream import CheckpointError, plug
 from asr_downstream.files.atomic import write_atomically
-from asr_downstream.files.weights import load_state, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.plugging.weights import load_state
 
 
 class Evil:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from asr_downstream.errors import CheckpointError
-from asr_downstream.files import weights as checkpoint
+from asr_downstream.plugging import weights as checkpoint
 
 STATE = {
     'conv.weight': torch.ones(3, 2),

@@ -18,8 +18,8 @@ import asr_downstream
 from asr_downstream import CheckpointError, FoldError, PlugError, fold, plug, verify
 from asr_downstream.attention.se import SE
 from asr_downstream.engine.state.ema import EMA
-from asr_downstream.files.weights import check_weights_finite, not_finite
 from asr_downstream.modules.copies import copy_of
+from asr_downstream.plugging.weights import check_weights_finite, not_finite
 from asr_downstream.registry import ATTENTIONS, check_arguments
 
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=2))

@@ -11,8 +11,9 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from asr_downstream.detection.config import model_of
-from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.folding.verify import Verification, verify
+from asr_downstream.plugging.weights import check_weights_finite, load_state
 
 __all__ = ['FeatureMaps', 'build_detector', 'compare_features', 'load_detector']
 

@@ -22,7 +22,7 @@ from asr_downstream.detection.training.launch import together
 from asr_downstream.detection.training.loops import POSITION, bare
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import flush, write_atomically
-from asr_downstream.files.weights import load_state, not_finite
+from asr_downstream.plugging.weights import load_state, not_finite
 from asr_downstream.registry import HOOKS
 
 __all__ = ['CheckpointHook', 'GuardHook', 'WholeFiles']

@@ -27,8 +27,8 @@ from asr_downstream.engine.state.train_state import AVERAGE, PROGRESS, SHARDED, 
 from asr_downstream.engine.watch import together
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import cannot_write, remove, write_json, writing
-from asr_downstream.files.weights import not_finite
 from asr_downstream.measure.versions import versions
+from asr_downstream.plugging.weights import not_finite
 
 __all__ = ['bytes_of', 'save_training']
 

@@ -18,7 +18,8 @@ from asr_downstream.engine.state.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import first_line, read_json
 from asr_downstream.files.configs import plain
-from asr_downstream.files.weights import check_weights_finite, load_state, not_finite, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.plugging.weights import check_weights_finite, load_state, not_finite
 
 __all__ = [
     'AVERAGE',

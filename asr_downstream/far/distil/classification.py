@@ -25,7 +25,7 @@ from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
-from asr_downstream.files.weights import check_weights_finite
+from asr_downstream.plugging.weights import check_weights_finite
 
 __all__ = ['CLASSIFIERS', 'Classification', 'Labelled', 'accuracy', 'build_classifier']
 

@@ -23,8 +23,9 @@ from asr_downstream.far.model.describe import describe
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.files.locks import occupied
-from asr_downstream.files.weights import check_weights_finite, load_state, read_checkpoint, state_dict_of
+from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.measure import cost
+from asr_downstream.plugging.weights import check_weights_finite, load_state
 
 __all__ = [
     'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',

@@ -1,0 +1,111 @@
+"""Weights of a model that may be plugged: whether they are finite, and whether they fit it.
+
+Reading files is the matter of `asr_downstream.files.weights`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from asr_downstream.console.text import some
+from asr_downstream.errors import CheckpointError
+from asr_downstream.plugging.sites import inside_gate
+
+__all__ = ['GATES', 'check_weights_finite', 'is_finite', 'load_state', 'not_finite']
+
+# Names that plugging adds, in the checkpoint of a model that is not at hand.
+GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
+STATISTICS = ('running_mean', 'running_var')  # buffers of norms
+
+
+def check_weights_finite(state: Mapping[str, Tensor], path: Path, model: nn.Module | None = None) -> None:
+    """Refuse weights with NaN or infinity, which compute without an error and mean nothing.
+
+    Args:
+        state: names and tensors, of any type.
+        path: file they were read from, for the message.
+        model: what they are of, to tell masks from weights; see `not_finite`.
+
+    Raises:
+        CheckpointError: some are not finite; with their names.
+    """
+    if broken := not_finite(state, model):
+        raise CheckpointError(
+            f'{path}: {some(broken)} {"is" if len(broken) == 1 else "are"} not finite: the training that wrote it had '
+            f'diverged; take another checkpoint, from before'
+        )
+
+
+def not_finite(state: Mapping[str, Tensor], model: nn.Module | None = None) -> list[str]:
+    """Names of the tensors that have NaN or infinity.
+
+    Args:
+        state: names and tensors.
+        model: what they are of: infinities in its buffers, such as causal masks, are meant. Statistics of norms and
+            what belongs to gates are no masks, and NaN is none.
+    """
+    broken = [name for name, value in state.items() if not is_finite(value)]
+    if not broken or model is None:
+        return broken
+    masks = {
+        name
+        for name, _ in model.named_buffers()
+        if name.rpartition('.')[2] not in STATISTICS and not inside_gate(model, name)
+    }
+    return [name for name in broken if name not in masks or bool(state[name].isnan().any())]
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; eight bits are too few for torch to tell."""
+    if not value.is_floating_point() and not value.is_complex():
+        return True
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Load weights strictly; the model is not touched unless everything fits.
+
+    Raises:
+        CheckpointError: names or shapes do not fit; the message tells folded, plugged and foreign checkpoints apart.
+    """
+    own = model.state_dict()
+    gates = gate_keys(model)
+    missing = [k for k in own if k not in state]
+    unexpected = [k for k in state if k not in own]
+    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
+    name = type(model).__name__
+    if gates and not reshaped and not unexpected and missing and set(missing) <= gates:
+        raise CheckpointError(
+            f'{path}: has no gates, but the config plugs {name}: it is a stock checkpoint, or was folded already; '
+            f'use it with the stock config, or give the checkpoint that training wrote'
+        )
+    if unexpected and not reshaped and not missing and all(GATES.search(k) for k in unexpected):
+        raise CheckpointError(
+            f'{path}: has gates, but the config builds a stock {name}; use the config it was trained with, '
+            f'or fold it first with tools/fold.py'
+        )
+    if missing or unexpected or reshaped:
+        parts = [
+            f'{len(missing)} missing ({some(missing, 2)})' if missing else '',
+            f'{len(unexpected)} unknown ({some(unexpected, 2)})' if unexpected else '',
+            (
+                f'{len(reshaped)} of another shape ({reshaped[0]}: {tuple(state[reshaped[0]].shape)}, '
+                f'expected {tuple(own[reshaped[0]].shape)})'
+            )
+            if reshaped
+            else '',
+        ]
+        raise CheckpointError(
+            f'{path}: was made for another model than the config builds ({name}): '
+            f'{"; ".join(filter(None, parts))}; use the config it was trained with'
+        )
+    model.load_state_dict(state, strict=True)
+
+
+def gate_keys(model: nn.Module) -> set[str]:
+    """Names of the weights that plugging has added."""
+    return {key for key in model.state_dict() if inside_gate(model, key)}
