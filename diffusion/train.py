@@ -8,7 +8,7 @@
     python -m asr_downstream.console.torchrun --nproc_per_node 8 diffusion/train.py CONFIG
     accelerate launch --multi_gpu --num_processes 8 diffusion/train.py CONFIG
 
-Keys of a config and their defaults: asr_downstream/generation/defaults.py and asr_downstream/engine/defaults.py. Data:
+Keys of a config and their defaults: asr_downstream/diffusion/defaults.py and asr_downstream/engine/defaults.py. Data:
 --data, or ASR_DATA_ROOT=/data for a config whose data.path is data/NAME.
 """
 
