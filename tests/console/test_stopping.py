@@ -18,7 +18,7 @@ import os, sys, time
 import torch
 from functools import partial
 from torch.utils.data import DataLoader
-from asr_downstream import cli
+from asr_downstream.console import cli
 from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent
 
 def main(argv):

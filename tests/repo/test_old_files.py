@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command
-from detsets import tiny_set
 from diffusers import UNet2DModel
-from generation import assert_refused, call, rewrite
+from helpers.detsets import tiny_set
+from helpers.diffusion import assert_refused, call, rewrite
 from mmengine.config import Config
 from PIL import Image
 from safetensors.torch import load_file, save_file
