@@ -2,14 +2,21 @@
 
 ``MODELS`` is the node that mmengine finds for ``type='asr_downstream.ResNet'`` in an MMDetection config: mmengine
 imports ``asr_downstream.registry`` by itself on the first such type, and the adapter behind it on the first look-up.
+
+All modules that this package looks up by name are named here: in ``locations=`` of the registries, which are imported
+on the first look-up, and in `FRAMEWORKS`.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from functools import cache
 from numbers import Integral, Real
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from mmengine.registry import HOOKS as ENGINE_HOOKS
@@ -20,7 +27,19 @@ from mmengine.registry import Registry
 
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 
-__all__ = ['ATTENTIONS', 'HOOKS', 'LOOPS', 'MODELS', 'PLUGS', 'TRANSFORMS', 'build', 'find']
+__all__ = [
+    'ATTENTIONS',
+    'FRAMEWORKS',
+    'HOOKS',
+    'LOOPS',
+    'MODELS',
+    'PLUGS',
+    'REBUILDERS',
+    'TRANSFORMS',
+    'build',
+    'find',
+    'framework_data',
+]
 
 SCOPE = 'asr_downstream'
 ATTENTIONS = Registry('attention', scope=SCOPE, locations=['asr_downstream.attention'])
@@ -31,6 +50,32 @@ TRANSFORMS = Registry(
 )
 PLUGS = Registry('plug', scope=SCOPE, locations=['asr_downstream.plugging.plugs'])
 MODELS = Registry('model', parent=ENGINE_MODELS, scope=SCOPE, locations=['asr_downstream.detection.models.plugged'])
+# ``(model, spec)``, in place: what `asr_downstream.load_plugged` does to a fresh model for each part of a saved spec
+REBUILDERS = Registry(
+    'rebuilder', scope=SCOPE, locations=['asr_downstream.plugging.plug', 'asr_downstream.far.model.replace']
+)
+# Package of a framework -> the adapter's module of data about its classes: ``SITES``, where the residual branches of
+# its blocks end, and ``LAYERS``, which of its layers are layers of torch.
+FRAMEWORKS: dict[str, str] = {
+    'mmdet': 'asr_downstream.detection.sites',
+    'mmcv': 'asr_downstream.detection.sites',
+    'diffusers': 'asr_downstream.diffusion.sites',
+    'asr_downstream': 'asr_downstream.models.sites',
+}
+
+
+@cache
+def framework_data(location: str) -> ModuleType:
+    """Read a module of `FRAMEWORKS` from its file.
+
+    The package around it is not imported, which may need an extra: a model may have layers of mmcv where there is no
+    mmdet.
+    """
+    path = Path(__file__).parent.joinpath(*location.split('.')[1:]).with_suffix('.py')
+    spec: Any = importlib.util.spec_from_file_location(location, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def build(registry: Registry, spec: Any, **defaults: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError, FoldError, PlugError
+from asr_downstream.modules.slots import SLOTS
 
 __all__ = ['WRAPPERS', 'check_bare', 'check_module', 'check_own', 'check_sites_bare', 'check_weights', 'names_of']
 
@@ -92,7 +93,7 @@ def check_sites_bare(model: nn.Module, paths: Iterable[str], error: type[AsrErro
         if (found := wrapper_of(module)) not in PARTS or not part:
             continue
         site = next((path for path in paths if path == part or path.startswith(f'{part}.')), None)
-        scripted = (name for name, _ in module.named_modules() if name.rpartition('.')[2] in ('gate', 'dynamic'))
+        scripted = (name for name, _ in module.named_modules() if name.rpartition('.')[2] in SLOTS)
         inside = f'{part}.{next(scripted, "")}' if found == 'torch.ScriptModule' else None
         if site is None and (inside is None or inside.endswith('.')):
             continue

@@ -8,6 +8,7 @@ from torch import nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
+from asr_downstream.modules.slots import DYNAMIC, GATE, SLOTS
 from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.layers import Plugged, plugged_class
 
@@ -17,8 +18,8 @@ __all__ = ['attach', 'detach', 'orphans', 'rebind']
 def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) -> None:
     """Turn a stock ``layer`` into its plugged class, in place."""
     layer.__class__ = plugged_class(type(layer))
-    layer.register_module('gate', nn.ModuleList(gates) if gates else None)
-    layer.register_module('dynamic', nn.ModuleList(dynamic) if dynamic else None)
+    layer.register_module(GATE, nn.ModuleList(gates) if gates else None)
+    layer.register_module(DYNAMIC, nn.ModuleList(dynamic) if dynamic else None)
     for slot in (layer.gate, layer.dynamic):
         if slot is not None:
             slot.train(layer.training)
@@ -42,8 +43,7 @@ def rebind(model: nn.Module) -> list[str]:
         layer = model.get_submodule(path)
         if plugged_class(type(layer)) is None:
             raise PlugError(f'{path}: was converted to {type(layer).__name__}, which cannot be plugged')
-        slots = {slot: layer._modules.pop(slot, None) for slot in ('gate', 'dynamic')}
-        attach(layer, *(list(slots[slot] or ()) for slot in ('gate', 'dynamic')))  # type: ignore[arg-type]
+        attach(layer, *(list(layer._modules.pop(slot, None) or ()) for slot in SLOTS))  # type: ignore[arg-type]
     return paths
 
 

@@ -6,7 +6,7 @@ functional, so no feature map is multiplied or kept for the backward pass. Each 
 only the gates; parameter names, buffers and ``isinstance`` stay those of the stock class, and a layer is plugged and
 unplugged by changing its class, so that everyone who holds it holds it still.
 
-`LAYERS` is the table of what can be plugged and folded; layers of frameworks join it when they are met.
+`LAYERS` is the table of what can be plugged and folded; a layer of a framework is added when the first one is met.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.slots import HasGates
 from asr_downstream.plugging.kernels.gated_batch_norm import can_fuse, gated_batch_norm
 from asr_downstream.plugging.kernels.recompute import can_regain, can_rescale, regained_scale, rescaled_layer
+from asr_downstream.registry import FRAMEWORKS, framework_data
 
-__all__ = ['FRAMEWORK_LAYERS', 'LAYERS', 'Plugged', 'plugged_class']
+__all__ = ['LAYERS', 'Plugged', 'plugged_class']
 
 
-class Plugged:
+class Plugged(HasGates):
     """Mixin of every plugged layer. ``gate``: constant gates, or None; ``dynamic``: input-dependent ones, or None.
 
     Attributes:
@@ -314,16 +316,10 @@ LAYERS: dict[type[nn.Module], type[Plugged]] = {
 }
 
 
-# Package and class of a framework's own kind of these layers, which computes the same -> its mixin. By name, so that
-# nothing is imported for it and nobody has to import an adapter first.
-FRAMEWORK_LAYERS: dict[str, type[Plugged]] = {
-    # mmcv's wrappers only treat empty inputs in another way, in torch before 1.5
-    'mmcv.cnn.bricks.wrappers.Conv2d': PluggedConv2d,
-    'mmcv.cnn.bricks.wrappers.Conv3d': PluggedConv3d,
-    'mmcv.cnn.bricks.wrappers.ConvTranspose2d': PluggedConvTranspose2d,
-    'mmcv.cnn.bricks.wrappers.ConvTranspose3d': PluggedConvTranspose3d,
-    'mmcv.cnn.bricks.wrappers.Linear': PluggedLinear,
-    # what norm_cfg=dict(type='SyncBN') builds, and what revert_sync_batchnorm puts in its place
+# Qualified name of a class of mmengine, which the core is built on, -> mixin of its plugged class: what
+# norm_cfg=dict(type='SyncBN') builds, and what revert_sync_batchnorm puts in its place. Layers of other frameworks are
+# data of their adapters, see `asr_downstream.registry.FRAMEWORKS`.
+MMENGINE_LAYERS: dict[str, type[Plugged]] = {
     'mmengine.utils.dl_utils.parrots_wrapper.SyncBatchNorm': PluggedSyncBatchNorm,
     'mmengine.model.utils._BatchNormXd': _BatchNorm,
 }
@@ -335,12 +331,22 @@ def plugged_class(stock: type[nn.Module]) -> type[Plugged] | None:
     That of a framework's layer is made when the first one is met.
     """
     if stock not in LAYERS:
-        mixin = FRAMEWORK_LAYERS.get(f'{stock.__module__}.{stock.__qualname__}')
+        mixin = framework_mixin(stock)
         if mixin is None:
             return None
         body = {'stock': stock, '__module__': __name__, '__reduce_ex__': reduce_by_stock, '__doc__': stock.__doc__}
         LAYERS[stock] = type(f'Plugged{stock.__name__}', (mixin, stock), body)
     return LAYERS[stock]
+
+
+def framework_mixin(stock: type[nn.Module]) -> type[Plugged] | None:
+    """Mixin of a framework's own kind of a layer, which computes the same; None: the class is no such kind."""
+    name = f'{stock.__module__}.{stock.__qualname__}'
+    location = FRAMEWORKS.get(name.partition('.')[0])
+    if location is None:
+        return MMENGINE_LAYERS.get(name)
+    same = getattr(framework_data(location), 'LAYERS', {}).get(name)
+    return None if same is None else LAYERS[same]
 
 
 def reduce_by_stock(layer: Any, protocol: Any) -> tuple[Any, ...]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.weights import read_checkpoint
 from asr_downstream.modules.check import check_module
-from asr_downstream.plugging.plug import plug
 from asr_downstream.plugging.save import (
     AS_TEXT,
     FORMAT,
@@ -26,6 +25,7 @@ from asr_downstream.plugging.save import (
     unwritable,
 )
 from asr_downstream.plugging.weights import check_weights_finite, load_state
+from asr_downstream.registry import REBUILDERS, find
 
 __all__ = ['build_stock', 'folder_path', 'load_plugged', 'take_dtypes']
 
@@ -76,26 +76,13 @@ def attach_again(model: nn.Module, content: dict[str, Any], folder: Path) -> Non
     Raises:
         CheckpointError: the model has no such part.
     """
-    rebuild = {'plug': plug_again, 'replace': replace_again}
-    for step in dict.fromkeys([*content['order'], *rebuild]):
+    for step in dict.fromkeys([*content['order'], 'plug', 'replace']):
         for path, spec in content[step].items():
             try:
                 part = model.get_submodule(path)
             except AttributeError as error:
                 raise CheckpointError(f'{folder / SPEC}: {step}: {type(model).__name__} has no {path!r}') from error
-            rebuild[step](part, spec)
-
-
-def plug_again(model: nn.Module, spec: Any) -> None:
-    """Plug a fresh model."""
-    plug(model, spec)
-
-
-def replace_again(model: nn.Module, spec: Any) -> None:
-    """Replace attentions of a fresh model."""
-    from asr_downstream.far.model.replace import replace  # only here: far is built on the core
-
-    replace(model, spec)
+            find(REBUILDERS, step)(part, spec)
 
 
 def folder_path(folder: Any, function: str) -> Path:

@@ -25,7 +25,7 @@ from asr_downstream.plugging.plugs import Plug
 from asr_downstream.plugging.save import Attached, attached, watch
 from asr_downstream.plugging.shared_unit import SharedUnit, check_free, register
 from asr_downstream.plugging.sites import Site, find_sites
-from asr_downstream.registry import PLUGS, build
+from asr_downstream.registry import PLUGS, REBUILDERS, build
 
 __all__ = ['plug']
 
@@ -97,6 +97,9 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
     watch(model)
     return describe(model)
+
+
+REBUILDERS.register_module(module=plug)
 
 
 def spec_list(spec: Any) -> list[dict[str, Any]]:

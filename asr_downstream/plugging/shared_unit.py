@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from asr_downstream.attention.base import gates_of_mean, is_norm, pool
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.slots import SHARED, SharedAttentions
 from asr_downstream.plugging import recurrence as states
 from asr_downstream.plugging.recurrence import Place
 
@@ -22,9 +23,7 @@ if TYPE_CHECKING:
 
     from asr_downstream.plugging.gates import Gate
 
-__all__ = ['Member', 'SharedAttentions', 'SharedUnit', 'check_free', 'register', 'unregister']
-
-SLOT = 'shared_attention'
+__all__ = ['Member', 'SharedUnit', 'check_free', 'register', 'unregister']
 
 
 class SharedUnit(nn.Module):
@@ -183,17 +182,9 @@ def with_child(module: nn.Module, path: list[str], child: nn.Module) -> nn.Modul
     return view
 
 
-class SharedAttentions(nn.ModuleDict):
-    """The shared units of a model, registered at its root. In an ``nn.Sequential`` it passes its input on."""
-
-    def forward(self, x: Any) -> Any:
-        """Return ``x``."""
-        return x
-
-
 def release(model: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of a plugged root: drop the states that an exception has left, and the graph that they hold."""
-    for unit in model.shared_attention.values():  # type: ignore[operator]
+    for unit in getattr(model, SHARED).values():
         unit.slot.left = None
 
 
@@ -203,18 +194,18 @@ def check_free(model: nn.Module) -> None:
     Raises:
         PlugError: it does.
     """
-    if not isinstance(getattr(model, SLOT, None), SharedAttentions | None):
-        raise PlugError(f'{type(model).__name__} has an attribute {SLOT!r} of its own; rename it: the units go there')
+    if not isinstance(getattr(model, SHARED, None), SharedAttentions | None):
+        raise PlugError(f'{type(model).__name__} has an attribute {SHARED!r} of its own; rename it: the units go there')
 
 
 def register(model: nn.Module, units: list[SharedUnit]) -> None:
     """Register shared units at the root of a model."""
     if not units:
         return
-    if getattr(model, SLOT, None) is None:
-        model.shared_attention = SharedAttentions()
+    if getattr(model, SHARED, None) is None:
+        setattr(model, SHARED, SharedAttentions())
         model.register_forward_hook(release, always_call=True)
-    home: Any = model.shared_attention
+    home: Any = getattr(model, SHARED)
     for unit in units:
         key = name = unit.name.replace('.', '_') or 'model'
         number = 1
@@ -227,11 +218,11 @@ def register(model: nn.Module, units: list[SharedUnit]) -> None:
 def unregister(model: nn.Module, used: set[int]) -> None:
     """Remove the units that are not in ``used`` (ids); the others get the names of a model with only those."""
     for module in list(model.modules()):
-        home = getattr(module, SLOT, None)
+        home = getattr(module, SHARED, None)
         if not isinstance(home, SharedAttentions):
             continue
         units: list[Any] = [unit for unit in home.values() if id(unit) in used]
-        del module._modules[SLOT]
+        del module._modules[SHARED]
         for number in [n for n, hook in module._forward_hooks.items() if hook is release]:
             del module._forward_hooks[number]
             module._forward_hooks_always_called.pop(number, None)

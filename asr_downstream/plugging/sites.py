@@ -1,5 +1,8 @@
 """Sites: which layers a spec means. Data, not code: `SITES` maps a block class to the layer that ends its branch.
 
+The blocks of MMDetection, diffusers and this package's own networks are data of their adapters, named in
+`asr_downstream.registry.FRAMEWORKS`; those of a user are said with `register_site`, and win.
+
 A site may be any layer of the fold table (`asr_downstream.plugging.layers.LAYERS`): scaling the output of an affine
 layer is always the same as scaling its parameters, whatever comes after it. What is *not* a site: a block's output
 after its shortcut was added, or the result of SiLU or GELU, since no weight alone makes them. A gate that is wanted
@@ -18,10 +21,11 @@ from torch import nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.slots import inside_gate
 from asr_downstream.plugging.layers import LAYERS, Plugged, plugged_class
-from asr_downstream.plugging.shared_unit import SharedAttentions
+from asr_downstream.registry import FRAMEWORKS, framework_data
 
-__all__ = ['NOT_SITES', 'SITES', 'Site', 'find_sites', 'register_site', 'sites_table']
+__all__ = ['NOT_SITES', 'SITES', 'Branch', 'Site', 'find_sites', 'known_sites', 'register_site', 'sites_table']
 
 
 @dataclass(frozen=True)
@@ -43,33 +47,10 @@ class Branch:
     note: str = ''
 
 
-BEFORE_ACTIVATION = 'before the activation that ends the branch'
-
-# Qualified name of a block class -> how its residual branch ends. Names, so that nothing is imported for it; subclasses
-# of a block inherit its entry. mmdet's `norm2` and mmcv's `norm` are properties that find bn2, gn2, ..., or None.
-SITES: dict[str, Branch] = {
-    'mmdet.models.backbones.resnet.BasicBlock': Branch(('norm2',)),
-    'mmdet.models.backbones.resnet.Bottleneck': Branch(('norm3',)),
-    'mmdet.models.backbones.darknet.ResBlock': Branch(('conv2.norm',), note='before its LeakyReLU: the same'),
-    'mmdet.models.layers.csp_layer.DarknetBottleneck': Branch(
-        ('conv2.norm', 'conv2.pointwise_conv.norm'), shortcut='add_identity', note=BEFORE_ACTIVATION
-    ),
-    'mmdet.models.layers.csp_layer.CSPNeXtBlock': Branch(
-        ('conv2.pointwise_conv.norm',), shortcut='add_identity', note=BEFORE_ACTIVATION
-    ),
-    'mmdet.models.layers.inverted_residual.InvertedResidual': Branch(
-        ('linear_conv.norm',), shortcut='with_res_shortcut'
-    ),
-    'mmdet.models.backbones.efficientnet.EdgeResidual': Branch(('conv2.norm',), shortcut='with_residual'),
-    'mmdet.models.backbones.swin.WindowMSA': Branch(('proj',), part=True, windows=True),
-    'mmdet.models.backbones.pvt.MixFFN': Branch(('layers.3', 'layers.4'), part=True),
-    'mmcv.cnn.bricks.transformer.FFN': Branch(('layers.1',), shortcut='add_identity', part=True),
-    'diffusers.models.resnet.ResnetBlock2D': Branch(('conv2',)),
-    'diffusers.models.attention_processor.Attention': Branch(('to_out.0',), part=True),
-    'diffusers.models.attention.FeedForward': Branch(('net.2',), part=True),
-    'asr_downstream.models.resnet_cifar.BasicBlock': Branch(('bn2',)),
-    'asr_downstream.models.resnet_cifar.Bottleneck': Branch(('bn3',)),
-}
+# Qualified name of a block class -> how its residual branch ends; subclasses of a block inherit its entry. Holds what
+# `register_site` has said; the entries of an adapter are added when a class of its framework is first met.
+SITES: dict[str, Branch] = {}
+READ: set[str] = set()  # modules of `asr_downstream.registry.FRAMEWORKS` whose entries are in SITES
 
 
 # What no site can be, and why; kept beside `SITES` so that the documentation shows both.
@@ -119,8 +100,9 @@ class Site:
 
 
 def sites_table() -> str:
-    """Markdown of `SITES` and `NOT_SITES`, for the documentation."""
-    rows = [f'| `{name}` | {", else ".join(f"`{e}`" for e in b.ends)} | {remark(b)} |' for name, b in SITES.items()]
+    """Markdown of `known_sites` and `NOT_SITES`, for the documentation."""
+    known = known_sites()
+    rows = [f'| `{name}` | {", else ".join(f"`{e}`" for e in b.ends)} | {remark(b)} |' for name, b in known.items()]
     never = [f'| {what} | {why} |' for what, why in NOT_SITES.items()]
     return '\n'.join(
         [
@@ -171,7 +153,28 @@ def qualified_name(cls: type) -> str:
 
 def branch_of(block: nn.Module) -> Branch | None:
     """Return the entry of `SITES` for the class of ``block`` or its nearest base."""
-    return next((SITES[n] for n in map(qualified_name, type(block).__mro__) if n in SITES), None)
+    for cls in type(block).__mro__:
+        read_sites(FRAMEWORKS.get(cls.__module__.partition('.')[0]))
+        if (branch := SITES.get(qualified_name(cls))) is not None:
+            return branch
+    return None
+
+
+def read_sites(location: str | None) -> None:
+    """Add the entries of an adapter to `SITES`, once; an entry that is there already is the user's, and stays."""
+    if location is not None and location not in READ:
+        READ.add(location)
+        for name, branch in framework_data(location).SITES.items():
+            SITES.setdefault(name, branch)
+
+
+def known_sites() -> dict[str, Branch]:
+    """All entries: those of the adapters, in the order of `asr_downstream.registry.FRAMEWORKS`, then the user's."""
+    order: dict[str, None] = {}
+    for location in FRAMEWORKS.values():
+        read_sites(location)
+        order.update(dict.fromkeys(framework_data(location).SITES))
+    return {name: SITES[name] for name in (*order, *(n for n in SITES if n not in order)) if name in SITES}
 
 
 def branch_end(block: nn.Module, branch: Branch) -> nn.Module | None:
@@ -243,7 +246,7 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
             f"residual branch; name layers: sites=['pattern']; that can be sites here: {some(layer_names(model))}"
         )
     if not found:
-        blocks = ', '.join(sorted('.'.join(key.split('.')[-2:]) for key in SITES))
+        blocks = ', '.join(sorted('.'.join(key.split('.')[-2:]) for key in known_sites()))
         raise PlugError(
             f'{type(model).__name__} has no residual block that is known (known: {blocks}). Say which layer ends yours '
             f"with register_site(Block, 'path'), or name the layers: sites=['layer1.*.bn2']; "
@@ -282,18 +285,6 @@ def is_layer(module: nn.Module) -> bool:
 def foldable() -> str:
     """Names of the classes of the fold table."""
     return ', '.join(dict.fromkeys(cls.__name__ for cls in LAYERS))
-
-
-def inside_gate(model: nn.Module, name: str) -> bool:
-    """Whether a module belongs to the gates of a plugged layer, or to what they share."""
-    parts = name.split('.')
-    if 'shared_attention' in parts:
-        home = model.get_submodule('.'.join(parts[: parts.index('shared_attention') + 1]))
-        return isinstance(home, SharedAttentions)
-    return any(
-        parts[i] in ('gate', 'dynamic') and isinstance(model.get_submodule('.'.join(parts[:i])), Plugged)
-        for i in range(1, len(parts))
-    )
 
 
 def block_of(model: nn.Module, path: str) -> str:

@@ -5,7 +5,6 @@ Reading files is the matter of `asr_downstream.files.weights`.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -13,12 +12,10 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
-from asr_downstream.plugging.sites import inside_gate
+from asr_downstream.modules.slots import GATES, inside_gate
 
-__all__ = ['GATES', 'check_weights_finite', 'is_finite', 'load_state', 'not_finite']
+__all__ = ['check_weights_finite', 'is_finite', 'load_state', 'not_finite']
 
-# Names that plugging adds, in the checkpoint of a model that is not at hand.
-GATES = re.compile(r'(^|\.)(gate|dynamic|shared_attention)\.')
 STATISTICS = ('running_mean', 'running_var')  # buffers of norms
 
 

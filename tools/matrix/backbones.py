@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import AsrError, FoldError, PlugError
 from asr_downstream.folding.exact import fold
 from asr_downstream.folding.verify import verify
+from asr_downstream.modules.slots import SHARED
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import Spec
@@ -220,7 +221,7 @@ def train_step(model: nn.Module, x: Tensor, backbone: Backbone) -> None:
     model.train()
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     own = {path: [p for slot in (m.gate, m.dynamic) if slot for p in slot.parameters()] for path, m in layers.items()}
-    shared = list(getattr(model, 'shared_attention', nn.ModuleDict()).parameters())
+    shared = list(getattr(model, SHARED, nn.ModuleDict()).parameters())
     before = {id(p): p.detach().clone() for p in [*shared, *(p for of_site in own.values() for p in of_site)]}
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-2)
     outputs = model(x)
@@ -228,7 +229,7 @@ def train_step(model: nn.Module, x: Tensor, backbone: Backbone) -> None:
     loss = sum((y * torch.randn(y.shape, generator=weights, dtype=y.dtype)).mean() for y in tensors(outputs))
     loss.backward()  # type: ignore[union-attr]
     optimiser.step()
-    for path, parameters in {**own, 'shared_attention': shared}.items():
+    for path, parameters in {**own, SHARED: shared}.items():
         moved = not parameters or any(not torch.equal(p, before[id(p)]) for p in parameters)
         require(moved, backbone, f'the gates at {path} do not train')
 

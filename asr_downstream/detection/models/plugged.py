@@ -22,12 +22,13 @@ from asr_downstream.detection.models.activation_checkpointing import use_non_ree
 from asr_downstream.detection.models.distil import DistilledDetector
 from asr_downstream.detection.models.far import keep_fresh, put_lstms, refuse_both, report_load
 from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.modules.slots import SHARED, SLOTS, SharedAttentions
 from asr_downstream.plugging.attach import rebind
 from asr_downstream.plugging.gates import Gate
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import Spec
 from asr_downstream.plugging.plug import plug as attach_plug
-from asr_downstream.plugging.shared_unit import SLOT, SharedAttentions, SharedUnit
+from asr_downstream.plugging.shared_unit import SharedUnit
 from asr_downstream.registry import MODELS
 
 __all__ = ['PluggedModel', 'plugged_class']
@@ -84,7 +85,7 @@ def additions_aside(model: nn.Module) -> Iterator[None]:
     filled = {id(inner) for m in loading for inner in m.modules()}
     hidden: list[tuple[Any, str, nn.Module]] = []
     for module in model.modules():
-        for slot in ('gate', 'dynamic') if isinstance(module, Plugged) else (SLOT, 'mixer'):
+        for slot in SLOTS if isinstance(module, Plugged) else (SHARED, 'mixer'):
             child = module._modules.get(slot)
             if isinstance(child, nn.ModuleList | SharedAttentions | MultiHeadLSTM) and id(module) not in filled:
                 hidden.append((module, slot, child))

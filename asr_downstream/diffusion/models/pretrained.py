@@ -23,7 +23,8 @@ from huggingface_hub.errors import (
 from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import first_line
-from asr_downstream.plugging.weights import GATES, check_weights_finite
+from asr_downstream.modules.slots import GATES
+from asr_downstream.plugging.weights import check_weights_finite
 
 __all__ = ['find_model', 'load_whole', 'noise_schedule', 'resumed_schedule', 'same_schedule']
 

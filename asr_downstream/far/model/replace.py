@@ -20,6 +20,7 @@ from asr_downstream.far.model.lstm import VARIANTS, MultiHeadLSTM
 from asr_downstream.modules.check import check_bare, check_module, check_sites_bare
 from asr_downstream.plugging.plug import own_random_stream
 from asr_downstream.plugging.save import watch
+from asr_downstream.registry import REBUILDERS
 
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
 
@@ -96,6 +97,9 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
     model.replace_spec = copy.deepcopy({**spec, 'layers': [p.path for p in found]})  # type: ignore[assignment]
     watch(model)
     return describe(model)
+
+
+REBUILDERS.register_module(module=replace)
 
 
 def check_kinds(spec: dict[str, Any]) -> None:

@@ -1,0 +1,123 @@
+"""Where the table of sites comes from: adapters' data, read without the adapters, and what a user has registered."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+from conftest import ROOT
+from torch import Tensor, nn
+
+from asr_downstream import SITES, PlugError, plug, register_site
+from asr_downstream.plugging import sites as module
+from asr_downstream.plugging.sites import known_sites
+
+ASR = dict(type='ASR', attention=dict(type='SE'))
+WITHOUT = """
+import sys
+sys.modules.update(dict.fromkeys({absent}))  # None: not installed
+import asr_downstream
+"""
+
+
+def lines_of(code: str, *absent: str) -> list[str]:
+    script = WITHOUT.format(absent=absent) + code
+    done = subprocess.run([sys.executable, '-c', script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The table as it is when nothing has been looked up; afterwards what was there before."""
+    before = dict(SITES)
+    SITES.clear()
+    monkeypatch.setattr(module, 'READ', set())
+    yield
+    SITES.clear()
+    SITES.update(before)
+
+
+class BasicBlock(nn.Module):
+    """A block that has the qualified name of one of MMDetection's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm2 = nn.BatchNorm2d(8), nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.norm2(self.first(x))
+
+
+BasicBlock.__module__ = 'mmdet.models.backbones.resnet'
+NAME = 'mmdet.models.backbones.resnet.BasicBlock'
+
+
+def test_the_table_is_empty_until_a_class_of_a_framework_is_met() -> None:
+    code = (
+        'from torch import nn\n'
+        'print(len(asr_downstream.SITES))\n'
+        'class FFN(nn.Sequential): add_identity = True; layers = property(lambda s: s)\n'
+        "FFN.__module__, FFN.__qualname__ = 'mmcv.cnn.bricks.transformer', 'FFN'\n"
+        'model = nn.Sequential(FFN(nn.Linear(4, 4), nn.Linear(4, 4)))\n'
+        "print([row.path for row in asr_downstream.plug(model, dict(type='ASR', attention=dict(type='SE'))).sites])\n"
+        "print(sorted({name.split('.')[0] for name in asr_downstream.SITES}))\n"
+        "print([name for name in sys.modules if name in ('asr_downstream.detection', 'asr_downstream.diffusion')])\n"
+    )
+    assert lines_of(code, 'mmdet', 'mmcv', 'diffusers') == ['0', "['0.1']", "['mmcv', 'mmdet']", '[]']
+
+
+@pytest.mark.det
+def test_blocks_and_layers_of_mmcv_are_known_where_there_is_no_mmdet() -> None:
+    code = (
+        'import torch\n'
+        'from mmcv.cnn.bricks.transformer import FFN\n'
+        'from mmcv.cnn.bricks.wrappers import Conv2d\n'
+        "plug, spec = asr_downstream.plug, dict(type='ASR', attention=dict(type='SE'))\n"
+        'print([row.path for row in plug(torch.nn.Sequential(FFN(8, 16)), spec).sites])\n'
+        "print([row.layer for row in plug(torch.nn.Sequential(Conv2d(3, 8, 1)), dict(spec, sites='all')).sites])\n"
+    )
+    assert lines_of(code, 'mmdet') == ["['0.layers.1']", "['Conv2d']"]
+
+
+def test_blocks_of_diffusers_are_known_where_there_is_no_accelerate() -> None:
+    pytest.importorskip('diffusers')
+    code = (
+        'from torch import nn\n'
+        'from diffusers.models.attention import FeedForward\n'
+        "spec = dict(type='ASR', attention=dict(type='SE'))\n"
+        'print([row.path for row in asr_downstream.plug(nn.Sequential(FeedForward(8)), spec).sites])\n'
+    )
+    assert lines_of(code, 'accelerate') == ["['0.net.2']"]
+
+
+@pytest.mark.parametrize('first', ['the user', 'the adapter'])
+def test_what_a_user_registers_wins_over_the_adapter(fresh: None, first: str) -> None:
+    if first == 'the adapter':
+        assert [row.path for row in plug(nn.Sequential(BasicBlock()), ASR).sites] == ['0.norm2']
+    register_site(NAME, 'first')
+    assert [row.path for row in plug(nn.Sequential(BasicBlock()), ASR).sites] == ['0.first']
+    assert known_sites()[NAME].ends == ('first',)
+
+
+def test_an_unknown_block_is_answered_with_all_known_ones(fresh: None) -> None:
+    register_site('mine.Mine', 'bn')
+    with pytest.raises(PlugError, match='no residual block that is known') as raised:
+        plug(nn.Sequential(nn.BatchNorm2d(8)), ASR)
+    for name in (
+        'resnet.Bottleneck',
+        'transformer.FFN',
+        'resnet.ResnetBlock2D',
+        'resnet_cifar.BasicBlock',
+        'mine.Mine',
+    ):
+        assert name in str(raised.value)
+
+
+def test_the_table_stands_in_one_order_whatever_was_met_first(fresh: None) -> None:
+    register_site('mine.Mine', 'bn')
+    module.read_sites('asr_downstream.models.sites')
+    packages = list(dict.fromkeys(name.partition('.')[0] for name in known_sites()))
+    assert packages == ['mmdet', 'mmcv', 'diffusers', 'asr_downstream', 'mine']
