@@ -2,6 +2,7 @@
 
     plug(model, spec)      attach attentions to the sites of a model
     fold(model)            put constant gates into the weights: the stock model again
+    fold_calibrated(model, batches)  the same, with gates that depend on the input replaced by their mean over data
     fuse_conv_bn(model, x) convolutions and norms as one, for deployment
     record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
@@ -14,7 +15,8 @@ the other extras; importing this package imports none of them.
 
 from asr_downstream.attention import ChannelAttention, pool
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.calibrated import fold_calibrated
+from asr_downstream.folding.fold import fold
 from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
 from asr_downstream.folding.verify import verify
 from asr_downstream.plugging.attach import rebind
@@ -40,6 +42,7 @@ __all__ = [
     'PlugError',
     'describe',
     'fold',
+    'fold_calibrated',
     'fuse_conv_bn',
     'load_plugged',
     'plug',

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ __all__ = [
     'OtherProcessError',
     'PlugError',
     'did_you_mean',
+    'warn',
 ]
 
 
@@ -62,3 +65,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=1, cutoff=0.5)
     hint = f'did you mean {by_lower[close[0]]!r}? ' if close else ''
     return f'{hint}Known: {", ".join(known)}'
+
+
+def warn(message: str) -> None:
+    """Warn, with the file and line of the nearest caller outside of this package and of torch's decorators."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals['__name__'].partition('.')[0] in ('asr_downstream', 'torch'):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)

@@ -16,13 +16,14 @@ from torch import nn
 
 from asr_downstream.detection.card import card_path, detector_card
 from asr_downstream.detection.config import partly_stock_config, stock_config
-from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_calibrated
+from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
 from asr_downstream.detection.models.detectors import build_detector, compare_features, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.files.atomic import aside, check_could_write, sha256, write_together
 from asr_downstream.files.card import card_of
-from asr_downstream.folding.exact import FoldReport, fold
+from asr_downstream.folding.exact import fold_exactly
+from asr_downstream.folding.report import FoldReport
 from asr_downstream.folding.verify import Verification
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.copies import copy_of
@@ -94,7 +95,7 @@ def fold_checkpoint(
     if stock:
         folded, report = plugged, FoldReport()
     else:
-        folded, report = fold(plugged) if calibrate is None else fold_calibrated(config, plugged, calibrate)
+        folded, report = fold_exactly(plugged) if calibrate is None else fold_over_images(config, plugged, calibrate)
     seconds = time.perf_counter() - start
     if not report.sites and not stock:
         raise FoldError(
@@ -142,7 +143,7 @@ def fold_checkpoint(
 def compare_exactly(plugged: nn.Module) -> Verification:
     """Fold and compare in float64, where nothing but the algebra is left."""
     exact = copy_of(plugged).double()
-    return compare_features(exact, fold(exact)[0])
+    return compare_features(exact, fold_exactly(exact)[0])
 
 
 def write_weights(path: Path, suffix: str, stock: nn.Module, meta: dict[str, Any]) -> None:

@@ -14,7 +14,9 @@ from asr_downstream.diffusion.runs import Run
 from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import CheckpointError, FoldError
-from asr_downstream.folding.exact import FoldReport, fold
+from asr_downstream.folding.calibrated import fold_calibrated
+from asr_downstream.folding.exact import fold_exactly
+from asr_downstream.folding.report import FoldReport
 from asr_downstream.folding.verify import Verification, verify
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
@@ -67,10 +69,10 @@ def fold_run(run: Run, calibrate: int | None = None) -> tuple[nn.Module, FoldRep
     if not describe(model).sites:
         raise CheckpointError(f'{run.folder}: nothing to fold, its model has no plug')
     if calibrate is None:
-        folded, report = fold(model)
+        folded, report = fold_exactly(model)
     else:
         batches = calibration_batches(run, calibrate)
-        folded, report = fold(model, calibrate=batches, step=call, check=batches[:1])
+        folded, report = fold_calibrated(model, batches, step=call, check=batches[:1])
     stock = stock_of(run)
     load_state(stock, folded.state_dict(), run.checkpoint)
     return stock, report
@@ -105,7 +107,7 @@ def compare(run: Run, folded: nn.Module) -> dict[str, dict[str, float]]:
         with in_precision(run, dtype) as parts_of_run:
             ours = nn.Module.to(copy_of(run.parts.model), dtype)  # diffusers warns in its own to()
             if dtype == torch.float64 and describe(ours).sites:
-                theirs = fold(ours)[0]
+                theirs = fold_exactly(ours)[0]
             else:
                 theirs = nn.Module.to(copy_of(folded), dtype)
             model = verify_forward(parts_of_run, ours, theirs, dtype).relative

@@ -21,7 +21,7 @@ from asr_downstream.far.model.replace import replace
 from asr_downstream.files.atomic import first_line, sha256, writable_folder, write_json, writing
 from asr_downstream.files.configs import plain
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging import describe as gates
@@ -71,7 +71,7 @@ def save_far(
     if folder.exists() and not (folder / FAR_FILE).is_file():
         raise AsrError(f'{folder}: exists and has no {FAR_FILE}; choose another folder')
     if gates.describe(model).sites:
-        model = fold(model, check=check)[0]
+        model = fold_exactly(model, check=check)[0]
     content = {
         'library': library,
         'class': type(model).__name__,

@@ -8,106 +8,84 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from asr_downstream.console.progress import bar
-from asr_downstream.console.text import render
-from asr_downstream.errors import FoldError
-from asr_downstream.folding.constancy import Constancy, Step, default_step, measure_constancy
-from asr_downstream.folding.verify import tensors
+from asr_downstream.errors import FoldError, warn
+from asr_downstream.folding.constancy import Constancy, Step, default_step, groups, measure_constancy
+from asr_downstream.folding.exact import Comparison, check_mode, comparison, fold_gates
+from asr_downstream.folding.report import Calibration, FoldReport, Trial
+from asr_downstream.folding.verify import Verification, tensors
+from asr_downstream.modules.check import check_bare, check_module
 from asr_downstream.modules.copies import batch_of, copy_of
+from asr_downstream.plugging.describe import check_connected
 from asr_downstream.plugging.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
 
-__all__ = ['Calibration', 'Metric', 'Trial', 'calibrate']
+__all__ = ['Metric', 'fold_calibrated']
 
 Metric: TypeAlias = Callable[[nn.Module], float]
 
 
-@dataclass(frozen=True)
-class Trial:
-    """One number of groups left unfolded, and what it costs.
+def fold_calibrated(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    step: Step | None = None,
+    refine_norms: bool = False,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+    check: Any = None,
+) -> tuple[nn.Module, FoldReport]:
+    """Replace gates that depend on the input by their mean over data, and fold them like constant ones.
 
-    Attributes:
-        kept: number of groups that stay as they are.
-        change: of the outputs, root mean square over that of the outputs.
-        metric: of the folded model, if one was given.
-        drop: what is held against ``max_drop``.
+    ``fold(model, calibrate=batches, ...)`` is the short form of this.
+
+    Args:
+        model: a plugged model in eval mode; it is not changed.
+        batches: to average the gates over: a list or a loader, read more than once, on the model's device.
+        step: how to run a batch, ``step(model, batch)``; its outputs are compared before and after. The default calls
+            the model with a tensor, a tuple of arguments or a dict of keyword arguments.
+        refine_norms: estimate the running statistics of all batch norms again, over the same data.
+        metric: of a model, larger is better; measured before and after.
+        max_drop: how much may be lost at most: of ``metric``, or without one the relative change of the outputs (root
+            mean square). The least constant sites stay unfolded until it holds; sites of one recurrent unit go
+            together.
+        check: batches; the model with means in the place of gates and the folded one are compared on them.
+
+    Returns:
+        The folded copy, and a report whose ``calibration`` says how constant the gates were, how much the outputs and
+        the metric have changed, and which sites ``max_drop`` has kept.
+
+    Raises:
+        FoldError: see `asr_downstream.fold`; or batches that do not fit the model or do not reach a site, outputs of
+            other shapes after folding, or a metric that is not finite.
     """
+    check_module(model, 'fold_calibrated', FoldError)
+    compare = comparison(check, step)
+    against = None if compare is None else partial(compare_settled, compare)
+    check_bare(model, FoldError)
+    check_arguments(batches, step, refine_norms, metric, max_drop)
+    check_connected(model)
+    check_mode(model)
+    if not groups(model):
+        if refine_norms or metric is not None or max_drop is not None:
+            warn('all gates are constant and fold exactly: refine_norms, metric and max_drop are not used')
+        return fold_gates(model, against=against)
+    finish = partial(fold_gates, dynamic='keep', against=against)
+    folded, report, found = calibrate(model, batches, finish, step, refine_norms, metric, max_drop)
+    return folded, replace(report, calibration=found)
 
-    kept: int
-    change: float
-    metric: float | None
-    drop: float
 
-
-@dataclass(frozen=True)
-class Calibration:
-    """What calibrated folding measured.
-
-    Attributes:
-        sites: constancy of every site with input-dependent gates, least constant last.
-        kept: paths of the sites that stay unfolded.
-        trials: what was tried, the one taken last.
-        metric_before: of the model as it was, if a metric was given.
-        refined: batch norm statistics were estimated again.
-    """
-
-    sites: tuple[Constancy, ...]
-    kept: tuple[str, ...]
-    trials: tuple[Trial, ...]
-    metric_before: float | None = None
-    refined: bool = False
-
-    @property
-    def change(self) -> float:
-        """Relative change of the outputs of the folded model."""
-        return self.trials[-1].change
-
-    @property
-    def metric_after(self) -> float | None:
-        """Metric of the folded model."""
-        return self.trials[-1].metric
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return {
-            'sites': [
-                {
-                    'path': s.path,
-                    'over_samples': s.over_samples,
-                    'over_channels': s.over_channels,
-                    'stripe_ratio': s.ratio,
-                    'samples': s.samples,
-                    'folded': s.path not in self.kept,
-                }
-                for s in self.sites
-            ],
-            'trials': [vars(t) for t in self.trials],
-            'metric_before': self.metric_before,
-            'metric_after': self.metric_after,
-            'output_change': self.change,
-            'batch_norms_refined': self.refined,
-        }
-
-    def __str__(self) -> str:
-        table = Table(
-            'site', 'std over samples', 'std over channels', 'stripe ratio', '', title='constancy of the gates'
-        )
-        for s in self.sites:
-            numbers = (f'{v:.4f}' for v in (s.over_samples, s.over_channels, s.ratio))
-            table.add_row(s.path, *numbers, 'kept' if s.path in self.kept else 'folded')
-        lines = [render(table), f'outputs change by {self.change:.2%} (root mean square)']
-        if self.metric_before is not None:
-            lines.append(f'metric: {self.metric_before:.4f} before, {self.metric_after:.4f} after')
-        if self.kept:
-            lines.append(f'kept unfolded, within the budget: {", ".join(self.kept)}')
-        return '\n'.join(lines)
+def compare_settled(compare: Comparison, plugged: nn.Module, folded: nn.Module) -> Verification:
+    """Compare a model that has means in the place of gates with the folded one."""
+    settle(plugged)
+    return compare(plugged, folded)
 
 
 class Fixed(nn.Module):

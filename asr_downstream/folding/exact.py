@@ -1,4 +1,4 @@
-"""`fold`: put constant gates into the weights of their layers; what comes back is the stock model.
+"""`fold_exactly`: put constant gates into the weights of their layers; what comes back is the stock model.
 
 The arithmetic is the plugged layer's own ``scale``, evaluated once in float64 and cast back once. All new weights are
 computed and checked before the first one is stored, and they are stored in a copy, so a failure changes nothing.
@@ -6,20 +6,17 @@ computed and checked before the first one is stored, and they are stored in a co
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.console.text import some
-from asr_downstream.errors import AsrError, FoldError
-from asr_downstream.folding import calibrated as calibration
-from asr_downstream.folding.calibrated import Calibration, Metric
-from asr_downstream.folding.constancy import Step, groups
+from asr_downstream.errors import AsrError, FoldError, warn
+from asr_downstream.folding.constancy import Step
+from asr_downstream.folding.report import FoldedSite, FoldReport
 from asr_downstream.folding.verify import Verification, beyond_rounding, check_inputs, compare, run
 from asr_downstream.modules.check import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.modules.copies import copy_of
@@ -30,61 +27,7 @@ from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.save import forget, keep_dynamic
 from asr_downstream.plugging.shared_unit import Member, unregister
 
-__all__ = ['FoldReport', 'FoldedSite', 'fold', 'make_stock_']
-
-
-@dataclass(frozen=True)
-class FoldedSite:
-    """What happened at one site.
-
-    Attributes:
-        path: name in ``named_modules()``.
-        layer: name of the stock class.
-        channels: number of gates.
-        gate_min, gate_mean, gate_max: of the constant gates that were folded.
-        rounding: largest difference between the folded weight or bias and its float64 value, over the largest
-            magnitude; half a unit in the last place of the dtype, or less.
-        kept: input-dependent gates stay at this site (``dynamic='keep'``).
-        saturated: what is odd about the gates, if all of them are at one end, see
-            `asr_downstream.plugging.gates.saturation`.
-    """
-
-    path: str
-    layer: str
-    channels: int
-    gate_min: float
-    gate_mean: float
-    gate_max: float
-    rounding: float
-    kept: bool = False
-    saturated: str = ''
-
-
-@dataclass(frozen=True)
-class FoldReport:
-    """What `fold` did.
-
-    Attributes:
-        sites: the folded sites, in the order of ``named_modules()``.
-        message: one line for a person.
-        spec: what was plugged.
-        calibration: what ``fold(calibrate=...)`` measured.
-        checked: what ``fold(check=...)`` found, plugged against folded.
-    """
-
-    sites: tuple[FoldedSite, ...] = ()
-    message: str = ''
-    spec: Any = field(default=None, compare=False)
-    calibration: Calibration | None = field(default=None, compare=False)
-    checked: Verification | None = field(default=None, compare=False)
-
-    @property
-    def already_stock(self) -> bool:
-        """There was nothing to fold."""
-        return not self.sites and self.calibration is None
-
-    def __str__(self) -> str:
-        return self.message if self.calibration is None else f'{self.calibration}\n{self.message}'
+__all__ = ['Comparison', 'check_dynamic', 'check_mode', 'comparison', 'fold_exactly', 'fold_gates', 'make_stock_']
 
 
 @dataclass(frozen=True)
@@ -94,78 +37,31 @@ class ScaledParameters:
     site: FoldedSite
 
 
-def fold(
-    model: nn.Module,
-    dynamic: str = 'error',
-    calibrate: Iterable[Any] | None = None,
-    *,
-    step: Step | None = None,
-    refine_norms: bool = False,
-    metric: Metric | None = None,
-    max_drop: float | None = None,
-    check: Any = None,
+Comparison: TypeAlias = Callable[[nn.Module, nn.Module], Verification]
+
+
+def fold_exactly(
+    model: nn.Module, dynamic: str = 'error', *, step: Step | None = None, check: Any = None
 ) -> tuple[nn.Module, FoldReport]:
-    """Fold the gates of ``model`` and return a stock copy.
+    """Fold the constant gates of ``model``; see `asr_downstream.fold`, which is this without ``calibrate``."""
+    check_module(model, 'fold', FoldError)
+    check_dynamic(dynamic)
+    if step is not None and check is None:
+        raise FoldError('fold: step says how to run the inputs of check=..., and there are none')
+    return fold_gates(model, dynamic, comparison(check, step))
 
-    Constant gates fold exactly, up to one rounding of the weights: classes, parameter names and buffers are those of
-    the stock model. A model without plugs is copied, with a warning: folding twice is harmless.
 
-    Gates that depend on the input have no exact fold. With ``calibrate`` they are replaced by their mean over data; the
-    report then says how constant they were and how much the model has changed.
-
-    Args:
-        model: a plugged model in eval mode; it is not changed.
-        dynamic: what to do with gates that depend on the input: ``'error'``, or ``'keep'`` them plugged (the paper's
-            ASR + SE keeps the SE).
-        calibrate: batches to average the gates over: a list or a loader, read more than once, on the model's device.
-        step: how to run a batch, ``step(model, batch)``; its outputs are compared before and after. The default calls
-            the model with a tensor, a tuple of arguments or a dict of keyword arguments.
-        refine_norms: estimate the running statistics of all batch norms again, over the same data.
-        metric: of a model, larger is better; measured before and after.
-        max_drop: how much may be lost at most: of ``metric``, or without one the relative change of the outputs (root
-            mean square). The least constant sites stay unfolded until it holds; sites of one recurrent unit go
-            together.
-        check: inputs to compare the plugged model and the folded one on, as `asr_downstream.verify` takes them, or
-            batches for ``step``. Folding is exact as far as layers go; a model that reads the weight of a site past
-            its layer, ``F.conv2d(x, self.conv.weight)``, is only found out by running it. With ``calibrate`` the
-            constant gates, and the means in place of the others, are compared with what they fold to.
-
-    Returns:
-        The folded copy and a report. Gates that are all at one end are named in a warning.
+def check_dynamic(dynamic: Any) -> None:
+    """Refuse what is not known.
 
     Raises:
-        FoldError: training mode, gates that depend on the input, gates or folded weights that are not finite, weights
-            that are shared with another layer, computed from others, quantised, sharded or on the meta device, gates
-            that a converter has disconnected, or with ``check`` a folded model that computes something else. The model
-            has not been touched.
+        FoldError: see above.
     """
-    check_module(model, 'fold', FoldError)
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
-    finish = partial(fold_exactly, check=comparison(check, step))
-    if calibrate is None:
-        if (step is not None and check is None) or refine_norms or metric is not None or max_drop is not None:
-            raise FoldError('fold: step, refine_norms, metric and max_drop belong to calibrate=...')
-        return finish(model, dynamic)
-    check_bare(model, FoldError)
-    calibration.check_arguments(calibrate, step, refine_norms, metric, max_drop)
-    check_connected(model)
-    check_mode(model)
-    if not groups(model):
-        if refine_norms or metric is not None or max_drop is not None:
-            warnings.warn(
-                'all gates are constant and fold exactly: refine_norms, metric and max_drop are not used', stacklevel=2
-            )
-        return finish(model, dynamic)
-    keep = partial(finish, dynamic='keep')
-    folded, report, found = calibration.calibrate(model, calibrate, keep, step, refine_norms, metric, max_drop)
-    return folded, replace(report, calibration=found)
 
 
-Check: TypeAlias = Callable[[nn.Module, nn.Module], Verification] | None
-
-
-def comparison(check: Any, step: Step | None) -> Check:
+def comparison(check: Any, step: Step | None) -> Comparison | None:
     """What compares the plugged and the folded model on the inputs that the user gave; None without any."""
     if check is None:
         return None
@@ -174,9 +70,8 @@ def comparison(check: Any, step: Step | None) -> Check:
     except AsrError as error:
         raise FoldError(str(error)) from None
 
-    def against(plugged: nn.Module, folded: nn.Module) -> Verification:
+    def compare_both(plugged: nn.Module, folded: nn.Module) -> Verification:
         calls = check if isinstance(check, list) else [check]
-        calibration.settle(plugged)
         try:
             found = compare(folded, plugged, calls, step or run)
         except AsrError as error:
@@ -195,12 +90,14 @@ def comparison(check: Any, step: Step | None) -> Check:
             )
         return found
 
-    return against
+    return compare_both
 
 
 @torch.no_grad()
-def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[nn.Module, FoldReport]:
-    """Fold the constant gates."""
+def fold_gates(
+    model: nn.Module, dynamic: str = 'error', against: Comparison | None = None
+) -> tuple[nn.Module, FoldReport]:
+    """Fold the constant gates; ``against(model, folded)`` compares before anything is returned."""
     check_bare(model, FoldError)
     check_connected(model)
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
@@ -209,7 +106,7 @@ def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[n
         message = (
             f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
         )
-        warnings.warn(message, stacklevel=4)
+        warn(message)
         return make_stock_(copy_of(model, FoldError)), FoldReport(message=message)
     check_mode(model)
     check_constant(layers, dynamic)
@@ -242,7 +139,7 @@ def fold_exactly(model: nn.Module, dynamic: str, check: Check = None) -> tuple[n
     else:
         make_stock_(folded)
         message = f'folded {len(sites)} sites of {type(model).__name__}'
-    checked = None if check is None else check(model, folded)
+    checked = None if against is None else against(model, folded)
     warn_saturated(sites)
     return folded, FoldReport(sites, message, specs(model), checked=checked)
 
@@ -254,10 +151,9 @@ def warn_saturated(sites: Iterable[FoldedSite]) -> None:
         if site.saturated:
             by_state.setdefault(site.saturated, []).append(site.path)
     for state, paths in by_state.items():
-        warnings.warn(
+        warn(
             f'{some(paths)}: the gates of all channels {state}; the folded layer does no more than that: look at the '
-            f'training (learning rate, weight decay, loss) before you ship it',
-            stacklevel=5,
+            f'training (learning rate, weight decay, loss) before you ship it'
         )
 
 

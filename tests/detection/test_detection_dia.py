@@ -23,7 +23,7 @@ from mmengine.registry import init_default_scope
 from asr_downstream import FoldError, describe, fold, plug, verify
 from asr_downstream.detection.config import load_config, partly_stock_config, stock_config
 from asr_downstream.detection.data.digits import make_digits
-from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, calibration_batches, fold_calibrated
+from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, calibration_batches, fold_over_images
 from asr_downstream.detection.models.detectors import build_detector, compare_features
 from asr_downstream.errors import DataError
 
@@ -132,7 +132,7 @@ def test_calibration_batches_are_training_images_as_in_testing(digits: Path) -> 
 def test_a_budget_of_ap_needs_ap(digits: Path) -> None:
     config = load_config(ROOT / CONFIG, digits)
     with pytest.raises(DataError, match='max_drop is about AP'):
-        fold_calibrated(config, build_detector(config), CalibrationPlan(max_drop=0.1, evaluate=False))
+        fold_over_images(config, build_detector(config), CalibrationPlan(max_drop=0.1, evaluate=False))
     with pytest.raises(FoldError, match=r'calibrate=loader'):
         fold(build_detector(config))
 

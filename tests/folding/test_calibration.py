@@ -13,7 +13,8 @@ from helpers.plugged import assert_untouched, snapshot
 from helpers.shared import ASR_DIA, DIA, Net, images, plugged
 from torch import Tensor, nn
 
-from asr_downstream import FoldError, describe, fold, plug, record, verify
+from asr_downstream import FoldError, describe, fold, fold_calibrated, plug, record, verify
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.plugging.layers import Plugged
 
 SE = dict(type='Attention', attention=dict(type='SE', reduction=4))
@@ -174,6 +175,7 @@ def test_other_ways_to_call_a_model() -> None:
         (dict(calibrate=iter(DATA)), 'give a list or a DataLoader'),
         (dict(max_drop=0.1), r'belong to calibrate'),
         (dict(dynamic='drop'), "use 'error' or 'keep'"),
+        (dict(dynamic='keep', calibrate=DATA), r"dynamic='keep' leaves gates .* and calibrate=... folds them"),
     ],
 )
 def test_refusals(change: dict, message: str) -> None:
@@ -253,6 +255,31 @@ def test_numbers_that_are_none_are_refused() -> None:
 def test_options_of_calibration_are_not_dropped_silently() -> None:
     with pytest.warns(UserWarning, match='are not used'):
         fold(plugged(ASR_DIA, training=False), calibrate=DATA, refine_norms=True)
+
+
+def test_the_short_form_is_fold_calibrated() -> None:
+    model = plugged([dict(type='ASR', attention=dict(type='SE')), SE], training=False)
+    options: dict[str, Any] = dict(refine_norms=True, max_drop=0.05, check=DATA[:1])
+    (folded, report), (short, other) = fold_calibrated(model, DATA, **options), fold(model, calibrate=DATA, **options)
+    assert report.calibration.kept
+    assert report.checked.absolute < 1e-9
+    assert str(report) == str(other)
+    assert verify(folded, short, DATA[0]).absolute == 0
+
+
+@pytest.mark.parametrize(
+    'call',
+    [
+        lambda: fold(Net().eval()),
+        lambda: fold_exactly(Net().eval()),
+        lambda: fold_calibrated(Net().eval(), DATA),
+        lambda: fold(Net().eval(), calibrate=DATA),
+    ],
+)
+def test_a_warning_names_the_line_that_folded(call: Any) -> None:
+    with pytest.warns(UserWarning, match='has no plugged sites') as seen:
+        call()
+    assert [w.filename for w in seen] == [__file__]
 
 
 def test_record_shows_gates_and_states() -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from asr_downstream.console.text import render
 from asr_downstream.detection.models.detectors import FeatureMaps, build_detector
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
 from asr_downstream.measure.timing import paired_times
 from asr_downstream.plugging.plug import plug
@@ -136,7 +136,7 @@ def measure_detector(case: DetectorCase, rounds: int, seed: int = 0) -> dict[str
             warnings.simplefilter('ignore')  # stage 1 is frozen and left out
             plug(models[name].backbone, {**spec, 'preserve': True})
         models[name].eval()
-    still = {**models, FOLDED: fold(models[ASR])[0]}
+    still = {**models, FOLDED: fold_exactly(models[ASR])[0]}
     fused, pairs = fuse_conv_bn(FeatureMaps(still[FOLDED]), x[:1])
     still[FUSED] = fused.detector
     inference_times = paired_times(

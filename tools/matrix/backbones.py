@@ -21,7 +21,7 @@ from mmengine.registry import init_default_scope
 from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError, FoldError, PlugError
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.verify import verify
 from asr_downstream.modules.slots import SHARED
 from asr_downstream.plugging.describe import describe
@@ -184,7 +184,7 @@ def check(backbone: Backbone) -> Row:
         require(not unexpected and all('.gate.' in key for key in missing), backbone, 'stock weights do not load')
         train_step(model, x, backbone)
         model.eval()
-        folded, _ = fold(model)
+        folded, _ = fold_exactly(model)
         require(type(folded) is type(stock), backbone, 'folding does not give the stock class')
         plain = copy.deepcopy(stock)
         plain.load_state_dict({k: v for k, v in model.state_dict().items() if '.gate.' not in k}, strict=True)
@@ -202,7 +202,7 @@ def check(backbone: Backbone) -> Row:
             train_step(dynamic, x, backbone)
             dynamic.eval()
             try:
-                fold(dynamic)
+                fold_exactly(dynamic)
             except FoldError:
                 row.dynamic.append(name)
             else:

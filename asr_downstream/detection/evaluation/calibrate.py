@@ -18,10 +18,11 @@ from torch import nn
 from asr_downstream.console.text import some
 from asr_downstream.detection.evaluation.evaluate import evaluate
 from asr_downstream.errors import DataError, FoldError
-from asr_downstream.folding.exact import FoldReport, fold
+from asr_downstream.folding.calibrated import fold_calibrated
+from asr_downstream.folding.report import FoldReport
 from asr_downstream.plugging.describe import describe
 
-__all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_calibrated', 'preprocessed_features']
+__all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_over_images', 'preprocessed_features']
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def check_exact(model: nn.Module, checkpoint: Path, option: str) -> None:
         )
 
 
-def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:
+def fold_over_images(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:
     """Fold a detector by calibration on its own training images; the metric is AP on the test set of the config.
 
     Raises:
@@ -127,9 +128,9 @@ def fold_calibrated(config: Config, model: nn.Module, plan: CalibrationPlan) -> 
         raise DataError('max_drop is about AP, which has to be measured: leave evaluate=True')
     model.to(get_device())
     batches = calibration_batches(config, plan.images, plan.seed)
-    return fold(
+    return fold_calibrated(
         model,
-        calibrate=batches,
+        batches,
         step=preprocessed_features,
         check=batches[:1],
         refine_norms=plan.refine_norms,

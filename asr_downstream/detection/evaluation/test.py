@@ -15,7 +15,7 @@ from torch import nn
 from asr_downstream.console.text import render
 from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.evaluation.augmented import augmented
-from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_calibrated
+from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
 from asr_downstream.detection.evaluation.compare import compare
 from asr_downstream.detection.evaluation.evaluate import Evaluation, evaluate, first_image, measure_latency, metric
 from asr_downstream.detection.evaluation.pictures import show_each
@@ -23,7 +23,7 @@ from asr_downstream.detection.evaluation.scores import tools as scoring_tools
 from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import check_could_write, sha256, write_json
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.measure.versions import versions
 from asr_downstream.plugging.describe import describe
 
@@ -87,9 +87,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
     last = model
     if plan.folding:
         if plan.folding == 'exact':
-            last, report = fold(model)
+            last, report = fold_exactly(model)
         else:
-            last, report = fold_calibrated(config, model, plan.calibration)
+            last, report = fold_over_images(config, model, plan.calibration)
         comparison = compare(config, model, last, plan.fast, pictures)
         evaluations = [comparison.unfolded, comparison.folded]
         content = comparison.as_dict()

@@ -24,7 +24,7 @@ from asr_downstream.detection.training.checkpoints import note_last, noted
 from asr_downstream.detection.training.launch import largest, together
 from asr_downstream.detection.training.sampler import draw_by_sample
 from asr_downstream.errors import AsrError, DataError
-from asr_downstream.folding.exact import fold
+from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.registry import LOOPS
 
 __all__ = [
@@ -156,7 +156,7 @@ class FoldedValLoop(engine.ValLoop):
     def run_iter(self, idx: int, data_batch: Any) -> None:
         """Validate one batch."""
         if self.folded is None:
-            self.folded, report = fold(bare(self.runner.model))
+            self.folded, report = fold_exactly(bare(self.runner.model))
             self.runner.logger.info(f'validating a folded copy: {report}')
         self.runner.call_hook('before_val_iter', batch_idx=idx, data_batch=data_batch)
         with autocast(enabled=self.fp16):
