@@ -21,8 +21,10 @@ from asr_downstream.registry import ATTENTIONS, PLUGS, find
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
-# What belongs to one training and its machines, or to the card.
+# Top-level keys that a stock config drops: those of one training and its machines, of the card, and `HELPER`.
 LAUNCH = ('card', 'fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
+# Key that a file of det_configs/_base_/plugs leaves at the top level; a config takes it as ``plug=_base_.plug``.
+HELPER = 'plug'
 
 # Arguments that models of this package take besides those of their stock classes.
 OWN = ('plug', 'replace', 'distil')
@@ -42,13 +44,21 @@ def load_config(
         needs_data: whether ``ASR_DATA_ROOT`` is looked at.
 
     Raises:
-        AsrError: the file is missing or is no config.
+        AsrError: the file is missing or is no config, or it has a ``plug`` that no part of its model takes.
     """
     path = Path(path)
     config = read_config(path, 'det_configs/')
     if 'model' not in config:
         raise AsrError(f'{path}: has no "model"; expected an MMDetection config')
+    helper = config.pop(HELPER, None)
     override(config, options, path)
+    if HELPER in config:
+        raise AsrError(f'{path}: --cfg-options {HELPER}...: name the part of the model, such as model.backbone.plug')
+    if helper is not None and not has_plug(config.model):
+        raise AsrError(
+            f'{path}: its plug stands beside the model, and no part of the model takes it; write '
+            f"model=dict(backbone=dict(type='{SCOPE}ResNet', plug=_base_.plug))"
+        )
     init_default_scope(config.get('default_scope', 'mmdet'))
     name_files(config)
     shared = os.environ.get('ASR_DATA_ROOT')
@@ -59,6 +69,13 @@ def load_config(
         if said := fit_to_data(config, Path(data_root)):
             print(f'{path.name} fitted to {data_root}: {said}')
     return config
+
+
+def has_plug(node: Any) -> bool:
+    """Whether a model's config, or a part of it, names a ``plug``."""
+    if isinstance(node, dict):
+        return 'plug' in node or any(map(has_plug, node.values()))
+    return isinstance(node, list | tuple) and any(map(has_plug, node))
 
 
 def set_data_root(config: Config, root: Path) -> None:
@@ -94,7 +111,7 @@ def set_data_root(config: Config, root: Path) -> None:
 def stock_config(config: Config) -> Config:
     """Return a copy that names nothing of this package: its types become those they extend, `OWN` is dropped."""
     stock = copy.deepcopy(config)
-    for key in LAUNCH:
+    for key in (*LAUNCH, HELPER):
         stock.pop(key, None)
 
     def strip(node: Any) -> None:
@@ -134,6 +151,7 @@ def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
         FoldError: a plug shares by a list of groups, whose names depend on all of them.
     """
     partly = copy.deepcopy(config)
+    partly.pop(HELPER, None)
 
     def narrow(node: Any, path: str) -> None:
         if isinstance(node, list | tuple):

@@ -1,7 +1,5 @@
 # python tools/train_det.py det_configs/bccd/retinanet_r18-w32-asr-dia_fpn_bccd.py --data-root /data/bccd
-# ASR over DIA: learned inputs through one recurrent unit a stage; folds into the stock detector.
-_base_ = './retinanet_r18-w32_fpn_bccd.py'
+# ASR(DIA) at every residual branch.
+_base_ = ['./retinanet_r18-w32_fpn_bccd.py', '../_base_/plugs/asr-dia-r4.py']
 
-model = dict(
-    backbone=dict(type='asr_downstream.ResNet', plug=dict(type='ASR', attention=dict(type='DIALSTM', reduction=4)))
-)
+model = dict(backbone=dict(type='asr_downstream.ResNet', plug=_base_.plug))

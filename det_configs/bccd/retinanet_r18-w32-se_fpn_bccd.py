@@ -1,7 +1,5 @@
 # python tools/train_det.py det_configs/bccd/retinanet_r18-w32-se_fpn_bccd.py --data-root /data/bccd
-# Classic SE at every residual branch: depends on the input; tools/fold.py --calibrate replaces its gates by their mean.
-_base_ = './retinanet_r18-w32_fpn_bccd.py'
+# SE at every residual branch.
+_base_ = ['./retinanet_r18-w32_fpn_bccd.py', '../_base_/plugs/se.py']
 
-model = dict(
-    backbone=dict(type='asr_downstream.ResNet', plug=dict(type='Attention', attention=dict(type='SE', reduction=16)))
-)
+model = dict(backbone=dict(type='asr_downstream.ResNet', plug=_base_.plug))

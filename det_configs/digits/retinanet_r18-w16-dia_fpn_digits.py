@@ -1,7 +1,5 @@
 # python tools/train_det.py det_configs/digits/retinanet_r18-w16-dia_fpn_digits.py
-# One DIA-LSTM along each stage: depends on the input; folds by calibration (tools/fold.py --calibrate).
-_base_ = './retinanet_r18-w16_fpn_digits.py'
+# DIA at every residual branch.
+_base_ = ['./retinanet_r18-w16_fpn_digits.py', '../_base_/plugs/dia-r4.py']
 
-model = dict(
-    backbone=dict(type='asr_downstream.ResNet', plug=dict(type='DIA', attention=dict(type='DIALSTM', reduction=4)))
-)
+model = dict(backbone=dict(type='asr_downstream.ResNet', plug=_base_.plug))

@@ -1,16 +1,7 @@
 # python tools/train_det.py det_configs/dino/dino-4scale_r50-asr-se-c3-c5_8xb2-12e_coco.py --data-root /data/coco
-# ASR(SE) at the residual branches of stages 2 to 4 (c3 to c5); folds into the stock detector.
-# The pretrained stage 1 is frozen, as in the base; preserve=True starts where the pretrained backbone stands.
-_base_ = './dino-4scale_r50_8xb2-12e_coco.py'
+# ASR(SE) at stages 2 to 4 (c3 to c5), since stage 1 is frozen; starts from the outputs of the pretrained backbone.
+_base_ = ['./dino-4scale_r50_8xb2-12e_coco.py', '../_base_/plugs/asr-se.py']
 
 model = dict(
-    backbone=dict(
-        type='asr_downstream.ResNet',
-        plug=dict(
-            type='ASR',
-            attention=dict(type='SE', reduction=16),
-            sites=['layer[234].*.bn3'],
-            preserve=True,
-        ),
-    )
+    backbone=dict(type='asr_downstream.ResNet', plug=dict(_base_.plug, sites=['layer[234].*.bn3'], preserve=True))
 )

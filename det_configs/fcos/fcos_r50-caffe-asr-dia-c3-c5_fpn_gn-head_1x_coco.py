@@ -1,17 +1,7 @@
 # python tools/train_det.py det_configs/fcos/fcos_r50-caffe-asr-dia-c3-c5_fpn_gn-head_1x_coco.py --data-root /data/coco
-# ASR over DIA at stages 2 to 4 (c3 to c5): learned inputs through one DIA-LSTM a stage, r = 20; constant gates, which
-# fold into the stock detector.
-# The pretrained stage 1 is frozen, as in the base; preserve=True starts where the pretrained backbone stands.
-_base_ = './fcos_r50-caffe_fpn_gn-head_1x_coco.py'
+# ASR(DIA) at stages 2 to 4 (c3 to c5), since stage 1 is frozen; starts from the outputs of the pretrained backbone.
+_base_ = ['./fcos_r50-caffe_fpn_gn-head_1x_coco.py', '../_base_/plugs/asr-dia.py']
 
 model = dict(
-    backbone=dict(
-        type='asr_downstream.ResNet',
-        plug=dict(
-            type='ASR',
-            attention=dict(type='DIALSTM', reduction=20),
-            sites=['layer[234].*.bn3'],
-            preserve=True,
-        ),
-    )
+    backbone=dict(type='asr_downstream.ResNet', plug=dict(_base_.plug, sites=['layer[234].*.bn3'], preserve=True))
 )

@@ -1,16 +1,5 @@
 # python tools/train_det.py det_configs/rtmdet/rtmdet-ins_s-asr-dia_8xb32-300e_coco.py --data-root /data/coco
-# ASR over DIA: learned inputs through one DIA-LSTM a stage, r = 20; constant gates, which
-# fold into the stock detector.
-# preserve=True starts where the pretrained backbone stands.
-_base_ = './rtmdet-ins_s_8xb32-300e_coco.py'
+# ASR(DIA) at every residual branch; starts from the outputs of the pretrained backbone.
+_base_ = ['./rtmdet-ins_s_8xb32-300e_coco.py', '../_base_/plugs/asr-dia.py']
 
-model = dict(
-    backbone=dict(
-        type='asr_downstream.CSPNeXt',
-        plug=dict(
-            type='ASR',
-            attention=dict(type='DIALSTM', reduction=20),
-            preserve=True,
-        ),
-    )
-)
+model = dict(backbone=dict(type='asr_downstream.CSPNeXt', plug=dict(_base_.plug, preserve=True)))

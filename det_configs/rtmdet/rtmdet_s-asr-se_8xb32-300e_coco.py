@@ -1,15 +1,5 @@
 # python tools/train_det.py det_configs/rtmdet/rtmdet_s-asr-se_8xb32-300e_coco.py --data-root /data/coco
-# ASR(SE) at the residual branches; folds into the stock detector.
-# preserve=True starts where the pretrained backbone stands.
-_base_ = './rtmdet_s_8xb32-300e_coco.py'
+# ASR(SE) at every residual branch; starts from the outputs of the pretrained backbone.
+_base_ = ['./rtmdet_s_8xb32-300e_coco.py', '../_base_/plugs/asr-se.py']
 
-model = dict(
-    backbone=dict(
-        type='asr_downstream.CSPNeXt',
-        plug=dict(
-            type='ASR',
-            attention=dict(type='SE', reduction=16),
-            preserve=True,
-        ),
-    )
-)
+model = dict(backbone=dict(type='asr_downstream.CSPNeXt', plug=dict(_base_.plug, preserve=True)))

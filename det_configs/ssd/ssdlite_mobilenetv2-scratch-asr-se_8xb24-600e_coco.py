@@ -1,13 +1,5 @@
 # python tools/train_det.py det_configs/ssd/ssdlite_mobilenetv2-scratch-asr-se_8xb24-600e_coco.py --data-root /data/coco
-# ASR(SE) at the residual branches; folds into the stock detector.
-_base_ = './ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
+# ASR(SE) at every residual branch.
+_base_ = ['./ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py', '../_base_/plugs/asr-se.py']
 
-model = dict(
-    backbone=dict(
-        type='asr_downstream.MobileNetV2',
-        plug=dict(
-            type='ASR',
-            attention=dict(type='SE', reduction=16),
-        ),
-    )
-)
+model = dict(backbone=dict(type='asr_downstream.MobileNetV2', plug=_base_.plug))

@@ -1,14 +1,5 @@
 # python tools/train_det.py det_configs/ssd/ssdlite_mobilenetv2-scratch-dia_8xb24-600e_coco.py --data-root /data/coco
-# One DIA-LSTM along each stage, with the ImageNet setting r = 20: input-dependent; folds by
-# calibration only (tools/fold.py --calibrate).
-_base_ = './ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py'
+# DIA at every residual branch.
+_base_ = ['./ssdlite_mobilenetv2-scratch_8xb24-600e_coco.py', '../_base_/plugs/dia.py']
 
-model = dict(
-    backbone=dict(
-        type='asr_downstream.MobileNetV2',
-        plug=dict(
-            type='DIA',
-            attention=dict(type='DIALSTM', reduction=20),
-        ),
-    )
-)
+model = dict(backbone=dict(type='asr_downstream.MobileNetV2', plug=_base_.plug))

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.det
 from mmdet.models import backbones as stock_backbones
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
+from mmengine.config import Config
 from mmengine.model import revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 
@@ -27,7 +28,7 @@ from asr_downstream.detection.data.digits import make_digits
 from asr_downstream.detection.evaluation.evaluate import metrics_of
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.models.plugged import PluggedModel
-from asr_downstream.errors import DataError
+from asr_downstream.errors import AsrError, DataError
 from asr_downstream.plugging.attach import rebind
 
 
@@ -193,6 +194,25 @@ def test_the_stock_config_does_not_import_the_users_attentions() -> None:
         assert stock_config(config).custom_imports.imports == ['mine.data']
     finally:
         asr_downstream.ATTENTIONS.module_dict.pop('Mine')
+
+
+PLUG = '_base_/plugs/asr-se.py'
+
+
+def test_a_plug_of_the_bases_is_in_the_model_and_nowhere_else(tmp_path: Path) -> None:
+    bases = [str(ROOT / 'det_configs' / name) for name in ('digits/retinanet_r18-w16_fpn_digits.py', PLUG)]
+    path = tmp_path / 'mine.py'
+    text = f"_base_ = {bases}\nmodel = dict(backbone=dict(type='asr_downstream.ResNet', plug=PLUG))"
+    path.write_text(text.replace('PLUG)', 'dict(_base_.plug, preserve=True))'))
+    config = load_config(path, options={'model.backbone.plug.attention.reduction': 4})
+    assert config.model.backbone.plug == dict(type='ASR', attention=dict(type='SE', reduction=4), preserve=True)
+    assert 'plug' not in config
+    assert 'plug' not in stock_config(Config.fromfile(path))
+    with pytest.raises(AsrError, match=r'model\.backbone\.plug'):
+        load_config(path, options={'plug.preserve': False})
+    path.write_text(text.replace(', plug=PLUG', ''))
+    with pytest.raises(AsrError, match=r'no part of the model takes it; write .*plug=_base_\.plug'):
+        load_config(path)
 
 
 def test_other_metrics_are_refused_and_no_detection_is_zero() -> None:

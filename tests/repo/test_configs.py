@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import warnings
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +49,9 @@ DETECTORS = (
 )
 
 
+RESOLVED = json.loads((ROOT / 'tests/repo/resolved_configs.json').read_text())  # file -> digests, see `resolved`
+
+
 def params() -> list[Any]:
     def fast(path: Path) -> bool:
         return any(part in path.stem for part in FAST) and '_r18-asr' not in path.stem
@@ -86,6 +92,39 @@ def image_inputs(count: int = 1, side: int = 64) -> dict[str, Any]:
 @torch.no_grad()
 def detections(model: Any, inputs: dict[str, Any]) -> Any:
     return [sample.pred_instances for sample in model.predict(**copy.deepcopy(inputs), rescale=False)]
+
+
+def resolved(config: Config) -> str:
+    """Hash of all that a config says, bases included, but for the top-level ``plug`` of ``_base_/plugs``.
+
+    It is that of JSON with sorted keys, in which tuples are told from lists. No path of a machine is in it.
+    """
+
+    def told_apart(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: told_apart(item) for key, item in value.items()}
+        if isinstance(value, tuple):
+            return {'tuple': [told_apart(item) for item in value]}
+        return [told_apart(item) for item in value] if isinstance(value, list) else value
+
+    content = {key: value for key, value in config.to_dict().items() if key != 'plug'}
+    return hashlib.sha256(json.dumps(told_apart(content), sort_keys=True).encode()).hexdigest()
+
+
+@pytest.mark.skipif(
+    version('onedl-mmdetection') != RESOLVED['onedl-mmdetection'], reason='the bases are those of another MMDetection'
+)
+def test_configs_say_what_they_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As plain MMEngine reads them, and as `load_config` does; one that is meant to change gets new digests here."""
+    monkeypatch.delenv('ASR_DATA_ROOT', raising=False)
+    found = {}
+    for path in CONFIGS:
+        loaded = load_config(path)
+        assert 'plug' not in loaded
+        plain = Config.fromfile(path)
+        assert 'plug' not in stock_config(plain)
+        found[path.relative_to(ROOT / 'det_configs').as_posix()] = [resolved(plain), resolved(loaded)]
+    assert found == RESOLVED['configs']
 
 
 @pytest.mark.parametrize('path', params())

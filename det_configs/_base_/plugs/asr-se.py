@@ -1,0 +1,2 @@
+# ASR over SE: learned inputs, so that the gates are constant; folds exactly into the stock detector.
+plug = dict(type='ASR', attention=dict(type='SE', reduction=16))
