@@ -61,7 +61,9 @@ def test_the_config_block_builds_a_plugged_detector(tmp_path: Path) -> None:
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.models.detectors import build_detector
 
-    path = tmp_path / 'config.py'
+    (tmp_path / '_base_').symlink_to(ROOT / 'det_configs/_base_')
+    path = tmp_path / 'retinanet/config.py'
+    path.parent.mkdir()
     blocks = {block for _, block in BLOCKS if '_base_' in block}
     for block in blocks:
         path.write_text(block)
