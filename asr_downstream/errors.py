@@ -16,7 +16,9 @@ __all__ = [
     'FoldError',
     'OtherProcessError',
     'PlugError',
+    'add_note',
     'did_you_mean',
+    'notes',
     'warn',
 ]
 
@@ -56,6 +58,16 @@ class CompleteError(AsrError):
 
 class OtherProcessError(AsrError):
     """Another process of the launch has failed, and says why; this one only ends."""
+
+
+def add_note(error: BaseException, text: str) -> None:
+    """Add a line to an error, as ``BaseException.add_note`` of Python 3.11 does: tracebacks show it there."""
+    error.__notes__ = [*notes(error), text]
+
+
+def notes(error: BaseException) -> list[str]:
+    """Lines that were added to an error."""
+    return list(getattr(error, '__notes__', ()))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

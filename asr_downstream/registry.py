@@ -12,7 +12,8 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
@@ -23,9 +24,9 @@ from mmengine.registry import HOOKS as ENGINE_HOOKS
 from mmengine.registry import LOOPS as ENGINE_LOOPS
 from mmengine.registry import MODELS as ENGINE_MODELS
 from mmengine.registry import TRANSFORMS as ENGINE_TRANSFORMS
-from mmengine.registry import Registry
+from mmengine.registry import Registry as EngineRegistry
 
-from asr_downstream.errors import AsrError, PlugError, did_you_mean
+from asr_downstream.errors import AsrError, PlugError, add_note, did_you_mean
 
 __all__ = [
     'ATTENTIONS',
@@ -36,24 +37,58 @@ __all__ = [
     'PLUGS',
     'REBUILDERS',
     'TRANSFORMS',
+    'Registry',
     'build',
+    'check_arguments',
     'find',
     'framework_data',
+    'named',
 ]
 
 SCOPE = 'asr_downstream'
-ATTENTIONS = Registry('attention', scope=SCOPE, locations=['asr_downstream.attention'])
-HOOKS = Registry('hook', parent=ENGINE_HOOKS, scope=SCOPE, locations=['asr_downstream.detection.training.save'])
-LOOPS = Registry('loop', parent=ENGINE_LOOPS, scope=SCOPE, locations=['asr_downstream.detection.training.loops'])
-TRANSFORMS = Registry(
+
+
+class Registry(EngineRegistry):
+    """A registry of mmengine that says how its errors read.
+
+    Args:
+        name: what is registered, such as ``'attention'``: errors begin with ``attention 'SE'``.
+        error: class of the errors of `build` and `find`.
+        key: key of a config that the specs are given as, such as ``'data'``: errors then begin with ``data: Zip``.
+        unknown: what an error says about a name that is not registered.
+        typed: whether the annotations of what is registered are checked; those of other libraries may be loose.
+        **kwargs: of mmengine's registry.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        error: type[AsrError] = PlugError,
+        key: str | None = None,
+        unknown: str = 'is not known',
+        typed: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(name, scope=kwargs.pop('scope', SCOPE), **kwargs)
+        self.error, self.key, self.unknown, self.typed = error, key, unknown, typed
+
+    def label(self, name: str) -> str:
+        """How an error names one of the registered."""
+        return f'{self.key}: {name}' if self.key else f'{self.name} {name!r}'
+
+
+ATTENTIONS = Registry('attention', locations=['asr_downstream.attention'])
+HOOKS = EngineRegistry('hook', parent=ENGINE_HOOKS, scope=SCOPE, locations=['asr_downstream.detection.training.save'])
+LOOPS = EngineRegistry('loop', parent=ENGINE_LOOPS, scope=SCOPE, locations=['asr_downstream.detection.training.loops'])
+TRANSFORMS = EngineRegistry(
     'transform', parent=ENGINE_TRANSFORMS, scope=SCOPE, locations=['asr_downstream.detection.data.loading']
 )
-PLUGS = Registry('plug', scope=SCOPE, locations=['asr_downstream.plugging.plugs'])
-MODELS = Registry('model', parent=ENGINE_MODELS, scope=SCOPE, locations=['asr_downstream.detection.models.plugged'])
-# ``(model, spec)``, in place: what `asr_downstream.load_plugged` does to a fresh model for each part of a saved spec
-REBUILDERS = Registry(
-    'rebuilder', scope=SCOPE, locations=['asr_downstream.plugging.plug', 'asr_downstream.far.model.replace']
+PLUGS = Registry('plug', locations=['asr_downstream.plugging.plugs'])
+MODELS = EngineRegistry(
+    'model', parent=ENGINE_MODELS, scope=SCOPE, locations=['asr_downstream.detection.models.plugged']
 )
+# ``(model, spec)``, in place: what `asr_downstream.load_plugged` does to a fresh model for each part of a saved spec
+REBUILDERS = Registry('rebuilder', locations=['asr_downstream.plugging.plug', 'asr_downstream.far.model.replace'])
 # Package of a framework -> the adapter's module of data about its classes: ``SITES``, where the residual branches of
 # its blocks end, and ``LAYERS``, which of its layers are layers of torch.
 FRAMEWORKS: dict[str, str] = {
@@ -78,51 +113,98 @@ def framework_data(location: str) -> ModuleType:
     return module
 
 
-def build(registry: Registry, spec: Any, **defaults: Any) -> Any:
-    """Build ``spec = dict(type=NAME, **kwargs)`` from ``registry``; keys of the spec win over ``defaults``.
+def build(registry: Registry, spec: Any, given: Mapping[str, Any] | None = None, /, **defaults: Any) -> Any:
+    """Build ``spec = dict(type=NAME, **kwargs)`` from ``registry``.
+
+    Args:
+        registry: where the name is.
+        spec: of a config; its keys win over ``defaults``.
+        given: further arguments, which are not for a config to say.
+        **defaults: further arguments.
 
     Raises:
-        PlugError: the spec is no dict with a ``type``, the name is unknown, or an argument is not one it takes.
+        AsrError: of the registry's class: the spec is no dict with a ``type``, the name is unknown, or the arguments
+            are not those that it takes.
+        Exception: whatever is raised by what is built, with a note that names the spec.
     """
-    what = registry.name
     if not isinstance(spec, dict) or not isinstance(spec.get('type'), str):
-        raise PlugError(f"{what}: expected a dict like dict(type='...'), got {spec!r}")
-    kwargs = {**defaults, **spec}
-    name = kwargs.pop('type')
-    factory = find(registry, name)
-    check_arguments(f'{what} {name!r}', factory, kwargs)
+        raise registry.error(f"{registry.key or registry.name}: expected a dict like dict(type='...'), got {spec!r}")
+    own = {key: value for key, value in spec.items() if key != 'type'}
+    name, given = spec['type'], given or {}
+    factory, label = find(registry, name), registry.label(name)
+    if hidden := own.keys() & given.keys():
+        raise registry.error(f'{label} takes no {min(hidden)!r}: it is not for a config to say; leave it out')
+    inside = registry.key or label
+    check_arguments(label, factory, own, {*given, *defaults}, registry.error, inside, registry.typed)
+    with named(label, own):
+        return factory(**{**defaults, **own}, **given)
+
+
+@contextmanager
+def named(label: str, arguments: Mapping[Any, Any]) -> Iterator[None]:
+    """Add a note to what is raised inside of the block: what was being built, and from which arguments."""
     try:
-        return factory(**kwargs)
-    except AsrError:
-        raise
+        yield
     except Exception as error:
-        raise PlugError(f'{what} {name!r} does not take these arguments: {error}') from error
+        if label.split()[-1].strip("'") not in str(error):  # else it says so itself
+            add_note(error, f'in {label}, arguments {dict(arguments)!r:.200}')
+        raise
 
 
-def check_arguments(what: str, factory: Any, arguments: Mapping[Any, Any]) -> None:
-    """Refuse arguments that ``factory`` does not take, and values that are not of the kind it says it takes.
+def check_arguments(
+    what: str,
+    factory: Any,
+    arguments: Mapping[Any, Any],
+    given: Collection[str] | None = None,
+    error: type[AsrError] = PlugError,
+    inside: str | None = None,
+    typed: bool = True,
+) -> None:
+    """Refuse arguments that ``factory`` does not take or needs, and values that are not of the kind it says it takes.
 
     The kinds are those that its signature names: ``bool``, ``int``, ``float`` and ``str``, or None; others are left to
     it, as are the values that it has by default. True is no number, and 'no' is not False.
 
+    Args:
+        what: what is built, for messages.
+        factory: a class or function.
+        arguments: of a config.
+        given: names of the arguments that do not come from the config; None: arguments may be missing.
+        error: class of the errors.
+        inside: what is built, for messages about values; default: ``what``.
+        typed: whether to check the kinds.
+
     Raises:
-        PlugError: see above.
+        AsrError: of this class; see above.
     """
-    known = inspect.signature(factory).parameters
+    signature = inspect.signature(factory)
+    known, known_to_user = signature.parameters, []
+    for key, parameter in known.items():
+        if key not in (given or ()) and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            known_to_user.append(key)
     takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for key, value in arguments.items():
         if key not in known:
             if takes_any and isinstance(key, str):
                 continue
-            hint = did_you_mean(key, [k for k in known if k != 'channels']) if isinstance(key, str) else ''
-            raise PlugError(f'{what} takes no {key!r}{"; " + hint if hint else ""}')
+            hint = did_you_mean(str(key), known_to_user) if known_to_user else 'it takes none'
+            raise error(f'{what} takes no {key!r}; {hint}')
         default = known[key].default
         if value is default or type(value) is type(default) and bool(value == default):
             continue
-        kinds = kinds_of(known[key].annotation)
+        kinds = kinds_of(known[key].annotation) if typed else []
         if kinds and not any(KINDS[kind](value) for kind in kinds):
             names = ' or '.join(NAMES[kind] for kind in kinds)
-            raise PlugError(f'{what}: {key}={value!r} should be {names}')
+            raise error(f'{inside or what}: {key}={value!r} should be {names}')
+    if given is None:
+        return
+    for key in known_to_user:
+        if key not in arguments and known[key].default is inspect.Parameter.empty:
+            raise error(f'{what} needs {key!r}; add {key}=...')
+    try:
+        signature.bind(**{**dict.fromkeys(given), **arguments})
+    except TypeError as cause:
+        raise error(f'{what} does not take these arguments: {cause}') from cause
 
 
 def is_true_or_false(value: Any) -> bool:
@@ -157,9 +239,12 @@ def find(registry: Registry, name: Any) -> Any:
     """Return what is registered under ``name``.
 
     Raises:
-        PlugError: nothing is; the message has the nearest name and all others.
+        AsrError: of the registry's class: nothing is; the message has the nearest name and all others.
     """
     registry.import_from_location()
     if name not in registry.module_dict:
-        raise PlugError(f'unknown {registry.name} {name!r}: {did_you_mean(str(name), registry.module_dict)}')
+        hint = did_you_mean(str(name), registry.module_dict)
+        if registry.key:
+            raise registry.error(f'{registry.key}: type={name!r} {registry.unknown}; {hint}')
+        raise registry.error(f'unknown {registry.name} {name!r}: {hint}')
     return registry.module_dict[name]

@@ -55,10 +55,10 @@ def hidden_width(channels: int, reduction: int) -> int:
     """Width of a bottleneck: ``channels // reduction``, at least 1 (the official code's rounding gives 0 at C <= 8).
 
     Raises:
-        ValueError: the reduction is below 1.
+        PlugError: the reduction is below 1.
     """
     if reduction < 1:
-        raise ValueError(f'reduction={reduction!r} should be at least 1')
+        raise PlugError(f'reduction={reduction!r} should be at least 1')
     return max(channels // reduction, 1)
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from asr_downstream.console.stopping import Stopped
-from asr_downstream.errors import AsrError, OtherProcessError
+from asr_downstream.errors import AsrError, OtherProcessError, notes
 
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
@@ -83,6 +83,11 @@ def ema(args: argparse.Namespace) -> bool | None:
     return None if args.weights is None else args.weights == 'ema'
 
 
+def about(error: Exception) -> list[str]:
+    """Notes of an error, in brackets: which part of a config it comes from."""
+    return [f'({note})' for note in notes(error)]
+
+
 def run(main: Callable[[Sequence[str] | None], None]) -> None:
     """Run the main function of a tool; errors that a user can mend become one line and exit code 1.
 
@@ -103,9 +108,12 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
         if unreadable:
             message = f'{unreadable[1]}: cannot be read as an image; replace it or take it out of the annotation file'
         elif isinstance(error, AsrError):
-            message = ' '.join(IN_WORKER.sub('', str(error)).split())
+            message = ' '.join([*IN_WORKER.sub('', str(error)).split(), *about(error)])
         elif isinstance(error, PermissionError):
             message = f'{error.filename}: no permission to write or read; choose another folder'
+        elif notes(error):  # of what a config names
+            said = ' '.join(str(error).split())
+            message = f'{type(error).__name__}: {said} {" ".join(about(error))}; ASR_DEBUG=1 shows where'
         else:
             raise
         print(f'error: {message}', file=sys.stderr)

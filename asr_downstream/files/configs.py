@@ -6,8 +6,6 @@ lets a YAML file construct any Python object, so importing this module replaces 
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +13,9 @@ import yaml
 from mmengine.config import Config
 from mmengine.fileio import YamlHandler, register_handler
 
-from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.errors import AsrError
 
-__all__ = ['check_arguments', 'override', 'plain', 'read_config', 'without_templates']
+__all__ = ['override', 'plain', 'read_config', 'without_templates']
 
 # libyaml's is 20 times as fast: MMDetection's index of models takes 0.1 s or 2 s.
 SafeLoader: Any = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
@@ -78,30 +76,6 @@ def without_templates(text: str) -> str:
     In Python text, two braces can only follow each other inside of a string.
     """
     return text.replace('{{', '{\\x7b')
-
-
-def check_arguments(cls: type, arguments: dict[str, Any], what: str, given: Collection[str] = ()) -> None:
-    """Refuse arguments that a class does not take, or that it needs and does not get.
-
-    Args:
-        cls: the class.
-        arguments: of the config.
-        what: where they are, for the message, such as ``'data: Zip'``.
-        given: names of the arguments that do not come from the config.
-
-    Raises:
-        AsrError: see above.
-    """
-    takes = {name: p for name, p in inspect.signature(cls).parameters.items() if name not in given}
-    named = {name for name, p in takes.items() if p.kind is not p.VAR_KEYWORD}
-    if len(named) == len(takes):
-        for key in arguments:
-            if key not in named:
-                known = did_you_mean(key, named) if named else 'it takes none'
-                raise AsrError(f'{what} takes no {key!r}; {known}')
-    for name in sorted(named - arguments.keys()):
-        if takes[name].default is inspect.Parameter.empty:
-            raise AsrError(f'{what} needs {name!r}; add {name}=...')
 
 
 def plain(value: Any) -> Any:

@@ -59,7 +59,10 @@ class Plug:
             )
         self.factory = find(ATTENTIONS, attention['type'])
         check_arguments(
-            f'attention {attention["type"]!r}', self.factory, {k: v for k, v in attention.items() if k != 'type'}
+            f'attention {attention["type"]!r}',
+            self.factory,
+            {k: v for k, v in attention.items() if k != 'type'},
+            given=('channels',),
         )
         if 'channels' in attention:
             raise PlugError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import diffusers
@@ -17,10 +16,17 @@ from asr_downstream.far import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.plug import plug
+from asr_downstream.registry import Registry, build, find
 
 __all__ = ['build_model', 'build_scheduler', 'check_gates', 'gated', 'sample_shape']
 
-MODELS = ('UNet2DModel', 'UNet2DConditionModel', 'DiTTransformer2DModel')
+REFUSED = 'is not one that is trained here'
+MODELS = Registry('model', error=AsrError, key='model', unknown=REFUSED, typed=False)
+SCHEDULERS = Registry('noise scheduler', error=AsrError, key='noise_scheduler', unknown=REFUSED, typed=False)
+for each in (diffusers.UNet2DModel, diffusers.UNet2DConditionModel, diffusers.DiTTransformer2DModel):
+    MODELS.register_module(module=each)
+for each in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+    SCHEDULERS.register_module(module=each)
 PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 
 
@@ -36,7 +42,7 @@ def build_model(config: Config, plugged: bool = True) -> Any:
         PlugError: plug or replacements do not fit, or not each other.
     """
     torch.manual_seed(config.seed)
-    model = build(config.model, MODELS, 'model')
+    model = make(MODELS, config.model)
     if model.config.out_channels != model.config.in_channels:
         raise AsrError(
             f'model: out_channels={model.config.out_channels} should equal in_channels={model.config.in_channels}; '
@@ -88,36 +94,32 @@ def build_scheduler(spec: dict[str, Any], latents: bool = False) -> Any:
         AsrError: the class or an argument is not known.
     """
     spec = {'clip_sample': False, 'steps_offset': 1, **spec} if latents else spec
-    scheduler = build(spec, ('DDPMScheduler', 'DDIMScheduler'), 'noise_scheduler')
+    scheduler = make(SCHEDULERS, spec)
     if scheduler.config.prediction_type not in PREDICTIONS:
         kind = scheduler.config.prediction_type
         raise AsrError(f'noise_scheduler: prediction_type={kind!r} is not known; {did_you_mean(kind, PREDICTIONS)}')
     return scheduler
 
 
-def build(spec: dict[str, Any], known: tuple[str, ...], what: str) -> Any:
-    """Make an object of diffusers from its class name and arguments, or load it from a pretrained folder."""
+def make(registry: Registry, spec: dict[str, Any]) -> Any:
+    """Make an object of diffusers from its class name and arguments, or load it from a pretrained folder.
+
+    Raises:
+        AsrError: class or argument are not known, or the folder cannot be read.
+    """
     arguments = plain(spec)
-    name = arguments.pop('type', None)
-    if name not in known:
-        raise AsrError(f'{what}: type={name!r} is not one that is trained here; {did_you_mean(str(name), known)}')
-    cls = getattr(diffusers, name)
     pretrained = arguments.get('pretrained_model_name_or_path')
-    if pretrained is not None and issubclass(cls, diffusers.ModelMixin):
-        return load_whole(cls, what, **find_model(arguments, name, what))
+    if pretrained is None:
+        return build(registry, arguments)
+    name = arguments.pop('type', None)
+    cls = find(registry, name)
+    if issubclass(cls, diffusers.ModelMixin):
+        return load_whole(cls, str(registry.key), **find_model(arguments, name, str(registry.key)))
     try:
-        if pretrained is not None:
-            return cls.from_pretrained(**arguments)
-        takes = inspect.signature(cls.__init__).parameters
-        for key in arguments:
-            if key not in takes:
-                raise AsrError(f'{what}: {name} takes no {key!r}; {did_you_mean(key, set(takes) - {"self"})}')
-        return cls(**arguments)
-    except AsrError:
-        raise
-    except (OSError, ValueError, TypeError, NotImplementedError) as error:
+        return cls.from_pretrained(**arguments)
+    except (OSError, ValueError, TypeError) as error:
         first = str(error).strip().splitlines()[0][:200]
-        raise AsrError(f'{what}: {name} cannot be made from {pretrained or arguments} ({first})') from error
+        raise AsrError(f'{registry.label(name)} cannot be made from {pretrained} ({first})') from error
 
 
 def sample_shape(model: Any) -> tuple[int, int, int]:

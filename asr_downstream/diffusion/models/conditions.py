@@ -10,17 +10,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from mmengine.registry import Registry
 from torch import Tensor
 
 from asr_downstream.diffusion.models.pretrained import load_whole
 from asr_downstream.engine.data.sources import Source
 from asr_downstream.errors import AsrError, did_you_mean
-from asr_downstream.files.configs import check_arguments, plain
+from asr_downstream.files.configs import plain
+from asr_downstream.registry import Registry, build
 
 __all__ = ['CONDITIONS', 'ClassLabels', 'Condition', 'Text', 'build_condition']
 
-CONDITIONS = Registry('condition', scope='asr_downstream')
+CONDITIONS = Registry('condition', error=AsrError, key='condition')
 
 
 class Condition:
@@ -219,8 +219,6 @@ class Text(Condition):
 
 def check_drop(drop: float) -> None:
     """Refuse a share that is none."""
-    if isinstance(drop, bool) or not isinstance(drop, int | float):
-        raise AsrError(f'condition: drop={drop!r} should be a share of the samples, from 0 to below 1')
     if not 0 <= drop < 1:
         raise AsrError(f'condition: drop={drop} should be a share of the samples, from 0 to below 1')
 
@@ -240,10 +238,4 @@ def build_condition(spec: dict[str, Any] | None, source: Source | None, model: A
         if model.config.get('cross_attention_dim') and type(model).__name__ == 'UNet2DConditionModel':
             raise AsrError("condition: UNet2DConditionModel needs condition=dict(type='Text', ...)")
         return Condition()
-    arguments = plain(spec)
-    name = arguments.pop('type', '')
-    cls = CONDITIONS.get(name) if name else None
-    if cls is None:
-        raise AsrError(f'condition: type={name!r} is not known; {did_you_mean(name, CONDITIONS.module_dict)}')
-    check_arguments(cls, arguments, f'condition: {name}', given=('source', 'model'))
-    return cls(source, model, **arguments)
+    return build(CONDITIONS, plain(spec), {'source': source, 'model': model})

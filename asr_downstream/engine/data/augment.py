@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from mmengine.registry import Registry
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
-from asr_downstream.registry import build
+from asr_downstream.errors import AsrError
+from asr_downstream.registry import Registry, build
 
 __all__ = ['AUGMENTATIONS', 'Augmentation', 'build_augmentations']
 
-AUGMENTATIONS = Registry('augmentation', scope='asr_downstream')
+AUGMENTATIONS = Registry('augmentation', error=AsrError)
 Augmentation = Callable[[Tensor, Generator], Tensor]
 
 
@@ -23,7 +23,7 @@ def build_augmentations(specs: Sequence[dict[str, Any]]) -> list[Augmentation]:
     """Build ``augment`` of a config.
 
     Raises:
-        PlugError: a name or argument is not known.
+        AsrError: a name or argument is not known.
     """
     return [build(AUGMENTATIONS, dict(spec)) for spec in specs]
 

@@ -14,8 +14,9 @@ from torch.utils.data import Dataset
 
 from asr_downstream.console.text import some
 from asr_downstream.engine.data.sources import SOURCES, Source
-from asr_downstream.errors import AsrError, DataError, did_you_mean
-from asr_downstream.files.configs import check_arguments, plain
+from asr_downstream.errors import AsrError, DataError
+from asr_downstream.files.configs import plain
+from asr_downstream.registry import build, check_arguments
 
 __all__ = ['BadFiles', 'Images', 'build_images', 'eight_bits']
 
@@ -127,22 +128,10 @@ def build_images(spec: dict[str, Any], channels: int) -> Images:
     own = {k: arguments.pop(k) for k in ('resolution', 'random_flip', 'max_bad_share') if k in arguments}
     if 'resolution' not in own:
         raise AsrError('data: has no resolution; add resolution=32, the height and width in pixels')
-    name = arguments.pop('type', '')
-    cls = SOURCES.get(name) if name else None
-    if cls is None:
-        raise AsrError(f'data: type={name!r} is not known; {did_you_mean(name, SOURCES.module_dict)}')
-    check_arguments(cls, arguments, f'data: {name}')
-    kinds: dict[str, Any] = {'path': str, 'resolution': int, 'random_flip': bool, 'max_bad_share': (int, float)}
-    for key, value in {**own, **arguments}.items():
-        if key in kinds and (not isinstance(value, kinds[key]) or (kinds[key] is int and isinstance(value, bool))):
-            raise AsrError(f'data: {key}={value!r} is of the wrong kind, {type(value).__name__}')
+    check_arguments('data', Images, own, ('source', 'channels'), AsrError)
     if own['resolution'] < 1:
         raise AsrError(f'data: resolution={own["resolution"]} should be at least 1')
-    try:
-        source = cls(**arguments)
-    except TypeError as error:
-        raise AsrError(f'data: {name} cannot be made from {arguments} ({error})') from error
-    return Images(source, channels=channels, **own)
+    return Images(build(SOURCES, arguments), channels=channels, **own)
 
 
 class BadFiles:

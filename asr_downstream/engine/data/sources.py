@@ -12,16 +12,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from mmengine.registry import Registry
 from PIL import Image
 
 from asr_downstream.engine.data.folders import files_below
 from asr_downstream.errors import AsrError, DataError, did_you_mean
+from asr_downstream.registry import Registry
 
 __all__ = ['SOURCES', 'Digits', 'Files', 'HubDataset', 'ImageFolder', 'Source', 'Zip']
 
 SUFFIXES = frozenset(('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'))
-SOURCES = Registry('image source', scope='asr_downstream')
+SOURCES = Registry('image source', error=AsrError, key='data')
 
 
 class Source:
@@ -157,7 +157,7 @@ class HubDataset(Source):
         self,
         path: str,
         name: str | None = None,
-        split: str = 'train',
+        split: str | None = 'train',
         image_column: str | None = None,
         label_column: str | None = None,
         caption_column: str | None = None,

@@ -26,10 +26,13 @@ from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.weights import check_weights_finite
+from asr_downstream.registry import Registry, find, named
 
 __all__ = ['CLASSIFIERS', 'Classification', 'Labelled', 'accuracy', 'build_classifier']
 
-CLASSIFIERS = ('ViTForImageClassification', 'DeiTForImageClassification')
+CLASSIFIERS = Registry('classifier', error=AsrError, key='teacher', unknown='is not trained here')
+for each in (transformers.ViTForImageClassification, transformers.DeiTForImageClassification):
+    CLASSIFIERS.register_module(module=each)
 
 
 def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
@@ -40,28 +43,35 @@ def build_classifier(spec: dict[str, Any], seed: int) -> nn.Module:
     """
     arguments = plain(spec)
     name = arguments.pop('type', None)
-    if name not in CLASSIFIERS:
-        raise AsrError(f'teacher: type={name!r} is not trained here; {did_you_mean(str(name), CLASSIFIERS)}')
-    cls = getattr(transformers, name)
+    cls = find(CLASSIFIERS, name)
     pretrained = arguments.pop('pretrained_model_name_or_path', None)
     torch.manual_seed(seed)
-    try:
-        if pretrained is not None:
-            model, found = cls.from_pretrained(pretrained, output_loading_info=True, **arguments)
-            if lost := sorted(key for key in found['missing_keys'] if not key.startswith('classifier.')):
-                raise AsrError(f'teacher: {pretrained} has no {some(lost)}: is it a {name}? Its config.json says')
-            check_weights_finite(model.state_dict(), Path(pretrained), model)
-            return model.eval()
-        known = vars(cls.config_class())
-        for key in arguments:
-            if key not in known and key != 'num_labels':
-                raise AsrError(f'teacher: {name} takes no {key!r}; {did_you_mean(key, known)}')
+    if pretrained is not None:
+        return load_classifier(cls, pretrained, arguments).eval()
+    known = vars(cls.config_class())  # the signature takes anything
+    for key in arguments:
+        if key not in known and key != 'num_labels':
+            raise AsrError(f'teacher: {name} takes no {key!r}; {did_you_mean(key, known)}')
+    with named(CLASSIFIERS.label(name), arguments):
         return cls(cls.config_class(**arguments)).eval()
-    except AsrError:
-        raise
+
+
+def load_classifier(cls: Any, folder: str, arguments: dict[str, Any]) -> Any:
+    """Load a classifier of transformers from a pretrained folder.
+
+    Raises:
+        AsrError: it cannot be read, or is another model.
+    """
+    name = cls.__name__
+    try:
+        model, found = cls.from_pretrained(folder, output_loading_info=True, **arguments)
     except Exception as error:  # libraries raise anything for damaged files
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-        raise AsrError(f'teacher: {name} cannot be made from {pretrained or arguments} ({first})') from error
+        raise AsrError(f'teacher: {name} cannot be made from {folder} ({first})') from error
+    if lost := sorted(key for key in found['missing_keys'] if not key.startswith('classifier.')):
+        raise AsrError(f'teacher: {folder} has no {some(lost)}: is it a {name}? Its config.json says')
+    check_weights_finite(model.state_dict(), Path(folder), model)
+    return model
 
 
 class Labelled(Dataset[dict[str, Any]]):

@@ -7,7 +7,6 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from mmengine.registry import Registry
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -16,11 +15,11 @@ from asr_downstream.far.model.attentions import has
 from asr_downstream.far.model.lstm import VARIANTS
 from asr_downstream.far.model.replace import Place
 from asr_downstream.files.configs import plain
-from asr_downstream.registry import build
+from asr_downstream.registry import Registry, build
 
 __all__ = ['DISTANCES', 'FEATURES', 'Distance', 'Features', 'block_of', 'check_feature']
 
-DISTANCES = Registry('distance', scope='asr_downstream')
+DISTANCES = Registry('distance')
 FEATURES = {
     'heads': 'outputs of the heads before the output projection, (B, N, C)',
     'attention': 'output of the attention, after its projection; in UNets, with its shortcut, (B, C, H, W)',
