@@ -9,6 +9,7 @@ on the first look-up, and in `FRAMEWORKS`.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import inspect
 import math
@@ -36,6 +37,7 @@ __all__ = [
     'MODELS',
     'PLUGS',
     'REBUILDERS',
+    'TASKS',
     'TRANSFORMS',
     'Registry',
     'build',
@@ -57,6 +59,8 @@ class Registry(EngineRegistry):
         key: key of a config that the specs are given as, such as ``'data'``: errors then begin with ``data: Zip``.
         unknown: what an error says about a name that is not registered.
         typed: whether the annotations of what is registered are checked; those of other libraries may be loose.
+        modules: name -> module that registers it, imported when the name is first looked up: each may need a library
+            of its own.
         **kwargs: of mmengine's registry.
     """
 
@@ -67,10 +71,12 @@ class Registry(EngineRegistry):
         key: str | None = None,
         unknown: str = 'is not known',
         typed: bool = True,
+        modules: Mapping[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(name, scope=kwargs.pop('scope', SCOPE), **kwargs)
         self.error, self.key, self.unknown, self.typed = error, key, unknown, typed
+        self.modules = dict(modules or {})
 
     def label(self, name: str) -> str:
         """How an error names one of the registered."""
@@ -82,6 +88,17 @@ HOOKS = EngineRegistry('hook', parent=ENGINE_HOOKS, scope=SCOPE, locations=['asr
 LOOPS = EngineRegistry('loop', parent=ENGINE_LOOPS, scope=SCOPE, locations=['asr_downstream.detection.training.loops'])
 TRANSFORMS = EngineRegistry(
     'transform', parent=ENGINE_TRANSFORMS, scope=SCOPE, locations=['asr_downstream.detection.data.loading']
+)
+# What a FAR config trains: called with ``config`` and ``model``, which is None for the teacher.
+TASKS = Registry(
+    'task',
+    error=AsrError,
+    key='task',
+    unknown="is not known; it should be dict(type='Classification') or another task",
+    modules={
+        'Classification': 'asr_downstream.far.distil.classification',
+        'Denoising': 'asr_downstream.diffusion.training.far',
+    },
 )
 PLUGS = Registry('plug', locations=['asr_downstream.plugging.plugs'])
 MODELS = EngineRegistry(
@@ -142,11 +159,15 @@ def build(registry: Registry, spec: Any, given: Mapping[str, Any] | None = None,
 
 @contextmanager
 def named(label: str, arguments: Mapping[Any, Any]) -> Iterator[None]:
-    """Add a note to what is raised inside of the block: what was being built, and from which arguments."""
+    """Add a note to what is raised inside of the block: what was being built, and from which arguments.
+
+    An `AsrError` without arguments that could be mended, or which names what was built, says enough itself.
+    """
     try:
         yield
     except Exception as error:
-        if label.split()[-1].strip("'") not in str(error):  # else it says so itself
+        says = not arguments or label.split()[-1].strip("'") in str(error)
+        if not (isinstance(error, AsrError) and says):
             add_note(error, f'in {label}, arguments {dict(arguments)!r:.200}')
         raise
 
@@ -242,8 +263,10 @@ def find(registry: Registry, name: Any) -> Any:
         AsrError: of the registry's class: nothing is; the message has the nearest name and all others.
     """
     registry.import_from_location()
+    if name not in registry.module_dict and name in registry.modules:
+        importlib.import_module(registry.modules[name])
     if name not in registry.module_dict:
-        hint = did_you_mean(str(name), registry.module_dict)
+        hint = did_you_mean(str(name), {*registry.module_dict, *registry.modules})
         if registry.key:
             raise registry.error(f'{registry.key}: type={name!r} {registry.unknown}; {hint}')
         raise registry.error(f'unknown {registry.name} {name!r}: {hint}')

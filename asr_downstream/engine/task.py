@@ -1,4 +1,8 @@
-"""What a training learns: a model, its samples and its loss. The loop, `training.train`, knows nothing else of it."""
+"""`Task`: the model, the samples and the loss that `asr_downstream.engine.loop.train` trains with.
+
+A training of something new is a subclass of `Task`. It needs ``model``, ``samples``, ``inputs``, ``objective`` and
+``config_text``; everything else has a default.
+"""
 
 from __future__ import annotations
 
@@ -23,12 +27,14 @@ class Task:
     Attributes:
         model: is trained; its state dict is what a checkpoint holds. Parameters that do not require grad stay as they
             are.
+        config: of the training.
         images: what `samples` are read from, to name and count files that cannot be decoded; None: nothing can be bad.
         schema: of its config.
         fixed: keys of the config that a checkpoint is bound to: with another value it would be another training.
     """
 
     model: nn.Module
+    config: Config
     images: Images | None = None
     schema: Schema
     fixed: tuple[str, ...] = ()
@@ -37,10 +43,15 @@ class Task:
         """Whether two values of a fixed key, of a checkpoint and of the config, mean the same training."""
         return bool(before == now)
 
-    def samples(self) -> Dataset[dict[str, Any]]:
-        """Data set whose item ``(index, number)``, see `draws.Draws`, is a dict of tensors, and of ``bad``.
+    def use(self, config: Config) -> None:
+        """Use a config from here on: that of the task, with epochs turned into steps."""
+        self.config = config
 
-        ``bad`` is the index of an image that could not be decoded, or -1; see `images.Images.decodable`.
+    def samples(self) -> Dataset[dict[str, Any]]:
+        """Data set whose item ``(index, number)`` is a dict of tensors, and of ``bad``.
+
+        The pairs are those of `asr_downstream.engine.data.sampler.Draws`. ``bad`` is the index of an image that could
+        not be decoded, or -1; see `asr_downstream.engine.data.images.Images.decodable`.
         """
         raise NotImplementedError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import re
 from pathlib import Path
@@ -83,7 +84,14 @@ def derived(config: Config, name: str, changes: dict[str, Any]) -> Config:
 
 
 def with_epochs(config: Config, samples: int, world: int) -> Config:
-    """Turn epochs into optimiser steps, in place."""
+    """Copy a config with its epochs turned into optimiser steps.
+
+    Args:
+        config: of a stage.
+        samples: number of training images.
+        world: number of processes.
+    """
+    config = copy.deepcopy(config)
     a_step = config.train_batch_size * config.gradient_accumulation_steps * world
     for epochs, steps in (('epochs', 'max_train_steps'), ('warmup_epochs', 'lr_warmup_steps')):
         if config[epochs] is not None:

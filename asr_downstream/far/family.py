@@ -122,7 +122,7 @@ def make_family(
     sparse = derived(config, 'sparse', config.prune.get('sparse', {}))
     say(f'sparse: Hoyer-square regulariser, weight {sparse.hoyer:g}')
     student = load_student(config, out, names[-1])
-    run_once(config_task(sparse, student, teacher), out / 'sparse', resume, say)
+    run_once(sparse, student, teacher, out / 'sparse', resume, say)
     shipped = []
     for budget in budgets:
         settings = derived(config, budget.name, config.prune.get('finetune', {}))
@@ -134,7 +134,7 @@ def make_family(
         table = describe(member)
         units, every = sum(row.units for row in table.rows), sum(row.full for row in table.rows)
         say(f'{budget.name}: threshold {threshold:.4g}, {units:,} of {every:,} hidden units stay')
-        run_once(config_task(settings, member, teacher), out / budget.name, resume, say)
+        run_once(settings, member, teacher, out / budget.name, resume, say)
         load_weights(member, out / budget.name).eval()
         about = {
             'name': budget.name,
@@ -145,13 +145,6 @@ def make_family(
         if not int(os.environ.get('RANK', '0')):
             shipped.append(save_checked(settings, member, out / SHIPPED / budget.name, about))
     return shipped
-
-
-def config_task(settings: Config, student: nn.Module, teacher: nn.Module) -> Distillation:
-    """Task of a training of a student."""
-    task = Distillation(build_task(settings, student), copy.deepcopy(teacher), settings)
-    with_epochs(settings, len(task.samples()), world())  # type: ignore[arg-type]
-    return task
 
 
 def cut_once(model: Any, budget: Budget, settings: Config, relative: bool, file: Path | None) -> float:
@@ -189,12 +182,13 @@ def read_cut(file: Path) -> dict[str, Any]:
     return content
 
 
-def run_once(task: Distillation, folder: Path, resume: bool, say: Callable[[str], None]) -> None:
-    """Train a task, or go on with it, or leave it if it is finished."""
-    if resume and checkpoints.checkpoints_in(folder):
-        if is_finished(task, folder):
-            say(f'{folder.name}: finished before')
-            return
-        train(task, task.config, folder, 'latest')
+def run_once(
+    settings: Config, student: nn.Module, teacher: nn.Module, folder: Path, resume: bool, say: Callable[[str], None]
+) -> None:
+    """Train a student, or go on with it, or leave it if it is finished."""
+    if resume and is_finished(settings, folder):
+        say(f'{folder.name}: finished before')
         return
-    train(task, task.config, folder)
+    task = Distillation(build_task(settings, student), copy.deepcopy(teacher), settings)
+    task.use(with_epochs(settings, len(task.samples()), world()))  # type: ignore[arg-type]
+    train(task, task.config, folder, 'latest' if resume and checkpoints.checkpoints_in(folder) else None)

@@ -19,16 +19,16 @@ from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.optim import build_schedule
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.trackers import read_log
-from asr_downstream.errors import AsrError, PlugError
+from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.far.config import derived, load_config, stage_config, with_epochs
 from asr_downstream.far.distil.classification import Classification, split
 from asr_downstream.far.distil.loss import DISTANCES, Features, block_of, check_feature
-from asr_downstream.far.distil.stages import load_student, load_teacher, run_stages
+from asr_downstream.far.distil.stages import build_task, finished, load_student, load_teacher, run_stages
 from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.evaluation.evaluate import load_family
 from asr_downstream.far.evaluation.token_relations import attention_maps, mixer_maps, similarity
 from asr_downstream.far.model.replace import find_attentions, replace
-from asr_downstream.registry import build
+from asr_downstream.registry import TASKS, build
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
@@ -115,6 +115,34 @@ def test_resume_gives_the_same_weights_and_passes_over_finished_stages(run: Path
     for stage in ('distill', 'finetune'):
         a, b = weights(run / 'out' / stage), weights(out / stage)
         assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_whether_a_stage_is_finished_is_read_from_its_checkpoint(run: Path) -> None:
+    config = load_config(run / 'tiny.py', {'data': dict(type='ImageFolder', path='/gone', resolution=8)})
+    assert [finished(config, run / 'out', stage['name']) for stage in config.stages] == [True] * len(config.stages)
+    longer = load_config(run / 'tiny.py', {'stages.0.max_train_steps': 10_000})
+    assert not finished(longer, run / 'out', 'teacher')
+    assert not finished(config, run / 'nothing', 'teacher')
+    other = load_config(run / 'tiny.py', {'holdout': 0.3})
+    with pytest.raises(CheckpointError, match='holdout'):
+        finished(other, run / 'out', 'teacher')
+
+
+def test_tasks_are_found_by_name_and_may_be_a_users_own(tmp_path: Path) -> None:
+    @TASKS.register_module(name='Quiet', force=True)
+    class Quiet(Classification):
+        def __init__(self, config: Config, model: Any, loudness: int = 0) -> None:
+            super().__init__(config, model)
+            self.loudness = loudness
+
+    config = load_config(write_config(tmp_path, task=dict(type='Quiet', loudness=3)))
+    assert build_task(config).loudness == 3
+    with pytest.raises(AsrError, match="task: Quiet takes no 'loud'; did you mean 'loudness'"):
+        build_task(load_config(write_config(tmp_path, task=dict(type='Quiet', loud=3))))
+    with pytest.raises(AsrError, match='task: Quiet takes no .model.'):
+        build_task(load_config(write_config(tmp_path, task=dict(type='Quiet', model=3))))
+    with pytest.raises(AsrError, match="did you mean 'Denoising'"):
+        build_task(load_config(write_config(tmp_path, task=dict(type='Denoise'))))
 
 
 def test_a_second_run_in_the_folder_needs_resume(run: Path) -> None:
@@ -226,7 +254,8 @@ def test_epochs_become_steps() -> None:
         dict(train_batch_size=8, gradient_accumulation_steps=2, epochs=3, max_train_steps=1, warmup_epochs=0.5,
              lr_warmup_steps=0)
     )  # fmt: skip
-    with_epochs(config, 100, 2)
+    given, config = config, with_epochs(config, 100, 2)
+    assert (given.max_train_steps, given.epochs) == (1, 3)
     assert (config.max_train_steps, config.lr_warmup_steps) == (10, 2)  # 300 / 32, 50 / 32, rounded up
     assert config.epochs is None
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError, did_you_mean
-from asr_downstream.far.distil.loss import Distance, Features, check_feature
+from asr_downstream.far.distil.loss import Distance, check_feature
 from asr_downstream.far.distil.trainable import STUDENTS, keep_statistics, learning
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.replace import Place, find_attentions
@@ -114,15 +114,15 @@ class Distilling:
             return self.weighed(forward(inputs, samples))
         self.load(student)
         teacher = self.teacher.to(inputs.device)
-        with torch.no_grad(), Features(teacher, self.places, self.distance.feature) as wanted:
+
+        def teach() -> None:
             if all(place.path.startswith('backbone.') for place in self.places):
                 teacher.backbone(inputs)  # neck and head would add nothing
             else:
                 teacher(inputs, samples, mode='tensor')
-        with Features(student, self.places, self.distance.feature) as own:
-            losses = self.weighed(forward(inputs, samples))
-        found = torch.stack([*self.distance.between(own, wanted).values()])
-        return {**losses, 'loss_far': self.distance.weight * found.sum()}
+
+        losses, found = self.distance.measure(teacher, teach, student, lambda: forward(inputs, samples), self.places)
+        return {**self.weighed(losses), 'loss_far': self.distance.weight * torch.stack([*found.values()]).sum()}
 
     def weighed(self, losses: dict[str, Any]) -> dict[str, Any]:
         """Losses times ``task_weight``; MMDetection adds up what has "loss" in its name."""

@@ -49,7 +49,7 @@ class Parts:
         if self.images is None:
             raise AsrError('the parts were built without data')
         timesteps = self.scheduler.config.num_train_timesteps
-        return Samples(self.images, self.shape, timesteps, self.seed, self.condition.describe)
+        return Samples(self.images, self.shape, timesteps, self.seed, self.condition.encode)
 
     def to(self, device: torch.device) -> None:
         """Move what is frozen: the VAE and the encoder of the condition."""

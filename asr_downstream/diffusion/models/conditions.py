@@ -30,12 +30,12 @@ class Condition:
     classes: tuple[str, ...] = ()
     encoder: Any = None  # frozen, moved to the device of the training
 
-    def describe(self, index: int) -> Tensor:
+    def encode(self, index: int) -> Tensor:
         """Condition of image ``index`` as a tensor; runs in the workers."""
         return torch.tensor(-1)
 
-    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
-        """Arguments of the model for stacked results of `describe`; without condition where ``dropped`` is true."""
+    def arguments(self, encoded: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+        """Arguments of the model for stacked results of `encode`; without condition where ``dropped`` is true."""
         return {}
 
     def of_samples(self, numbers: Sequence[int]) -> Tensor:
@@ -44,7 +44,7 @@ class Condition:
 
     def like_data(self, numbers: Sequence[int], order: Sequence[int]) -> Tensor:
         """Conditions of generated images as they are in the data: image ``n`` gets that of ``order[n]``."""
-        return torch.stack([self.describe(order[number % len(order)]) for number in numbers])
+        return torch.stack([self.encode(order[number % len(order)]) for number in numbers])
 
     def choose(self, names: Sequence[str]) -> None:
         """Let generated images take turns through these classes or prompts.
@@ -101,15 +101,15 @@ class ClassLabels(Condition):
                 why += '; DiT adds the one for no class itself' if transformer else ' and one for no class, as drop > 0'
             raise AsrError(f'condition: model.{key}={model.config.get(key)} should be {needed} ({why})')
 
-    def describe(self, index: int) -> Tensor:
+    def encode(self, index: int) -> Tensor:
         """Label ``()``."""
         return torch.tensor(self.labels[index])
 
-    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+    def arguments(self, encoded: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
         """``class_labels`` ``(B,)``."""
         if dropped is not None:
-            described = torch.where(dropped, len(self.classes), described)
-        return {'class_labels': described}
+            encoded = torch.where(dropped, len(self.classes), encoded)
+        return {'class_labels': encoded}
 
     def of_samples(self, numbers: Sequence[int]) -> Tensor:
         """Labels ``(B,)``."""
@@ -188,17 +188,17 @@ class Text(Condition):
         found = self.tokenizer(texts, padding='max_length', max_length=length, truncation=True, return_tensors='pt')
         return found.input_ids
 
-    def describe(self, index: int) -> Tensor:
+    def encode(self, index: int) -> Tensor:
         """Token ids ``(L,)``."""
         assert self.source is not None
         return self.tokens([self.source.caption(index)])[0]
 
     @torch.no_grad()
-    def arguments(self, described: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
+    def arguments(self, encoded: Tensor, dropped: Tensor | None = None) -> dict[str, Any]:
         """``encoder_hidden_states`` ``(B, L, width)``."""
         if dropped is not None:
-            described = torch.where(dropped[:, None], self.tokens(['']).to(described), described)
-        return {'encoder_hidden_states': self.encoder(described).last_hidden_state}
+            encoded = torch.where(dropped[:, None], self.tokens(['']).to(encoded), encoded)
+        return {'encoder_hidden_states': self.encoder(encoded).last_hidden_state}
 
     def of_samples(self, numbers: Sequence[int]) -> Tensor:
         """Token ids ``(B, L)``."""

@@ -27,7 +27,7 @@ class Samples(Dataset[dict[str, Any]]):
         shape: of the noise: ``(C, H, W)`` of what the model denoises.
         timesteps: number of timesteps of the noise schedule.
         seed: of the run.
-        describe: index -> tensor of a condition, such as tokens of a caption; its result is ``label``.
+        encode: index -> tensor of a condition, such as tokens of a caption; its result is ``label``.
     """
 
     def __init__(
@@ -36,13 +36,13 @@ class Samples(Dataset[dict[str, Any]]):
         shape: tuple[int, int, int],
         timesteps: int,
         seed: int,
-        describe: Callable[[int], Tensor] | None = None,
+        encode: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.images = images
         self.shape = shape
         self.timesteps = timesteps
         self.seed = seed
-        self.describe = describe
+        self.encode = encode
 
     def __len__(self) -> int:
         return len(self.images)
@@ -58,6 +58,6 @@ class Samples(Dataset[dict[str, Any]]):
             'timestep': torch.randint(self.timesteps, (), generator=stream),
             'noise': torch.randn(self.shape, generator=stream),
             'chance': torch.rand((), generator=stream),
-            'label': torch.tensor(-1) if self.describe is None else self.describe(used),
+            'label': torch.tensor(-1) if self.encode is None else self.encode(used),
             'bad': index if used != index else -1,
         }

@@ -25,6 +25,7 @@ from asr_downstream.errors import AsrError, PlugError
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.describe import describe
+from asr_downstream.registry import TASKS
 
 __all__ = ['Replaced']
 
@@ -33,6 +34,7 @@ NOT_TRAINING = ('data', 'output_dir')
 CLASSIFICATION = ('augment', 'image_mean', 'image_std')
 
 
+@TASKS.register_module(name='Denoising')
 class Replaced(Denoising):
     """Denoising by a model whose self-attention is replaced.
 
@@ -60,6 +62,10 @@ class Replaced(Denoising):
             parts.model = model
         super().__init__(settings, parts)
 
+    def use(self, config: Config) -> None:
+        """Use a FAR config from here on."""
+        self.far = config
+
     def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
         """Matrices and kernels decay, vectors (biases, norms) do not."""
         return decaying_groups(self.model, config.adam_weight_decay)
@@ -70,7 +76,7 @@ class Replaced(Denoising):
 
     def config_text(self) -> str:
         """Resolved diffusion config, with what was replaced."""
-        settings = put_over(self.stored, self.far)  # again: epochs have become steps since
+        settings = put_over(self.stored, self.far)  # again: `use` may have changed the steps
         condition = self.parts.condition.complete(settings.to_dict()['condition'])
         return portable(settings, condition=condition, replace=plain(getattr(self.model, 'replace_spec', None)))
 

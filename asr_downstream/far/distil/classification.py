@@ -26,7 +26,7 @@ from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.weights import check_weights_finite
-from asr_downstream.registry import Registry, find, named
+from asr_downstream.registry import TASKS, Registry, find, named
 
 __all__ = ['CLASSIFIERS', 'Classification', 'Labelled', 'accuracy', 'build_classifier']
 
@@ -108,6 +108,7 @@ class Labelled(Dataset[dict[str, Any]]):
         return {'image': image, 'label': torch.tensor(self.labels[used]), 'bad': bad}
 
 
+@TASKS.register_module()
 class Classification(Task):
     """Cross entropy on labelled images; validation is accuracy on the images held out.
 

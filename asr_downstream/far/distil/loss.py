@@ -1,10 +1,10 @@
-"""What is compared between teacher and student: features at the replaced attentions, and distances between them."""
+"""The distillation loss: distances between features of teacher and student at every replaced attention."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from asr_downstream.registry import Registry, build
 
 __all__ = ['DISTANCES', 'FEATURES', 'Distance', 'Features', 'block_of', 'check_feature']
 
+Output = TypeVar('Output')
 DISTANCES = Registry('distance')
 FEATURES = {
     'heads': 'outputs of the heads before the output projection, (B, N, C)',
@@ -76,7 +77,7 @@ class Features(AbstractContextManager['Features']):
 
 
 class Distance:
-    """What is compared at every replaced attention, how, and how much it weighs in the loss.
+    """The distance between teacher and student: which feature, which distance, and its weight in the loss.
 
     Args:
         spec: ``dict(type='MSE', feature='heads', weight=1.0)``: a key of `DISTANCES` with its arguments.
@@ -93,13 +94,33 @@ class Distance:
         self.weight: float = arguments.pop('weight', 1.0)
         self.variant = variant
         check_feature(self.feature, variant, ())
-        self.measure: Any = build(DISTANCES, arguments)
+        self.distance: Any = build(DISTANCES, arguments)
 
-    def between(self, student: Features, teacher: Features) -> dict[str, Tensor]:
-        """Distance at each place, unweighted."""
-        return {
-            place.path: self.measure(student.found[place.path], teacher.found[place.path]) for place in teacher.places
-        }
+    def measure(
+        self,
+        teacher: nn.Module,
+        teach: Callable[[], object],
+        student: nn.Module,
+        learn: Callable[[], Output],
+        places: Sequence[Place],
+    ) -> tuple[Output, dict[str, Tensor]]:
+        """Run teacher and student on the same inputs, and compare them at every place.
+
+        Args:
+            teacher: the stock model.
+            teach: runs it; no gradients are kept.
+            student: the model whose attention was replaced.
+            learn: runs it.
+            places: of the replaced attentions.
+
+        Returns:
+            What ``learn`` returned, and path -> distance, unweighted.
+        """
+        with torch.no_grad(), Features(teacher, places, self.feature) as wanted:
+            teach()
+        with Features(student, places, self.feature) as own:
+            output = learn()
+        return output, {p.path: self.distance(own.found[p.path], wanted.found[p.path]) for p in places}
 
 
 def block_of(model: nn.Module, path: str) -> str:

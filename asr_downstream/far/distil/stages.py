@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import pkgutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import nn
 from asr_downstream.engine.loop import check_folder, train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
-from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.errors import CheckpointError
 from asr_downstream.far.config import stage_config, with_epochs
 from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.model.describe import describe
@@ -26,31 +25,21 @@ from asr_downstream.files.locks import occupied
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.measure import cost
 from asr_downstream.plugging.weights import check_weights_finite, load_state
+from asr_downstream.registry import TASKS, build, find
 
 __all__ = [
-    'TASKS', 'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',
+    'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',
     'of_this_launch', 'plan', 'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
 ]  # fmt: skip
 
-# Type of a task -> where it is made: called with a config, and a model or None for the teacher. Imported when used,
-# since each needs another library.
-TASKS = {
-    'Classification': 'asr_downstream.far.distil.classification:Classification',
-    'Denoising': 'asr_downstream.diffusion.training.far:Replaced',
-}
-
 
 def build_task(config: Config, model: nn.Module | None = None) -> Any:
-    """Build the task of a config.
+    """Build the task of a config, around a model, or around the teacher.
 
     Raises:
         AsrError: it is not known, or does not fit.
     """
-    arguments = plain(config.task)
-    name = arguments.pop('type', None)
-    if name not in TASKS or arguments:
-        raise AsrError(f'task={config.task}: should be dict(type=...); {did_you_mean(str(name), TASKS)}')
-    return pkgutil.resolve_name(TASKS[name])(config, model)
+    return build(TASKS, plain(config.task), {'config': config, 'model': model})
 
 
 def say_once(line: str) -> None:
@@ -121,7 +110,7 @@ def stage_task(config: Config, name: str, out: Path) -> Any:
         before = before[: before.index(name)]
         student = load_student(config, out, before[-1]) if before else replaced(config, teacher)
         task = Distillation(build_task(settings, student), teacher, settings)
-    with_epochs(settings, len(task.samples()), world())
+    task.use(with_epochs(settings, len(task.samples()), world()))
     return task
 
 
@@ -131,23 +120,30 @@ def students(config: Config) -> list[str]:
 
 
 def finished(config: Config, out: Path, name: str) -> bool:
-    """Whether a stage was trained to its end."""
-    if not checkpoints.checkpoints_in(out / name):
-        return False
-    return is_finished(stage_task(config, name, out), out / name)
+    """Whether a stage was trained to its end, by what its last checkpoint says."""
+    return is_finished(stage_config(config, name), out / name)
 
 
-def is_finished(task: Any, run: Path) -> bool:
-    """Whether a run with checkpoints is a training of this task, to its end.
+def is_finished(settings: Config, run: Path) -> bool:
+    """Whether a run is a training of this config, to its end.
+
+    Epochs are counted in the images that the run was trained on; neither model nor data is opened.
 
     Raises:
         CheckpointError: it is of another one.
     """
+    if not checkpoints.checkpoints_in(run):
+        return False
     checkpoint = checkpoints.find(run)
     found = read_progress(checkpoint)
-    expected = Progress.of(task.config, world(), len(task.samples()), task.fixed)
+    images = found.settings.get('images')
+    if type(images) is not int:
+        raise CheckpointError(f'{checkpoint}: does not say on how many images it was trained; train it again')
+    settings = with_epochs(settings, images, world())
+    task = find(TASKS, settings.task['type'])
+    expected = Progress.of(settings, world(), images, task.fixed)
     check_same_run(found, expected, checkpoint, task.fixed, task.schema.defaults, lambda line: None)
-    return found.step >= task.config.max_train_steps
+    return found.step >= settings.max_train_steps
 
 
 def load_teacher(config: Config, out: Path) -> Any:

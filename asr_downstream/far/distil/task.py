@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError
-from asr_downstream.far.distil.loss import Distance, Features, check_feature
+from asr_downstream.far.distil.loss import Distance, check_feature
 from asr_downstream.far.distil.trainable import keep_statistics, learning
 from asr_downstream.far.model.replace import find_attentions
 from asr_downstream.far.prune.scores import hoyer_square
@@ -54,6 +54,11 @@ class Distillation(Task):
             raise AsrError('task_weight=0 and no distance: there is nothing to learn')
         learning(self.model, config.learns)
 
+    def use(self, config: Config) -> None:
+        """Use a config from here on, also in the task."""
+        self.config = config
+        self.base.use(config)
+
     def samples(self) -> Dataset[dict[str, Any]]:
         """Samples of the task."""
         return self.base.samples()
@@ -74,7 +79,7 @@ class Distillation(Task):
         keep_statistics(self.model)
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """As the task does."""
+        """Prepare a batch for the task."""
         return self.base.prepare(batch)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
@@ -84,11 +89,9 @@ class Distillation(Task):
         if self.distance is None:
             output = model(**inputs)
         else:
-            with torch.no_grad(), Features(self.teacher, self.places, self.distance.feature) as wanted:
-                self.teacher(**inputs)
-            with Features(self.model, self.places, self.distance.feature) as own:
-                output = model(**inputs)
-            found = self.distance.between(own, wanted)
+            output, found = self.distance.measure(
+                self.teacher, lambda: self.teacher(**inputs), self.model, lambda: model(**inputs), self.places
+            )
             parts |= {f'distance/{path}': value for path, value in found.items()}
             parts['distance'] = torch.stack([*found.values()]).sum()
         parts['task'] = self.base.objective(output, batch)
@@ -101,9 +104,9 @@ class Distillation(Task):
         return total, {name: value.detach() for name, value in parts.items()}
 
     def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
-        """As the task does."""
+        """Validate the student by the measure of the task."""
         self.base.validate(model, step, run, reporter)
 
     def config_text(self) -> str:
-        """As the task does."""
+        """Text of the config of the task."""
         return self.base.config_text()
