@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ['kind_of']
+__all__ = ['PRETRAINED', 'kind_of']
 
-SCOPES = ('mmengine.', 'mmdet.')
+SCOPES = ('mmengine.', 'mmdet.', 'mmcv.')
+PRETRAINED = ('Pretrained', 'PretrainedInit')  # names of an ``init_cfg`` that loads a checkpoint
 
 
 def kind_of(kind: Any) -> Any:

@@ -14,20 +14,22 @@ from helpers.backbones import ASR, BACKBONES, IDS, X, in_eval, plugged, tiny
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
+from mmcv.transforms import LoadImageFromFile as StockLoad
 from mmdet.models import backbones as stock_backbones
 from mmdet.registry import MODELS
 from mmdet.structures import DetDataSample
 from mmengine.config import Config
-from mmengine.model import revert_sync_batchnorm
+from mmengine.model import PretrainedInit, revert_sync_batchnorm
 from mmengine.registry import init_default_scope
 
 import asr_downstream
 from asr_downstream import describe, fold, plug, verify
 from asr_downstream.detection.config import load_config, set_data_root, stock_config
 from asr_downstream.detection.data.digits import make_digits
+from asr_downstream.detection.data.loading import name_files
 from asr_downstream.detection.evaluation.evaluate import metrics_of
 from asr_downstream.detection.models.detectors import build_detector
-from asr_downstream.detection.models.plugged import PluggedModel
+from asr_downstream.detection.models.plugged import PluggedModel, is_pretrained
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.plugging.attach import rebind
 
@@ -194,6 +196,24 @@ def test_the_stock_config_does_not_import_the_users_attentions() -> None:
         assert stock_config(config).custom_imports.imports == ['mine.data']
     finally:
         asr_downstream.ATTENTIONS.module_dict.pop('Mine')
+
+
+@pytest.mark.parametrize(
+    'kind', ['Pretrained', 'mmengine.Pretrained', PretrainedInit, 'mmengine.model.weight_init.PretrainedInit']
+)
+def test_a_checkpoint_to_start_from_is_known_by_name_scope_and_class(kind: Any) -> None:
+    assert is_pretrained(dict(type=kind, checkpoint='a.pth'))
+    assert is_pretrained([dict(type='Kaiming', layer='Conv2d'), dict(type=kind, checkpoint='a.pth')])
+    assert not is_pretrained([dict(type='Kaiming', layer='Conv2d')])
+
+
+@pytest.mark.parametrize('kind', ['LoadImageFromFile', StockLoad, 'mmcv.transforms.loading.LoadImageFromFile'])
+def test_images_are_loaded_by_name_scope_and_class(kind: Any) -> None:
+    pipeline = [dict(type=kind), dict(type='theirs.LoadImageFromFile')]
+    config = Config(dict(train_dataloader=dict(dataset=dict(type='CocoDataset', pipeline=pipeline))))
+    name_files(config)
+    types = [step['type'] for step in config.train_dataloader.dataset.pipeline]
+    assert types == ['asr_downstream.LoadImageFromFile', 'theirs.LoadImageFromFile']
 
 
 PLUG = '_base_/plugs/asr-se.py'

@@ -6,12 +6,11 @@ from mmcv.transforms import LoadImageFromFile as StockLoadImageFromFile
 from mmengine.config import Config
 
 from asr_downstream.detection.data.coco import leaves
+from asr_downstream.detection.types import kind_of
 from asr_downstream.errors import DataError
 from asr_downstream.registry import TRANSFORMS
 
 __all__ = ['LoadImageFromFile', 'name_files']
-
-STOCK = ('LoadImageFromFile', 'mmcv.LoadImageFromFile', 'mmdet.LoadImageFromFile', StockLoadImageFromFile)
 
 
 @TRANSFORMS.register_module()
@@ -45,5 +44,5 @@ def name_files(config: Config) -> None:
             continue
         for dataset in leaves(config[loader].dataset):
             for step in dataset.get('pipeline') or ():
-                if isinstance(step, dict) and step.get('type') in STOCK:
+                if isinstance(step, dict) and kind_of(step.get('type')) == 'LoadImageFromFile':
                     step['type'] = 'asr_downstream.LoadImageFromFile'

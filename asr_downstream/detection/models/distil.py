@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.detection.config import load_config
+from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.distil.loss import Distance, check_feature
 from asr_downstream.far.distil.trainable import STUDENTS, keep_statistics, learning
@@ -78,11 +80,6 @@ class Distilling:
         """
         if self.distance is None or self.teacher is not None:
             return
-        from asr_downstream.detection.config import load_config
-        from asr_downstream.detection.models.detectors import (
-            load_detector,  # which looks models up, this one among them
-        )
-
         with own_random_stream(0, 'teacher'):  # the student's training draws the same numbers without a teacher
             config = load_config(Path(self.files['config']), needs_data=False)
             teacher, _ = load_detector(config, Path(self.files['checkpoint']))

@@ -21,6 +21,7 @@ from torch import nn
 from asr_downstream.detection.models.activation_checkpointing import use_non_reentrant
 from asr_downstream.detection.models.distil import DistilledDetector
 from asr_downstream.detection.models.far import keep_fresh, put_lstms, refuse_both, report_load
+from asr_downstream.detection.types import PRETRAINED, kind_of
 from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.modules.slots import SHARED, SLOTS, SharedAttentions
 from asr_downstream.plugging.attach import rebind
@@ -101,7 +102,7 @@ def additions_aside(model: nn.Module) -> Iterator[None]:
 def is_pretrained(init_cfg: Any) -> bool:
     """Whether an ``init_cfg`` (a dict or a list of them) loads a checkpoint."""
     entries = [init_cfg] if isinstance(init_cfg, dict) else list(init_cfg or ())
-    return any(entry.get('type') == 'Pretrained' for entry in entries)
+    return any(kind_of(entry.get('type')) in PRETRAINED for entry in entries)
 
 
 def plugged_class(stock: type[nn.Module]) -> type[Any]:

@@ -24,7 +24,7 @@ from asr_downstream.detection.training.launch import is_first, together
 from asr_downstream.detection.training.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.training.sampler import DrawsHook
 from asr_downstream.detection.training.save import GuardHook
-from asr_downstream.detection.types import kind_of
+from asr_downstream.detection.types import PRETRAINED, kind_of
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import describe as describe_far
 from asr_downstream.files.atomic import check_writable
@@ -94,7 +94,7 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
 def pretrained(node: Any) -> Iterator[str]:
     """Checkpoints that the ``init_cfg`` entries of a model's config name, and that of its teacher."""
     if isinstance(node, dict):
-        if kind_of(node.get('type')) in ('Pretrained', 'PretrainedInit') and 'checkpoint' in node:
+        if kind_of(node.get('type')) in PRETRAINED and 'checkpoint' in node:
             yield node['checkpoint']
         if (node.get('distil') or {}).get('teacher'):
             yield node['distil']['teacher'].get('checkpoint')
