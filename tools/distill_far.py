@@ -35,13 +35,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from asr_downstream.engine.launch import end_processes
-    from asr_downstream.far.config import load_config, out_of
+    from asr_downstream.far.config import load_config
     from asr_downstream.far.distil.stages import plan, run_stages
     from asr_downstream.far.family import ship_trained
+    from asr_downstream.files.configs import work_dir_of
 
     options = dict(args.cfg_options or {}) | ({} if args.seed is None else {'seed': args.seed})
     config = load_config(args.config, options, args.data)
-    out = args.output_dir or out_of(config)
+    out = args.output_dir or work_dir_of(config, 'far')
     if args.dry_run:
         print(plan(config))
         return

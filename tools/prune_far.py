@@ -42,16 +42,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from asr_downstream.engine.launch import end_processes
-    from asr_downstream.far.config import load_config, out_of
+    from asr_downstream.far.config import load_config
     from asr_downstream.far.family import prune_family
     from asr_downstream.far.prune.budgets import Budget
+    from asr_downstream.files.configs import work_dir_of
 
     budgets = [Budget('units' if kind == 'keep' else kind, value)
                for kind in ('keep', 'parameters', 'latency', 'threshold') for value in getattr(args, kind)]  # fmt: skip
     if not budgets:
         parser.error('say how small: --keep 0.5, --parameters 0.6, --latency 0.5 or --threshold 0.3')
     config = load_config(args.config, args.cfg_options, args.data)
-    for folder in prune_family(config, args.output_dir or out_of(config), budgets, args.resume, not args.absolute):
+    for folder in prune_family(
+        config, args.output_dir or work_dir_of(config, 'far'), budgets, args.resume, not args.absolute
+    ):
         print(folder)
     end_processes()
 

@@ -51,8 +51,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error('--calibrate, --refine-norms and --max-drop go with --fold calibrated')
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.evaluation.calibrate import CalibrationPlan
-    from asr_downstream.detection.evaluation.evaluate import work_dir_of
     from asr_downstream.detection.evaluation.test import TestPlan, evaluate_checkpoint
+    from asr_downstream.files.configs import work_dir_of
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     calibration = CalibrationPlan(
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plan = TestPlan(
         args.fold, calibration, args.fast, args.tta, args.per_class, args.show_dir, args.show_images, args.trust
     )
-    out = work_dir_of(config, args.work_dir) / 'test.json'
+    out = (args.work_dir or work_dir_of(config)) / 'test.json'
     print(evaluate_checkpoint(config, args.checkpoint, out, plan))
 
 

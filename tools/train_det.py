@@ -56,11 +56,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
 
     from asr_downstream.detection.config import load_config
-    from asr_downstream.detection.evaluation import evaluate as evaluation
     from asr_downstream.detection.training import checkpoints
     from asr_downstream.detection.training import launch as processes
     from asr_downstream.detection.training import train as training
     from asr_downstream.detection.training.loops import ValFirst
+    from asr_downstream.files.configs import work_dir_of
 
     config = load_config(args.config, args.data_root, args.cfg_options)
     if args.amp:
@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(training.plan(config))
         return
     processes.join(config, args.launcher)
-    training.prepare(config, evaluation.work_dir_of(config, args.work_dir), args.resume, args.trust)
+    training.prepare(config, args.work_dir or work_dir_of(config), args.resume, args.trust)
     try:
         checkpoint = training.train(config, [ValFirst()] if args.val_first else [])
     except Stopped:

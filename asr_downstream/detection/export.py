@@ -24,7 +24,7 @@ from asr_downstream.files.atomic import aside, check_could_write, sha256, write_
 from asr_downstream.files.card import card_of
 from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.report import FoldReport
-from asr_downstream.folding.verify import Verification
+from asr_downstream.folding.verify import Verification, check_same
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
@@ -33,8 +33,6 @@ from asr_downstream.plugging.weights import load_state
 __all__ = ['fold_checkpoint']
 
 FORMATS = ('.pth', '.safetensors')
-# Relative to the largest value of a feature map. Folding rounds each weight once; a network adds such roundings up.
-TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 
 
 def fold_checkpoint(
@@ -106,19 +104,12 @@ def fold_checkpoint(
     shipped = build_detector(plain)
     load_state(shipped, folded.cpu().state_dict(), checkpoint)
     if report.calibration is None:
-        checks = {
-            'float32': compare_features(plugged.float(), shipped.float()),
-            **({} if stock else {'float64': compare_exactly(plugged)}),
-        }
+        checks = {'float32': compared(plugged.float(), shipped.float(), checkpoint)}
+        if not stock:
+            exact = copy_of(plugged).double()  # where nothing but the algebra is left
+            checks['float64'] = compared(exact, fold_exactly(exact)[0], checkpoint)
     else:  # the plugged model is another function; what is shipped is to be the folded one
-        checks = {'float32': compare_features(folded, shipped)}
-    for precision, found in checks.items():
-        bound = TOLERANCE[getattr(torch, precision)]
-        if not found.relative <= bound:
-            raise FoldError(
-                f'{checkpoint}: the folded model differs by {found.relative:.1e} in {precision}, more than {bound:g}; '
-                f'nothing was written'
-            )
+        checks = {'float32': compared(folded, shipped, checkpoint)}
     content = report_content(config, checkpoint, report, checks, seconds)
     content['still_plugged'] = kept
     written = card_path(out)
@@ -140,10 +131,15 @@ def fold_checkpoint(
     return {**content, 'report': report}
 
 
-def compare_exactly(plugged: nn.Module) -> Verification:
-    """Fold and compare in float64, where nothing but the algebra is left."""
-    exact = copy_of(plugged).double()
-    return compare_features(exact, fold_exactly(exact)[0])
+def compared(model: nn.Module, folded: nn.Module, checkpoint: Path) -> Verification:
+    """Compare the feature maps of two detectors of one precision.
+
+    Raises:
+        FoldError: they differ.
+    """
+    found = compare_features(model, folded)
+    check_same(found, folded, str(checkpoint))
+    return found
 
 
 def write_weights(path: Path, suffix: str, stock: nn.Module, meta: dict[str, Any]) -> None:

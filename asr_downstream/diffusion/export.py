@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +22,7 @@ from asr_downstream.diffusion.runs import Run
 from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.export import save_far
-from asr_downstream.files.atomic import cannot_write, check_writable, sha256, writable_folder, write_json, writing
+from asr_downstream.files.atomic import check_writable, sha256, whole_folder, write_json
 from asr_downstream.files.configs import plain
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.versions import versions
@@ -76,35 +74,30 @@ def fold_and_ship(
     sampler = build_sampler('DDIM', run.parts.scheduler)
     steps = min(PICTURE_STEPS, sampler.config.num_train_timesteps)
     images = generate(stock, run.parts, sampler, range(PICTURES), steps, run.config.seed)
-    aside = writable_folder(out.absolute().with_name(f'.{out.name}.tmp'))
-    try:
-        with writing(out, sum(value.nbytes for value in stock.state_dict().values())):
-            part = save_parts(run, stock, aside)
-            check_loads(stock, aside / part)
-            save_grid(aside / 'samples.png', images)
-            weights = sorted((aside / part).glob('*.safetensors'))
-            report = {
-                'run': run.folder.name,
-                'step': run.step,
-                'ema': run.ema,
-                'checkpoint_sha256': run.sha256,
-                'weights': {path.name: sha256(path) for path in weights},
-                'model': type(stock).__name__,
-                'pipeline': (aside / 'model_index.json').is_file(),
-                'plug': plain(run.config.plug),
-                'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
-                'fold_seconds': round(seconds, 3),
-                'difference': difference,
-                'sites': [asdict(site) for site in folding.sites],
-                'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
-                'versions': versions(),
-                'files': sorted([*files_in(aside), REPORT, 'README.md']),
-            }
-            write_json(aside / REPORT, report)
-            (aside / 'README.md').write_text(model_card(run, report, results, metadata), encoding='utf-8')
-        replace_folder(aside, out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with whole_folder(out, sum(value.nbytes for value in stock.state_dict().values())) as aside:
+        part = save_parts(run, stock, aside)
+        check_loads(stock, aside / part)
+        save_grid(aside / 'samples.png', images)
+        weights = sorted((aside / part).glob('*.safetensors'))
+        report = {
+            'run': run.folder.name,
+            'step': run.step,
+            'ema': run.ema,
+            'checkpoint_sha256': run.sha256,
+            'weights': {path.name: sha256(path) for path in weights},
+            'model': type(stock).__name__,
+            'pipeline': (aside / 'model_index.json').is_file(),
+            'plug': plain(run.config.plug),
+            'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
+            'fold_seconds': round(seconds, 3),
+            'difference': difference,
+            'sites': [asdict(site) for site in folding.sites],
+            'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
+            'versions': versions(),
+            'files': sorted([*files_in(aside), REPORT, 'README.md']),
+        }
+        write_json(aside / REPORT, report)
+        (aside / 'README.md').write_text(model_card(run, report, results, metadata), encoding='utf-8')
     return {**report, 'report': folding}
 
 
@@ -171,18 +164,3 @@ def check_loads(stock: Any, folder: Path) -> None:
     own = stock.state_dict()
     if own.keys() != again.keys() or not all(torch.equal(own[key], again[key]) for key in own):
         raise AsrError(f'{folder}: what was written does not read back as it was; check the disk')
-
-
-def replace_folder(aside: Path, out: Path) -> None:
-    """Rename a finished folder to its place; one that was there goes only after that."""
-    try:
-        if out.exists():
-            old = out.absolute().with_name(f'.{out.name}.old')
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(out, old)
-            os.replace(aside, out)
-            shutil.rmtree(old)
-        else:
-            os.replace(aside, out)
-    except OSError as error:
-        raise cannot_write(out, error) from error

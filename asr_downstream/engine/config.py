@@ -19,7 +19,7 @@ from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.files.atomic import cannot_write, write_atomically
 from asr_downstream.files.configs import override, read_config, without_templates
 
-__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'work_dir_of', 'write_config']
+__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'write_config']
 
 CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
 CHOICES: dict[str, tuple[str | None, ...]] = {
@@ -171,11 +171,6 @@ def fits(value: Any, kind: str) -> bool:
         return isinstance(value, dict)
     allowed = {'int': (int,), 'float': (int, float), 'bool': (bool,), 'str': (str,), 'list': (list, tuple)}[kind]
     return isinstance(value, allowed) and (kind == 'bool' or not isinstance(value, bool))
-
-
-def work_dir_of(config: Config) -> Path:
-    """Folder of the run: ``output_dir``, or ``work_dirs/<config name>``."""
-    return Path(config.output_dir or f'work_dirs/{Path(config.filename).stem}')
 
 
 def portable(config: Config, **changes: Any) -> str:

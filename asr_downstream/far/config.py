@@ -16,7 +16,7 @@ from asr_downstream.far import defaults
 from asr_downstream.far.distil.trainable import STUDENTS
 from asr_downstream.files.configs import plain
 
-__all__ = ['LEARNS', 'SCHEMA', 'load_config', 'out_of', 'stage_config', 'with_epochs']
+__all__ = ['LEARNS', 'SCHEMA', 'load_config', 'stage_config', 'with_epochs']
 
 LEARNS = ('teacher', *STUDENTS)
 NAME = re.compile(r'[A-Za-z][\w-]*')
@@ -98,8 +98,3 @@ def with_epochs(config: Config, samples: int, world: int) -> Config:
             config[steps] = max(1, math.ceil(config[epochs] * samples / a_step))
             config[epochs] = None
     return config
-
-
-def out_of(config: Config) -> Path:
-    """Folder of the stages: ``output_dir``, or ``work_dirs/far/<config name>``."""
-    return Path(config.output_dir or f'work_dirs/far/{Path(config.filename).stem}')

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,7 @@ from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.far.card import card
 from asr_downstream.far.model.describe import check_replaced, mixers
 from asr_downstream.far.model.replace import replace
-from asr_downstream.files.atomic import first_line, sha256, writable_folder, write_json, writing
+from asr_downstream.files.atomic import first_line, sha256, whole_folder, write_json
 from asr_downstream.files.configs import plain
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.folding.exact import fold_exactly
@@ -80,24 +78,15 @@ def save_far(
         **(about or {}),
         'versions': versions(),
     }
-    aside = writable_folder(folder.with_name(f'.{folder.name}.tmp'))
-    try:
-        with writing(folder, sum(value.nbytes for value in model.state_dict().values())):
-            saving.save_config(model, library, aside)
-            weights = WEIGHTS[library] if content['replace'] is None else saving.WEIGHTS
-            save_file(saving.safe_state(model.state_dict()), aside / weights, {'format': 'pt'})
-            hashes = {name: sha256(aside / name) for name in ('config.json', weights)}
-            write_json(aside / FAR_FILE, {**content, 'files': hashes})
-            (aside / 'README.md').write_text(card(content, model), encoding='utf-8')
-            if others is not None:
-                others(aside)
-            old = folder.with_name(f'.{folder.name}.old')
-            if folder.exists():
-                os.replace(folder, old)
-            os.replace(aside, folder)
-            shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with whole_folder(folder, sum(value.nbytes for value in model.state_dict().values())) as aside:
+        saving.save_config(model, library, aside)
+        weights = WEIGHTS[library] if content['replace'] is None else saving.WEIGHTS
+        save_file(saving.safe_state(model.state_dict()), aside / weights, {'format': 'pt'})
+        hashes = {name: sha256(aside / name) for name in ('config.json', weights)}
+        write_json(aside / FAR_FILE, {**content, 'files': hashes})
+        (aside / 'README.md').write_text(card(content, model), encoding='utf-8')
+        if others is not None:
+            others(aside)
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Files: written aside and renamed when complete, so that no half-written file carries the final name.
+"""Files and folders: written aside and renamed when complete, so that nothing half-written carries the final name.
 
 What cannot be written becomes one line that says why, how much was needed and how much is free.
 """
@@ -29,6 +29,7 @@ __all__ = [
     'read_json',
     'remove',
     'sha256',
+    'whole_folder',
     'writable_folder',
     'write_atomically',
     'write_json',
@@ -88,8 +89,44 @@ def write_together(writes: dict[Path, Callable[[Path], Any]]) -> None:
                 aside(path).unlink(missing_ok=True)
 
 
+@contextmanager
+def whole_folder(folder: Path, needed: int | None = None) -> Iterator[Path]:
+    """Let the block fill an empty folder beside ``folder``, and give it that name when the block has ended.
+
+    A folder that was there under the name is deleted only after that.
+
+    Args:
+        folder: the folder.
+        needed: bytes that it will take, for the message.
+
+    Raises:
+        AsrError: it cannot be written. After this, and after any other error of the block, nothing of the new folder
+            is left, and the one that was there still is.
+    """
+    target = folder.absolute()
+    old = target.with_name(f'.{target.name}.old')
+    building = writable_folder(aside(target))
+    try:
+        with writing(folder, needed):
+            yield building
+            remove(old)  # of a process that was killed just here; the new folder is complete by now
+            before = target.is_symlink() or target.exists()
+            if before:
+                os.replace(target, old)
+            try:
+                os.replace(building, target)
+            except OSError:
+                if before:
+                    os.replace(old, target)
+                raise
+            with suppress(OSError):
+                remove(old)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
 def aside(path: Path) -> Path:
-    """Where a file is written before it is renamed to ``path``."""
+    """Where a file or folder is written before it is renamed to ``path``."""
     return path.with_name(f'.{path.name}.tmp')
 
 

@@ -15,7 +15,7 @@ from mmengine.fileio import YamlHandler, register_handler
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['override', 'plain', 'read_config', 'without_templates']
+__all__ = ['override', 'plain', 'read_config', 'without_templates', 'work_dir_of']
 
 # libyaml's is 20 times as fast: MMDetection's index of models takes 0.1 s or 2 s.
 SafeLoader: Any = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
@@ -76,6 +76,20 @@ def without_templates(text: str) -> str:
     In Python text, two braces can only follow each other inside of a string.
     """
     return text.replace('{{', '{\\x7b')
+
+
+def work_dir_of(config: Config, under: str = '') -> Path:
+    """Folder of the run that a config describes.
+
+    Args:
+        config: with ``output_dir``, or MMEngine's ``work_dir``, if it says where.
+        under: folder in ``work_dirs`` for one kind of run.
+
+    Returns:
+        As the config says, or ``work_dirs/<under>/<config name>``.
+    """
+    said = config.get('output_dir') or config.get('work_dir')
+    return Path(said or Path('work_dirs', under, Path(config.filename).stem))
 
 
 def plain(value: Any) -> Any:

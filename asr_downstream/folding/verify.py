@@ -13,15 +13,25 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from asr_downstream.console.text import render, some
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import AsrError, FoldError
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.modules.leaves import leaves
 
-__all__ = ['TOLERANCE', 'Difference', 'Verification', 'beyond_rounding', 'check_inputs', 'compare', 'verify']
+__all__ = [
+    'TOLERANCE',
+    'Difference',
+    'Verification',
+    'beyond_rounding',
+    'check_inputs',
+    'check_same',
+    'compare',
+    'verify',
+]
 
-# Relative to the largest output: roundings of a hundred layers.
+# Relative to the largest output. Folding rounds each weight once; a hundred layers, or a sampler, add roundings up.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
+COARSE = 1e-2  # of any other precision
 
 
 @dataclass(frozen=True)
@@ -157,11 +167,35 @@ def beyond_rounding(found: Verification, model: nn.Module) -> Difference | None:
 
     An output that is no more than the rounding of the largest one, such as a sum that cancels, is not held against it.
     """
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    tolerance = TOLERANCE.get(dtype, 1e-2)
+    dtype = dtype_of(model)
+    tolerance = TOLERANCE.get(dtype, COARSE)
     noise = min(10 * torch.finfo(dtype).eps, tolerance) * max(d.scale for d in found.outputs)
     beyond = [d for d in found.outputs if not d.relative <= tolerance and not max(d.absolute, d.scale) <= noise]
     return max(beyond, key=lambda d: d.relative, default=None)
+
+
+def check_same(found: Verification, model: nn.Module, what: str) -> None:
+    """Refuse to write a folded model that computes something else than the model it was made from.
+
+    Args:
+        found: how the two differ.
+        model: either of them, as it was compared.
+        what: the checkpoint, for the message.
+
+    Raises:
+        FoldError: an output differs by more than rounding.
+    """
+    if (worst := beyond_rounding(found, model)) is not None:
+        dtype = dtype_of(model)
+        raise FoldError(
+            f'{what}: the folded model differs by {worst.relative:.1e} in {str(dtype).removeprefix("torch.")}, more '
+            f'than {TOLERANCE.get(dtype, COARSE):g}; nothing was written'
+        )
+
+
+def dtype_of(model: nn.Module) -> torch.dtype:
+    """Precision of a model: that of its first parameter of floating point."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
 
 
 def shortened(text: str | bytes) -> str:

@@ -13,11 +13,12 @@ from conftest import ROOT
 from helpers.engine import SCHEMA, Classification, config_for, groups_of, run_of
 from torch import nn
 
-from asr_downstream.engine.config import portable, work_dir_of
+from asr_downstream.engine.config import portable
 from asr_downstream.engine.loop import recompute_activations
 from asr_downstream.engine.optim import build_schedule
 from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.files.configs import work_dir_of
 
 
 def test_the_engine_does_not_import_diffusers() -> None:

@@ -18,7 +18,7 @@ from filelock import FileLock
 from safetensors.torch import save_file
 
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files.atomic import check_writable, write_atomically, writing
+from asr_downstream.files.atomic import check_writable, whole_folder, write_atomically, writing
 from asr_downstream.files.locks import check_free, occupied
 from asr_downstream.files.weights import read_checkpoint
 
@@ -49,6 +49,44 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path: Path, kind:
     assert '\n' not in str(caught.value)
     assert [p.name for p in tmp_path.iterdir()] == ['file']
     assert path.read_text() == 'before'
+
+
+def fill(out: Path, text: str, error: BaseException | None = None) -> None:
+    with whole_folder(out) as aside:
+        assert not list(aside.iterdir())
+        (aside / text).write_text(text)
+        if error is not None:
+            raise error
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_a_folder_is_replaced_when_the_new_one_is_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / 'out'
+    (tmp_path / '.out.old').mkdir()  # of a process that was killed between the renames
+    for text in ('first', 'second'):
+        fill(out, text)
+        assert contents(tmp_path) == {f'out/{text}': text}
+        assert [path.name for path in tmp_path.iterdir()] == ['out']
+    errors = ((ValueError('no'), ValueError), (OSError('no'), AsrError), (KeyboardInterrupt(), KeyboardInterrupt))
+    for error, raised in errors:
+        with pytest.raises(raised):
+            fill(out, 'third', error)
+        assert contents(tmp_path) == {'out/second': 'second'}
+    replace = os.replace
+
+    def refuse(source: Path, target: Path) -> None:
+        if source.name.endswith('.tmp'):
+            raise OSError('no')
+        replace(source, target)
+
+    monkeypatch.setattr(os, 'replace', refuse)
+    with pytest.raises(AsrError, match='out: cannot be written'):
+        fill(out, 'third')
+    assert contents(tmp_path) == {'out/second': 'second'}
+    assert [path.name for path in tmp_path.iterdir()] == ['out']
 
 
 def test_space_that_is_needed_is_looked_for_first(tmp_path: Path) -> None:

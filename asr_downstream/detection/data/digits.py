@@ -8,8 +8,6 @@ Training and validation pictures use different digits. The same seed gives the s
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +15,7 @@ from PIL import Image
 
 from asr_downstream.console.progress import bar
 from asr_downstream.errors import DataError
-from asr_downstream.files.atomic import check_could_write, writable_folder, writing
+from asr_downstream.files.atomic import check_could_write, whole_folder
 
 __all__ = ['make_digits']
 
@@ -46,17 +44,10 @@ def make_digits(out: Path, seed: int = 0, sizes: dict[str, int] | None = None) -
     if out.exists() and not is_digits(out) and any(out.iterdir()):
         raise DataError(f'{out}: exists and is not a digits set; give an empty or new folder')
     check_could_write(out)
-    building = writable_folder(out.with_name(out.name + '.tmp'))
     pools = digit_pools(seed)
-    try:
-        with writing(out):
-            for split, count in {**SPLITS, **(sizes or {})}.items():
-                write_split(building, split, count, *pools[split], seed)
-            if out.exists():
-                shutil.rmtree(out)
-            os.replace(building, out)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
+    with whole_folder(out) as building:
+        for split, count in {**SPLITS, **(sizes or {})}.items():
+            write_split(building, split, count, *pools[split], seed)
     return {split: out / 'annotations' / f'{split}.json' for split in SPLITS}
 
 

@@ -33,7 +33,7 @@ from asr_downstream.measure import cost
 from asr_downstream.measure.timing import paired_times
 from asr_downstream.modules.copies import copy_of
 
-__all__ = ['Detections', 'Evaluation', 'Seen', 'evaluate', 'gmacs', 'measure_latency', 'metric', 'work_dir_of']
+__all__ = ['Detections', 'Evaluation', 'Seen', 'evaluate', 'gmacs', 'measure_latency', 'metric']
 
 # Boxes (n, 4) as x1, y1, x2, y2 in pixels, scores (n,), labels (n,).
 Detections: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -234,8 +234,3 @@ def measure_latency(models: dict[str, Any], image: dict[str, Any], rounds: int =
     with torch.no_grad():
         calls = {name: partial(model.test_step, image) for name, model in models.items()}
         return paired_times(calls, rounds, 'latency')
-
-
-def work_dir_of(config: Config, given: Path | None) -> Path:
-    """Folder for results: as given, as the config says, or ``work_dirs/<config>``."""
-    return given or Path(config.get('work_dir') or Path('work_dirs') / Path(config.filename).stem)

@@ -13,10 +13,10 @@ from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.models.pretrained import resumed_schedule
 from asr_downstream.diffusion.training.task import Denoising
 from asr_downstream.engine import loop as engine
-from asr_downstream.engine.config import work_dir_of
 from asr_downstream.engine.state.checkpoints import checkpoints_in
 from asr_downstream.engine.state.train_state import read_progress
 from asr_downstream.errors import CheckpointError
+from asr_downstream.files.configs import work_dir_of
 
 __all__ = ['train']
 

@@ -156,7 +156,7 @@ def test_a_full_disk_is_found_before_the_work(
 ) -> None:
     root = tiny_set(tmp_path / 'set', classes=TEN)
     for module, name in (
-        (shipping, 'fold'), (testing, 'evaluate'), (testing, 'compare'), (comparing, 'evaluate'),
+        (shipping, 'fold_exactly'), (testing, 'evaluate'), (testing, 'compare'), (comparing, 'evaluate'),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     config = load_config(STOCK, root)  # MMEngine reads configs from copies, which the limit would not let it make
