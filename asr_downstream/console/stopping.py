@@ -81,11 +81,41 @@ class StopSignal:
 
 def obey_again() -> None:
     """Let a forked process end when it is terminated, as `multiprocessing.Pool` ends its workers and waits for them."""
-    if isinstance(getattr(signal.getsignal(signal.SIGTERM), '__self__', None), StopSignal):
+    if handled():
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-os.register_at_fork(after_in_child=obey_again)
+def handled() -> bool:
+    """Whether terminations are those of a `StopSignal`."""
+    return isinstance(getattr(signal.getsignal(signal.SIGTERM), '__self__', None), StopSignal)
+
+
+class Fork(threading.local):
+    """Keeps terminations waiting while this thread forks.
+
+    One that comes to a forked process before `obey_again` would be lost: Python forgets there which signals have come.
+    """
+
+    mask: set[Any] | None = None
+
+    def begin(self) -> None:
+        """Keep them waiting."""
+        self.mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM}) if handled() else None
+
+    def end(self) -> None:
+        """Let them through."""
+        if self.mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, self.mask)
+            self.mask = None
+
+    def end_in_child(self) -> None:
+        """Let them through, to a process that obeys them."""
+        obey_again()
+        self.end()
+
+
+fork = Fork()
+os.register_at_fork(before=fork.begin, after_in_parent=fork.end, after_in_child=fork.end_in_child)
 
 
 def leave_stopping_to_the_parent(worker: int, then: Callable[[int], Any] | None = None) -> None:
