@@ -8,24 +8,33 @@
     verify(a, b, inputs)   how far two models differ
     describe(model)        the table of the sites
     load_plugged(folder)   what save_pretrained of a plugged model of diffusers or transformers has written
+    far.replace(model)     multi-head LSTMs in the place of self-attention
 
 The core needs torch and mmengine. The adapters are `asr_downstream.detection` (MMDetection: extra ``det``) and those of
-the other extras; importing this package imports none of them.
+the other extras; importing this package imports none of them. A name is imported when it is first used (PEP 562): the
+command ``asr-downstream --help`` needs no torch.
 """
 
-from asr_downstream.attention import ChannelAttention, pool
-from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
-from asr_downstream.folding.calibrated import fold_calibrated
-from asr_downstream.folding.fold import fold
-from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
-from asr_downstream.folding.verify import verify
-from asr_downstream.plugging.attach import rebind
-from asr_downstream.plugging.describe import describe
-from asr_downstream.plugging.load import load_plugged
-from asr_downstream.plugging.plug import plug
-from asr_downstream.plugging.record import record
-from asr_downstream.plugging.sites import SITES, register_site
-from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
+import sys
+from typing import TYPE_CHECKING
+
+from asr_downstream.lazy import attach
+
+if TYPE_CHECKING:
+    from asr_downstream import far
+    from asr_downstream.attention import ChannelAttention, pool
+    from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
+    from asr_downstream.folding.calibrated import fold_calibrated
+    from asr_downstream.folding.fold import fold
+    from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
+    from asr_downstream.folding.verify import verify
+    from asr_downstream.plugging.attach import rebind
+    from asr_downstream.plugging.describe import describe
+    from asr_downstream.plugging.load import load_plugged
+    from asr_downstream.plugging.plug import plug
+    from asr_downstream.plugging.record import record
+    from asr_downstream.plugging.sites import SITES, register_site
+    from asr_downstream.registry import ATTENTIONS, MODELS, PLUGS
 
 __version__ = '0.1.0'
 
@@ -41,6 +50,7 @@ __all__ = [
     'FoldError',
     'PlugError',
     'describe',
+    'far',
     'fold',
     'fold_calibrated',
     'fuse_conv_bn',
@@ -52,3 +62,37 @@ __all__ = [
     'register_site',
     'verify',
 ]
+
+# Module -> the public names that it defines.
+DEFINED_IN = {
+    'attention': ('ChannelAttention', 'pool'),
+    'errors': ('AsrError', 'CheckpointError', 'DataError', 'FoldError', 'PlugError'),
+    'folding.calibrated': ('fold_calibrated',),
+    'folding.fold': ('fold',),
+    'folding.fuse_conv_bn': ('fuse_conv_bn',),
+    'folding.verify': ('verify',),
+    'plugging.attach': ('rebind',),
+    'plugging.describe': ('describe',),
+    'plugging.load': ('load_plugged',),
+    'plugging.plug': ('plug',),
+    'plugging.record': ('record',),
+    'plugging.sites': ('SITES', 'register_site'),
+    'registry': ('ATTENTIONS', 'MODELS', 'PLUGS'),
+}
+# Rooms that need no extra: ``asr_downstream.far`` is there without an import of its own.
+ROOMS = (
+    'attention',
+    'console',
+    'errors',
+    'far',
+    'files',
+    'folding',
+    'measure',
+    'models',
+    'modules',
+    'plugging',
+    'registry',
+)
+
+if not TYPE_CHECKING:  # a type checker that saw __getattr__ would find every misspelt name
+    __getattr__, __dir__ = attach(sys.modules[__name__], DEFINED_IN, ROOMS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import sys
 import warnings
 from collections.abc import Iterable
@@ -17,6 +18,7 @@ __all__ = [
     'OtherProcessError',
     'PlugError',
     'add_note',
+    'check_installed',
     'did_you_mean',
     'notes',
     'warn',
@@ -85,3 +87,23 @@ def warn(message: str) -> None:
     while frame.f_back is not None and frame.f_globals['__name__'].partition('.')[0] in ('asr_downstream', 'torch'):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, stacklevel=level)
+
+
+def check_installed(packages: Iterable[str], needs: str, install: str) -> None:
+    """Refuse to go on without the packages of an extra; finds them and imports none.
+
+    Args:
+        packages: names of their modules.
+        needs: the start of the message, ``'detection needs the extra det'``.
+        install: command that installs them.
+
+    Raises:
+        AsrError: one is missing.
+    """
+    for package in packages:
+        try:
+            missing = '' if importlib.util.find_spec(package) else f'No module named {package!r}'
+        except ImportError as error:
+            missing = str(error)
+        if missing:
+            raise AsrError(f'{needs} ({missing}); install it with: {install}')

@@ -1,55 +1,11 @@
-"""Replace the self-attention of a model by multi-head LSTMs and distil them (FAR, arXiv 2505.21535).
-
-    python tools/distill_far.py tools/far_configs/vit-w64_digits.py                    # teacher, distil, fine-tune
-    accelerate launch tools/distill_far.py CONFIG --data /data/images --output-dir runs/far
-    accelerate launch tools/distill_far.py CONFIG --cfg-options train_batch_size=32 stages.1.epochs=5
-    accelerate launch tools/distill_far.py CONFIG --resume        # passes over finished stages
-    python tools/distill_far.py CONFIG --dry-run                  # what would be replaced and trained
-
-Each stage is a run of its own, OUT/<stage>, with log, checkpoints and resolved config. OUT/shipped holds the teacher
-and FAR-100, the unpruned student: python tools/evaluate_far.py OUT. Then: python tools/prune_far.py CONFIG --keep 0.5
-
-Keys of a config and their defaults: asr_downstream/far/defaults.py and asr_downstream/engine/defaults.py.
-"""
+"""`asr-downstream distill-far`, as a script of the checkout: python tools/distill_far.py --help."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
-from mmengine.config import DictAction
-
+from asr_downstream.commands.main import script
 from asr_downstream.console import cli
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and train."""
-    parser = cli.parser(__doc__)
-    parser.add_argument('config', type=Path, help='config, as in tools/far_configs/')
-    parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
-    parser.add_argument('--output-dir', type=Path, help='folder of the stages (default: work_dirs/far/<config>)')
-    parser.add_argument('--resume', action='store_true', help='continue: finished stages stay')
-    parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
-    parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
-    args = parser.parse_args(argv)
-
-    from asr_downstream.engine.launch import end_processes
-    from asr_downstream.far.config import load_config
-    from asr_downstream.far.distil.stages import plan, run_stages
-    from asr_downstream.far.family import ship_trained
-    from asr_downstream.files.configs import work_dir_of
-
-    options = dict(args.cfg_options or {}) | ({} if args.seed is None else {'seed': args.seed})
-    config = load_config(args.config, options, args.data)
-    out = args.output_dir or work_dir_of(config, 'far')
-    if args.dry_run:
-        print(plan(config))
-        return
-    run_stages(config, out, args.resume)
-    ship_trained(config, out)
-    end_processes()
-
+main = script('distill-far')
 
 if __name__ == '__main__':
     cli.run(main)

@@ -1,62 +1,11 @@
-"""Prepare or check the data of detection.
-
-python tools/prepare_data.py digits                       # 600 pictures of handwritten digits in data/digits
-python tools/prepare_data.py coco /data/coco              # check a COCO 2017 tree, say what is missing where
-python tools/prepare_data.py coco /data/coco --unpack     # unpack its three archives first
-python tools/prepare_data.py check /data/cells            # what --data-root /data/cells would find: any COCO-format set
-python tools/prepare_data.py voc /data/VOCdevkit          # write annotations/{train,val}.json in COCO format into it
-python tools/prepare_data.py voc /data/flat --split 0.8   # images and *.xml without ImageSets: 80 % for training
-"""
+"""`asr-downstream prepare-data`, as a script of the checkout: python tools/prepare_data.py --help."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-
+from asr_downstream.commands.main import script
 from asr_downstream.console import cli
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and prepare the data."""
-    parser = cli.parser(__doc__)
-    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc')
-    digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
-    digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')
-    digits.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes')
-    coco = sets.add_parser('coco', help='check or unpack COCO 2017')
-    coco.add_argument('root', type=Path, nargs='?', default=Path('data/coco'), help='folder (default: data/coco)')
-    coco.add_argument('--unpack', action='store_true', help='unpack the archives in it first')
-    check = sets.add_parser('check', help='check any data set in COCO format')
-    check.add_argument('root', type=Path, help='folder')
-    voc = sets.add_parser('voc', help='convert PASCAL VOC to COCO format')
-    voc.add_argument('root', type=Path, help='VOCdevkit, a year, or images and *.xml; annotations/ is written there')
-    voc.add_argument('--split', type=cli.part, metavar='PART', help='without ImageSets: so much of it is for training')
-    voc.add_argument('--seed', type=int, default=0, help='of that draw (default: 0)')
-    voc.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
-    args = parser.parse_args(argv)
-
-    if args.set == 'digits':
-        from asr_downstream.detection.data.digits import make_digits
-
-        for split, path in make_digits(args.out, args.seed).items():
-            print(f'{split}: {path}')
-        return
-    if args.set == 'voc':
-        from asr_downstream.detection.data.voc import convert_voc
-
-        print('\n'.join(convert_voc(args.root, args.overwrite, args.split, args.seed)))
-        return
-    from asr_downstream.detection.data.coco import check_tree, unpack
-
-    if args.set == 'check':
-        from asr_downstream.detection.data.check import check_set
-
-        check_set(args.root)
-        return
-    if args.unpack:
-        unpack(args.root)
-    print('\n'.join(check_tree(args.root)))
-
+main = script('prepare-data')
 
 if __name__ == '__main__':
     cli.run(main)

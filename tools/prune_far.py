@@ -1,63 +1,11 @@
-"""Prune the hidden units of a distilled model: one run makes a family, FAR-75, FAR-50, FAR-25.
-
-    python tools/prune_far.py tools/far_configs/vit-w64_digits.py --keep 0.75 0.5 0.25   # shares of the hidden units
-    python tools/prune_far.py CONFIG --parameters 0.6        # or a number of parameters, 5000000
-    python tools/prune_far.py CONFIG --latency 0.5           # share of the time of a forward, measured here
-    python tools/prune_far.py CONFIG --threshold 0.3         # relative L2 norm of a unit's weights
-    python tools/prune_far.py CONFIG --keep 0.5 --resume
-
-After tools/distill_far.py CONFIG. First the student is trained with the Hoyer-square regulariser (OUT/sparse); then,
-for each member, the units whose weights have the smallest L2 norms go, with their biases, one threshold for the whole
-model; the smaller model is fine-tuned (OUT/FAR-50) and written to OUT/shipped/FAR-50. Compare them with
-python tools/evaluate_far.py OUT.
-"""
+"""`asr-downstream prune-far`, as a script of the checkout: python tools/prune_far.py --help."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from mmengine.config import DictAction
-
+from asr_downstream.commands.main import script
 from asr_downstream.console import cli
 
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Parse the command line and prune."""
-    parser = cli.parser(__doc__)
-    parser.add_argument('config', type=Path, help='config that tools/distill_far.py was run with')
-    parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
-    parser.add_argument('--output-dir', type=Path, help='folder of the stages (default: work_dirs/far/<config>)')
-    shares: dict[str, Any] = dict(type=float, nargs='+', default=[], metavar='X')
-    parser.add_argument('--keep', help='shares of the hidden units that stay', **shares)
-    parser.add_argument('--parameters', help='parameters of the whole model, shares or numbers', **shares)
-    parser.add_argument('--latency', help='shares of the time of a forward of one image, on the CPU', **shares)
-    parser.add_argument('--threshold', help='thresholds', **shares)
-    parser.add_argument(
-        '--absolute', action='store_true', help='compare norms themselves, not relative to the largest of their head'
-    )
-    parser.add_argument('--resume', action='store_true', help='continue: what is finished stays')
-    parser.add_argument('--cfg-options', nargs='+', action=DictAction, metavar='KEY=VALUE', help='override the config')
-    args = parser.parse_args(argv)
-
-    from asr_downstream.engine.launch import end_processes
-    from asr_downstream.far.config import load_config
-    from asr_downstream.far.family import prune_family
-    from asr_downstream.far.prune.budgets import Budget
-    from asr_downstream.files.configs import work_dir_of
-
-    budgets = [Budget('units' if kind == 'keep' else kind, value)
-               for kind in ('keep', 'parameters', 'latency', 'threshold') for value in getattr(args, kind)]  # fmt: skip
-    if not budgets:
-        parser.error('say how small: --keep 0.5, --parameters 0.6, --latency 0.5 or --threshold 0.3')
-    config = load_config(args.config, args.cfg_options, args.data)
-    for folder in prune_family(
-        config, args.output_dir or work_dir_of(config, 'far'), budgets, args.resume, not args.absolute
-    ):
-        print(folder)
-    end_processes()
-
+main = script('prune-far')
 
 if __name__ == '__main__':
     cli.run(main)

@@ -1,4 +1,4 @@
-"""What the command line tools share: one line for an error, exit codes, table output."""
+"""What command lines share: help, options, one line for an error, exit codes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 from asr_downstream.console.stopping import Stopped
 from asr_downstream.errors import AsrError, OtherProcessError, notes
@@ -14,18 +15,61 @@ from asr_downstream.errors import AsrError, OtherProcessError, notes
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
 
-__all__ = ['add_calibration', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
+__all__ = ['Names', 'add_calibration', 'add_options', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
+
+Names = Callable[[str], str]
+PROGRAM = re.compile(r'(asr-downstream|python) [\w./-]+')
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
 
 
-def parser(doc: str | None) -> argparse.ArgumentParser:
-    """Make a parser whose ``--help`` is the docstring of the tool: what it does, then the commands to type."""
+class Parser(argparse.ArgumentParser):
+    """A parser that names commands in its help as they were called: `asr-downstream fold` or `python tools/fold.py`."""
+
+    names: Names = staticmethod(str)
+
+    def format_help(self) -> str:
+        """Text of ``--help``."""
+        return self.names(super().format_help())
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and message, and exit with 2."""
+        super().error(self.names(message))
+
+
+def parser(doc: str | None, names: Names = str) -> Parser:
+    """Make a parser whose ``--help`` is the docstring of a command: what it does, then examples.
+
+    Args:
+        doc: its first line says what the command does; the first command in it is the one that it describes.
+        names: turns names of commands in a text into those that were called, see `asr_downstream.commands.main`.
+    """
     summary, _, rest = (doc or '').partition('\n')
-    return argparse.ArgumentParser(
-        description=summary, epilog=rest, formatter_class=argparse.RawDescriptionHelpFormatter
+    first = PROGRAM.search(rest)
+    found = Parser(
+        prog=names(first[0]) if first else None,
+        description=summary,
+        epilog=rest,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    found.names = names
+    return found
+
+
+class Options(argparse.Action):
+    """MMEngine's `DictAction`, imported when it is used: ``--help`` needs no MMEngine."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, *_: Any) -> None:
+        """Parse KEY=VALUE ..."""
+        from mmengine.config import DictAction
+
+        DictAction(self.option_strings, self.dest)(parser, namespace, values)
+
+
+def add_options(parser: argparse.ArgumentParser, text: str = 'override the config') -> None:
+    """Add ``--cfg-options``."""
+    parser.add_argument('--cfg-options', nargs='+', action=Options, metavar='KEY=VALUE', help=text)
 
 
 def count(text: str) -> int:
@@ -88,11 +132,11 @@ def about(error: Exception) -> list[str]:
     return [f'({note})' for note in notes(error)]
 
 
-def run(main: Callable[[Sequence[str] | None], None]) -> None:
-    """Run the main function of a tool; errors that a user can mend become one line and exit code 1.
+def run(main: Callable[[Sequence[str] | None], None], names: Names = str) -> None:
+    """Run the main function of a command; errors that a user can mend become one line and exit code 1.
 
     A program that was told to stop exits with 128 + the signal: 130 after Ctrl-C, 143 after a termination.
-    ``ASR_DEBUG=1`` shows tracebacks.
+    ``ASR_DEBUG=1`` shows tracebacks. ``names`` turns names of commands in the line into those that were called.
     """
     try:
         main(None)
@@ -116,5 +160,5 @@ def run(main: Callable[[Sequence[str] | None], None]) -> None:
             message = f'{type(error).__name__}: {said} {" ".join(about(error))}; ASR_DEBUG=1 shows where'
         else:
             raise
-        print(f'error: {message}', file=sys.stderr)
+        print(f'error: {names(message)}', file=sys.stderr)
         sys.exit(1)

@@ -3,12 +3,8 @@
 Needs the extra ``diffusion``; importing this package without it says how to install it.
 """
 
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import check_installed
 
 INSTALL = "pip install -c constraints.txt -e '.[diffusion]'"
 
-try:
-    import accelerate  # noqa: F401
-    import diffusers  # noqa: F401
-except ImportError as error:
-    raise AsrError(f'generation needs the extra diffusion ({error}); install it with: {INSTALL}') from error
+check_installed(('accelerate', 'diffusers'), 'generation needs the extra diffusion', INSTALL)

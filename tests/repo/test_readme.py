@@ -16,6 +16,8 @@ import pytest
 from conftest import ROOT
 from helpers.documents import DOCUMENTS, Document, commands
 
+from asr_downstream.commands.main import COMMANDS as CONSOLE
+
 README = (ROOT / 'README.md').read_text()
 TEXTS = '\n'.join(document.text for document in DOCUMENTS)
 # What is compiled and not run, and why.
@@ -97,7 +99,11 @@ def parse(script: str, arguments: list[str]) -> None:
     Raises:
         SystemExit: the tool refuses the arguments.
     """
-    spec = importlib.util.spec_from_file_location('tool', ROOT / script)
+    if script == 'asr-downstream':
+        spec = importlib.util.find_spec(CONSOLE[arguments[0]].module)
+        arguments = arguments[1:]
+    else:
+        spec = importlib.util.spec_from_file_location('tool', ROOT / script)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -126,7 +132,12 @@ def test_commands_name_tools_and_options_that_exist() -> None:
         if script == 'tools/dist_train.sh':  # CONFIG, number of processes, and what train_det.py takes
             assert (ROOT / script).exists()
             script, arguments = 'tools/train_det.py', [*arguments[:1], *arguments[2:]]
-        if not (ROOT / script).exists():
+        if script == 'asr-downstream':
+            if arguments and arguments[0] not in (*CONSOLE, 'COMMAND', '--help'):
+                wrong.append(f'{name}: no asr-downstream {arguments[0]}')
+                continue
+            arguments = arguments if len(arguments) > 1 and arguments[0] in CONSOLE else []
+        elif not (ROOT / script).exists():
             wrong.append(f'{name}: no {script}')
             continue
         if script == 'tools/setup_env.py' or not arguments:  # it has no parser; or the tool is only named

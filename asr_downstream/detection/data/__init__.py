@@ -1,1 +1,3 @@
 """Detection data: COCO, VOC and the digits, checked, and configs that fit them."""
+
+from asr_downstream.detection import extra  # noqa: F401

@@ -1,1 +1,3 @@
 """COCO scores, folded copies beside their originals, calibration, pictures, tables."""
+
+from asr_downstream.detection import extra  # noqa: F401

@@ -1,1 +1,3 @@
 """Training by MMEngine's Runner: stops, resumes and checkpoints bit for bit."""
+
+from asr_downstream.detection import extra  # noqa: F401

@@ -1,0 +1,55 @@
+"""Generate images with a trained diffusion model.
+
+    asr-downstream sample work_dirs/unet-w32-asr-se_digits
+    asr-downstream sample RUN --num-samples 1000 --single --sampler DPM-Solver++ --steps 20
+    asr-downstream sample RUN --show cat dog --guidance-scale 3     # of a conditioned model: its classes, or prompts
+    asr-downstream sample RUN/checkpoint-500 --fold                 # an earlier checkpoint; its folded, stock model
+
+Writes RUN/images/grid.png, and with --single one PNG an image. Image n of a seed is the same with every batch size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from asr_downstream.console import cli
+
+
+def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
+    """Parse the command line, generate and write."""
+    parser = cli.parser(__doc__, names)
+    parser.add_argument('run', type=Path, help='folder of a run, for its newest checkpoint, or of a checkpoint')
+    parser.add_argument('--out', type=Path, help='folder (default: RUN/images)')
+    cli.add_sampling(parser, num_samples=64)
+    parser.add_argument('--show', nargs='+', metavar='NAME', help='classes, or prompts, to generate in turn')
+    parser.add_argument('--single', action='store_true', help='write each image as a file, too')
+    parser.add_argument('--columns', type=cli.count, help='of the grid')
+    parser.add_argument('--fold', action='store_true', help='fold first, and sample from the stock model')
+    args = parser.parse_args(argv)
+
+    import torch
+
+    from asr_downstream.diffusion.folding import fold_run
+    from asr_downstream.diffusion.pictures import save_grid, save_images
+    from asr_downstream.diffusion.runs import load_run
+    from asr_downstream.diffusion.sampling import build_sampler, generate
+    from asr_downstream.files.atomic import check_writable
+
+    run = load_run(args.run, ema=cli.ema(args))
+    out = args.out or run.folder / 'images'
+    check_writable(out)
+    if args.show:
+        run.parts.condition.choose(args.show)
+    model = fold_run(run)[0] if args.fold else run.parts.model
+    device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
+    run.parts.to(device)
+    images = generate(
+        model.to(device), run.parts, build_sampler(args.sampler, run.parts.scheduler), range(args.num_samples),
+        args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images',
+    )  # fmt: skip
+    save_grid(out / 'grid.png', images, args.columns)
+    if args.single:
+        save_images(out, images, range(args.num_samples))
+    weights = 'averaged weights' if run.ema else 'weights as trained'
+    print(f'{out}: {len(images)} images of step {run.step}, {weights}, {args.sampler}, {args.steps} steps')
