@@ -22,7 +22,6 @@ from asr_downstream.folding.verify import run
 from asr_downstream.modules.copies import batch_of
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.record import record
-from asr_downstream.plugging.shared_unit import Member
 
 __all__ = ['Constancy', 'Step', 'default_step', 'groups', 'measure_constancy']
 
@@ -136,7 +135,5 @@ def groups(model: nn.Module) -> dict[str, str]:
     for path, layer in model.named_modules():
         if isinstance(layer, Plugged) and layer.dynamic is not None:  # type: ignore[attr-defined]
             gates: Any = layer.dynamic  # type: ignore[attr-defined]
-            members = [gate.attention for gate in gates if isinstance(gate.attention, Member)]
-            unit = next((m.unit for m in members if m.recurrent), None)
-            found[path] = path if unit is None else unit.name
+            found[path] = next((gate.site_attention.unit.name for gate in gates if gate.site_attention.recurrent), path)
     return found

@@ -25,7 +25,7 @@ from asr_downstream.plugging.describe import attention_name, check_connected
 from asr_downstream.plugging.gates import Gate, saturation
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.save import forget, keep_dynamic
-from asr_downstream.plugging.shared_unit import Member, unregister
+from asr_downstream.plugging.shared_unit import unregister
 
 __all__ = ['Comparison', 'check_dynamic', 'check_mode', 'comparison', 'fold_exactly', 'fold_gates', 'make_stock_']
 
@@ -187,7 +187,7 @@ def check_whole(model: nn.Module, layers: dict[str, Any]) -> None:
     inside = {id(m) for m in model.modules()}
     for path, layer in layers.items():
         for gate in layer.dynamic or ():
-            if isinstance(gate.attention, Member) and id(gate.attention.unit) not in inside:
+            if (unit := gate.site_attention.unit) is not None and id(unit) not in inside:
                 raise FoldError(
                     f'{path}: stays plugged, but shares an attention that is registered outside of this '
                     f'{type(model).__name__}; fold the whole model that was plugged'
@@ -198,7 +198,7 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     """Compute the folded weight and bias of one site in float64; changes only the precision of its gates."""
     try:
         for gate in layer.gate:
-            for module in (gate, *chain_of(gate)):
+            for module in (gate, *gate.site_attention.parts()):
                 module.double()
         v = layer.constant()
     except RuntimeError as error:
@@ -238,17 +238,10 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     return ScaledParameters(rounded['weight'], rounded.get('bias'), site)
 
 
-def chain_of(gate: Gate) -> list[nn.Module]:
-    """What the gates of a site depend on besides itself: a shared unit and the sites before it."""
-    if not isinstance(gate.attention, Member):
-        return []
-    return [gate.attention.unit, *gate.attention.run]
-
-
 def units_in_use(model: nn.Module) -> set[int]:
-    """Ids of the shared units that gates of ``model`` still ask."""
+    """Ids of the shared units that gates of ``model`` still use."""
     gates = (m for m in model.modules() if isinstance(m, Gate))
-    return {id(gate.attention.unit) for gate in gates if isinstance(gate.attention, Member)}
+    return {id(unit) for gate in gates if (unit := gate.site_attention.unit) is not None}
 
 
 def make_stock_(model: nn.Module) -> nn.Module:

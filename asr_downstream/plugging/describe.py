@@ -13,7 +13,7 @@ from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
 from asr_downstream.plugging.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.shared_unit import Member, SharedUnit
+from asr_downstream.plugging.shared_unit import SharedUnit
 from asr_downstream.plugging.sites import find_sites
 
 __all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe']
@@ -111,8 +111,8 @@ def describe(model: nn.Module) -> Description:
             continue
         gates: list[Gate] = [*(layer.gate or ()), *(layer.dynamic or ())]  # type: ignore[attr-defined]
         for gate in gates:
-            if isinstance(gate.attention, Member):
-                units.setdefault(gate.attention.unit, []).append(path)
+            if (unit := gate.site_attention.unit) is not None:
+                units.setdefault(unit, []).append(path)
         rows.append(
             SiteRow(
                 path=path,
@@ -124,11 +124,14 @@ def describe(model: nn.Module) -> Description:
             )
         )
     check_connected(model)
-    shared = tuple(
-        SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), sum(p.numel() for p in unit.parameters()))
-        for unit, paths in units.items()
-    )
+    shared = tuple(shared_row(unit, paths) for unit, paths in units.items())
     return Description(type(model).__name__, tuple(rows), shared, () if rows else candidates(model))
+
+
+def shared_row(unit: SharedUnit, paths: list[str]) -> SharedRow:
+    """Row of an attention that the sites of these paths share."""
+    parameters = sum(p.numel() for p in unit.parameters())
+    return SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), parameters)
 
 
 def candidates(model: nn.Module) -> tuple[str, ...]:
@@ -143,8 +146,8 @@ def label(gates: list[Gate]) -> list[str]:
     """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``."""
     names: list[list] = []
     for gate in gates:
-        shared = isinstance(gate.attention, Member)
-        plug = 'ASR' if isinstance(gate, ConstantGate) else 'DIA' if shared else 'Attention'
+        plug = 'DIA' if gate.site_attention.unit is not None else 'Attention'
+        plug = 'ASR' if isinstance(gate, ConstantGate) else plug
         name = f'{plug}({attention_name(gate)})'
         if names and names[-1][0] == name:
             names[-1][1] += 1
@@ -155,14 +158,14 @@ def label(gates: list[Gate]) -> list[str]:
 
 def attention_name(gate: Gate) -> str:
     """Class of a gate's attention, its own or a shared one."""
-    return type(gate.attention.attention if isinstance(gate.attention, Member) else gate.attention).__name__
+    return type(gate.site_attention.original).__name__
 
 
 def check_connected(model: nn.Module) -> None:
     """Refuse a model with gates that a converter has disconnected.
 
     Raises:
-        PlugError: see `asr_downstream.plugging.layers.rebind`.
+        PlugError: see `asr_downstream.plugging.attach.rebind`.
     """
     if paths := orphans(model):
         raise PlugError(

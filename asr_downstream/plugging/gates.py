@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asr_downstream.attention.base import gates_of_mean
 from asr_downstream.errors import PlugError
-from asr_downstream.plugging.shared_unit import Member
+from asr_downstream.plugging.site_attention import LearnedInput, SiteAttention, site_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -31,7 +31,8 @@ class Gate(nn.Module):
     """An attention at a site, and optionally the gates it started with.
 
     Args:
-        attention: maps ``(B, C, *)`` to gates ``(B, C)``.
+        attention: maps ``(B, C, *)`` to gates ``(B, C)``; the site's own, or a
+            `asr_downstream.plugging.site_attention.Member` of a shared one.
         channels: C of the site.
     """
 
@@ -43,8 +44,13 @@ class Gate(nn.Module):
         self.channels = channels
         self.register_buffer('reference', None)
 
+    @property
+    def site_attention(self) -> SiteAttention:
+        """The attention, the site's own or a shared one."""
+        return site_attention(self.attention)
+
     def probe(self) -> Tensor:
-        """Return the gates of a fresh module on a zero or learned input, shape ``(1, C)``."""
+        """Return the gates on a zero or learned input, shape ``(1, C)``; no forward is touched."""
         raise PlugError(f'{type(self).__name__} cannot be probed')
 
     def apply(self, fn: Callable[[nn.Module], None]) -> Self:
@@ -58,13 +64,11 @@ class Gate(nn.Module):
     @property
     def confined(self) -> bool:
         """Whether the attention's gates lie in (0, 1), see `asr_downstream.attention.base.ChannelAttention`."""
-        attention = self.attention.unit.attention if isinstance(self.attention, Member) else self.attention
-        return getattr(attention, 'confined', True)
+        return getattr(self.site_attention.original, 'confined', True)
 
     def example(self) -> Tensor:
         """Return a tensor with the dtype and device of the gates."""
-        attention = self.attention.unit if isinstance(self.attention, Member) else self.attention
-        return next(attention.parameters(), torch.zeros(()))
+        return next(self.site_attention.original.parameters(), torch.zeros(()))
 
     @torch.no_grad()
     def take_reference(self, path: str) -> None:
@@ -87,7 +91,7 @@ class Gate(nn.Module):
         return gate if self.reference is None else gate / self.reference
 
 
-class ConstantGate(Gate):
+class ConstantGate(Gate, LearnedInput):
     """Gates of an attention on a learned input psi (ASR; ECCV 2024): ``v = attention(psi)``, the same for every image.
 
     psi has the shape ``(1, C)``, one descriptor; the official code keeps it as ``(1, C, 1, 1)``. An attention without
@@ -107,29 +111,27 @@ class ConstantGate(Gate):
             self.register_parameter('psi', None)
 
     def probe(self) -> Tensor:
+        return self.attend()
+
+    def attend(self, anchor: Tensor | None = None) -> Tensor:
+        """Return the gates of psi, ``(1, C)``, before they are divided by the reference."""
         psi = self.input()
         # Half precision would cost accuracy and save nothing: these are a few vectors.
         if torch.is_autocast_enabled(psi.device.type):
             with torch.autocast(psi.device.type, enabled=False):
-                return self.attend(psi)
-        return self.attend(psi)
-
-    def attend(self, psi: Tensor) -> Tensor:
-        """Gates of ``psi``; a recurrent unit starts at the first site of its run."""
-        if not isinstance(self.attention, Member) or not self.attention.recurrent:
-            return self.attention(psi)
-        return self.attention.alone([*self.attention.inputs_before(), psi])
+                return self.site_attention.learned(psi, anchor)
+        return self.site_attention.learned(psi, anchor)
 
     def forward(self, anchor: Tensor | None = None) -> Tensor:
         """Return the gates v, shape ``(C,)``.
 
         Args:
-            anchor: the input of the layer, inside of a forward. A recurrent unit then continues from the site before;
-                without it, from its own start.
+            anchor: the input of the layer, in a forward; see `SiteAttention.learned`.
         """
-        if anchor is None or not isinstance(self.attention, Member) or not self.attention.recurrent:
-            return self.relative(self.probe())[0]
-        return self.relative(self.attention(self.input(), anchor)).to(self.example().dtype)[0]
+        v = self.relative(self.attend(anchor))[0]
+        if anchor is None or not self.site_attention.recurrent:
+            return v
+        return v.to(self.example().dtype)  # the state is float32 where weights are in half precision
 
     def input(self) -> Tensor:
         """Return psi, or zeros for an attention without input: ``(1, C)``."""
@@ -151,14 +153,13 @@ class DynamicGate(Gate):
 
     def probe(self) -> Tensor:
         # Batch norms inside an attention must not learn from this: eval mode, flags restored below.
-        flags = {m: m.training for m in self.attention.modules()}
-        self.attention.eval()
+        parts = self.site_attention.parts()
+        flags = {m: m.training for part in parts for m in part.modules()}
+        for part in parts:
+            part.eval()
         zeros = self.example().new_zeros(2, self.channels, *self.positions)
         try:
-            if isinstance(self.attention, Member):
-                gate = self.attention.alone([zeros] * (self.attention.position + 1))
-            else:
-                gate = self.attention(zeros)
+            gate = self.site_attention.fresh(zeros)
         finally:
             for module, training in flags.items():
                 module.training = training
@@ -167,7 +168,7 @@ class DynamicGate(Gate):
     @property
     def of_mean(self) -> bool:
         """Whether the gates of a map are those of its mean over the positions."""
-        return self.attention.of_mean if isinstance(self.attention, Member) else gates_of_mean(self.attention)
+        return gates_of_mean(self.site_attention.original)
 
     def gates(self, x: Tensor) -> Tensor:
         """Return the gates of a map ``(B, C, *)`` or descriptor: ``(B, C)``, or ``(B, C, *)`` if they are spatial."""
@@ -186,11 +187,11 @@ class DynamicGate(Gate):
 def saturation(gates: list[ConstantGate], v: Tensor) -> str:
     """Say what is odd about constant gates that are all at one end; '' if they are not.
 
-    A gate in (0, 1), such as a sigmoid, is closed for all channels where its branch is gone, and open for all where it
-    does nothing and its gradient has vanished. What is held against the bounds is the attention's own gate for "open",
-    and what is folded, divided by the first gates under ``preserve=True``, for "closed": there it says how much is
-    left of what the branch was. Free scales (`LayerScale`, ``confined = False``) start near 0 by design and may be 1,
-    so of them only exact zeros are odd, and with ``preserve=True`` what is left.
+    Gates in (0, 1), such as those of a sigmoid, are odd if all channels are below `CLOSED` (the branch is gone) or all
+    are above `OPEN` (the gates do nothing, and their gradient has vanished). Compared with `OPEN` are the gates of the
+    attention itself. Compared with `CLOSED` are the gates that are folded: under ``preserve=True`` they are divided by
+    the first ones, and say how small the branch has become. Free scales (`LayerScale`, ``confined = False``) start near
+    0 by design and may be 1, so of them only exact zeros are odd, or with ``preserve=True`` values below `CLOSED`.
 
     Args:
         gates: of one site.

@@ -19,7 +19,8 @@ from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.layers import plugged_class
-from asr_downstream.plugging.shared_unit import Member, SharedUnit
+from asr_downstream.plugging.shared_unit import SharedUnit
+from asr_downstream.plugging.site_attention import LearnedInput, Member, Run
 from asr_downstream.plugging.sites import Site
 from asr_downstream.plugging.stages import Share, group_sites
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, check_arguments, find
@@ -120,7 +121,7 @@ class Plug:
                     for _ in range(self.copies):
                         units.append(self.shared(group.name, group.runs, gates))
         if self.preserve:
-            self.start_from_one(gates, units)
+            self.start_from_one(gates)
         return {site.path: gates[site.path] for site in sites}, units
 
     @property
@@ -138,10 +139,12 @@ class Plug:
         like = next(first.layer.parameters())
         unit = SharedUnit(self.make(first.channels).to(device=like.device, dtype=like.dtype), name)
         for number, sites in enumerate(runs):
-            run: list[Gate] = []
-            for position, site in enumerate(sites):
-                run.append(self.gate(site, Member(unit, (number, run), position, len(sites))))
-                gates.setdefault(site.path, []).append(self.fit(site, run[-1]))
+            run = Run(number)
+            for site in sites:
+                gate = self.gate(site, Member(unit, run))
+                if isinstance(gate, LearnedInput):
+                    run.inputs.append(gate)
+                gates.setdefault(site.path, []).append(self.fit(site, gate))
         return unit
 
     def make(self, channels: int) -> nn.Module:
@@ -159,14 +162,11 @@ class Plug:
         self.check(gate, site.path, site.channels)
         return gate
 
-    def start_from_one(self, gates: dict[str, list[Gate]], units: list[SharedUnit]) -> None:
+    def start_from_one(self, gates: dict[str, list[Gate]]) -> None:
         """Make the gates of this moment the new 1; those that depend on the input are first made constant."""
-        dynamic = [(p, g) for p, of_site in gates.items() for g in of_site if isinstance(g, DynamicGate)]
-        for unit in units if dynamic else ():
-            self.start_constant(unit.attention)
-        for _, gate in dynamic:
-            if not isinstance(gate.attention, Member):
-                self.start_constant(gate.attention)
+        dynamic = (gate for of_site in gates.values() for gate in of_site if isinstance(gate, DynamicGate))
+        for attention in dict.fromkeys(gate.site_attention.original for gate in dynamic):
+            self.start_constant(attention)
         for path, of_site in gates.items():
             for each in of_site:
                 each.take_reference(path)

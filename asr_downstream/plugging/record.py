@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.gates import Gate
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.recurrence import Place
-from asr_downstream.plugging.shared_unit import Member, SharedUnit
+from asr_downstream.plugging.recurrence import Place, Slot
 
 __all__ = ['Recording', 'record']
 
@@ -46,36 +45,36 @@ def record(model: nn.Module) -> Iterator[Recording]:
     found = Recording()
     handles = []
     places: dict[tuple[int, int, int], str] = {}
-    units: set[SharedUnit] = set()
+    watched: set[Slot] = set()
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
             continue
         found.gates[path] = []
         for number, gate in enumerate(layer.dynamic or layer.gate or ()):  # type: ignore[attr-defined]
             handles.append(gate.attention.register_forward_hook(keeper(found.gates[path], gate, number == 0)))
-            if isinstance(gate.attention, Member) and gate.attention.recurrent:
+            if (place := gate.site_attention.place) is not None:
                 found.states[path] = []
-                places[spot(gate.attention.place)] = path
-                units.add(gate.attention.unit)
+                places[spot(place)] = path
+                watched.add(place.slot)
 
     def watch(place: Place, state: Any) -> None:
         if spot(place) in places:
             found.states[places[spot(place)]].append(tuple(t.detach() for t in state))
 
-    for unit in units:
-        unit.slot.watchers += (watch,)
+    for slot in watched:
+        slot.watchers += (watch,)
     try:
         yield found
     finally:
         for handle in handles:
             handle.remove()
-        for unit in units:
-            unit.slot.watchers = tuple(w for w in unit.slot.watchers if w is not watch)
+        for slot in watched:
+            slot.watchers = tuple(w for w in slot.watchers if w is not watch)
 
 
 def spot(place: Place) -> tuple[int, int, int]:
     """Key of a place."""
-    return id(place.unit), place.run, place.position
+    return id(place.slot), place.run, place.position
 
 
 def keeper(kept: list[Tensor], gate: Gate, first: bool) -> Any:

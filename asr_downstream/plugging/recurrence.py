@@ -4,7 +4,7 @@ One rule says which state a site continues from: that of the site of its unit wh
 stands before this one in the same run; otherwise it starts from zero.
 
 * In a forward, the last state lies in the unit's slot, one a thread. The last site of a run empties it, and so does an
-  exception; what else is left there (a part of the model ran alone) has no place before the first site of a run.
+  exception. A state may remain there when a part of the model runs alone; the first site of a run does not read it.
 * Activation checkpointing computes a block again during the backward pass, when the slot is empty or belongs to another
   forward. The autograd graph then tells what ran before: the map at a site depends on the gates of the sites before,
   whose nodes carry their states. Non-reentrant checkpointing keeps that graph. Reentrant checkpointing cuts it wherever
@@ -18,16 +18,13 @@ from __future__ import annotations
 import heapq
 import itertools
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from asr_downstream.errors import AsrError
-
-if TYPE_CHECKING:
-    from asr_downstream.plugging.shared_unit import SharedUnit
 
 __all__ = ['Left', 'Place', 'Slot', 'before', 'last', 'leave']
 
@@ -36,16 +33,16 @@ ORDER = itertools.count()
 
 
 class Place(NamedTuple):
-    """Where a site stands: its unit, the number of its run, its position in it, and the length of the run."""
+    """Where a site stands: the slot of its unit, the number of its run, its position in it, and the run's length."""
 
-    unit: SharedUnit
+    slot: Slot
     run: int
     position: int
     length: int
 
 
 class Left(NamedTuple):
-    """What a site has left.
+    """The state after a site has run.
 
     Attributes:
         place: of the site.
@@ -61,15 +58,22 @@ class Left(NamedTuple):
 
 
 class Slot:
-    """The last state of each thread, and who watches; copies and pickles are empty: a state belongs to a forward."""
+    """The last state of a unit in each thread, and functions that are called with each new one.
 
-    def __init__(self) -> None:
+    Copies and pickles are empty: a state belongs to a forward.
+
+    Args:
+        name: of the unit, for messages.
+    """
+
+    def __init__(self, name: str = '') -> None:
+        self.name = name
         self.local = threading.local()  # held, not inherited: torch.compile loses what it writes into a subclass
         self.watchers: tuple[Callable[[Place, Any], None], ...] = ()
 
     @property
     def left(self) -> Left | None:
-        """What this thread has left."""
+        """The last state of this thread."""
         return getattr(self.local, 'left', None)
 
     @left.setter
@@ -77,18 +81,19 @@ class Slot:
         self.local.left = left
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
-        return Slot()
+        return Slot(self.name)
 
-    def __reduce__(self) -> tuple[type[Slot], tuple[()]]:
-        return Slot, ()
+    def __reduce__(self) -> tuple[type[Slot], tuple[str]]:
+        return Slot, (self.name,)
 
 
-def before(place: Place, anchor: Tensor) -> Any:
+def before(place: Place, anchor: Tensor, weights: Iterable[nn.Parameter]) -> Any:
     """State that the site at ``place`` continues from; None is the zero state.
 
     Args:
-        place: of the asking site.
+        place: of the site.
         anchor: its input, which leads to the forward that is being computed again.
+        weights: of the unit; if one is trained, the gradient of the state must not be cut.
 
     Raises:
         AsrError: the gradient of the state would be lost.
@@ -100,15 +105,15 @@ def before(place: Place, anchor: Tensor) -> Any:
         cut_off(place)
     state = continued(left, place)
     if state is not None and left is not None and not left.graph and torch.is_grad_enabled():
-        check_cut(place)
+        check_cut(place, weights)
     return state
 
 
 def last(place: Place, anchor: Tensor) -> Left | None:
-    """What the unit of ``place`` has left last in this forward, as far as it can be told."""
+    """The last state of the unit in this forward, as far as it can be told."""
     if recomputing():
         return find(place, anchor)
-    return place.unit.slot.left
+    return place.slot.left
 
 
 def continued(left: Left | None, place: Place) -> Any:
@@ -120,7 +125,7 @@ def continued(left: Left | None, place: Place) -> Any:
 
 def leave(place: Place, gates: Tensor, state: Any) -> Tensor:
     """Keep ``state`` for the next site; returns the gates."""
-    slot = place.unit.slot
+    slot = place.slot
     for watch in slot.watchers:
         watch(place, state)
     graph = torch.is_grad_enabled()
@@ -144,11 +149,11 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
-def check_cut(place: Place) -> None:
-    """Refuse to continue, with gradients, from a state that was left without."""
-    if any(p.requires_grad for p in place.unit.parameters()):
+def check_cut(place: Place, weights: Iterable[nn.Parameter]) -> None:
+    """Refuse to continue, with gradients, from a state that was computed without."""
+    if any(p.requires_grad for p in weights):
         raise AsrError(
-            f'{place.unit.name}: the site before ran without gradients and this one runs with them, so the gradient of '
+            f'{place.slot.name}: the site before ran without gradients and this one runs with them, so the gradient of '
             f'the shared state would be lost without a word. Reentrant activation checkpointing does this: use '
             f'use_reentrant=False. If part of the model runs under torch.no_grad() on purpose, leave its sites out '
             f'(skip=[...]) or give it a unit of its own (share=[...])'
@@ -156,9 +161,15 @@ def check_cut(place: Place) -> None:
 
 
 def find(place: Place, anchor: Tensor) -> Left | None:
-    """Walk the autograd graph back from ``anchor`` to what the unit of ``place`` left last; None if it does not lead.
+    """Walk the autograd graph back from ``anchor`` to the last state of the unit of ``place``; None if none is met.
 
-    All nodes that carry a state are visited in the reverse order of their forwards, the others as they come.
+    Nodes that carry a state are visited in the reverse order of their forwards, the others as they come.
+
+    A store of states by site could not say which of them belongs to the block that is computed again. Several forwards
+    can be alive at once (gradients accumulated over batches before one backward, a model called twice in a loss, two
+    threads), and the store would hold, of each site, the state of the last of them; kept by forward instead, it would
+    not know which forward a backward belongs to, nor when a state may go. The input of the block knows: it was computed
+    from the gates of the sites before, in the same forward, and its graph goes away with that forward.
     """
     seen: set[Any] = set()
     untagged: list[Any] = [anchor.grad_fn]
@@ -176,7 +187,7 @@ def find(place: Place, anchor: Tensor) -> Left | None:
                 heapq.heappush(tagged, (-left.order, left, node))
         if tagged:
             _, left, node = heapq.heappop(tagged)
-            if left.place.unit is place.unit:
+            if left.place.slot is place.slot:
                 return left
             untagged.extend(parent for parent, _ in node.next_functions)
     return None
@@ -185,7 +196,7 @@ def find(place: Place, anchor: Tensor) -> Left | None:
 def cut_off(place: Place) -> None:
     """Say that a block that is computed again has lost its forward."""
     raise AsrError(
-        f'{place.unit.name}: a block was computed again in the backward pass, and its input does not lead to the state '
+        f'{place.slot.name}: a block was computed again in the backward pass, and its input does not lead to the state '
         f'of the blocks before it. Reentrant activation checkpointing cuts it off and would give wrong gradients: use '
         f'use_reentrant=False (diffusers: enable_gradient_checkpointing() as it is; mmdet: with_cp=True in a backbone '
         f'of asr_downstream). Where nothing before this block is trained, there is no trace either: switch '
