@@ -15,7 +15,7 @@ FOUND = [*sorted(ROOT.glob('*.md')), *sorted(p for folder in FOLDERS for p in (R
 PATHS = [p for p in FOUND if 'fixtures' not in p.parts]  # those are cards that older versions have written
 FENCE = re.compile(r'^```(\w*)\n(.*?)^```', re.MULTILINE | re.DOTALL)
 SCRIPT = re.compile(r'((?:tools|diffusion)/\w+\.(?:py|sh))\b([^\n`;|&]*)')
-CONSOLE = re.compile(r'(?:^|[\s`])(asr-downstream)\b([^\n`;|&]*)')
+CONSOLE = re.compile(r'(?:^|[\s`])(?:asr-downstream|-m asr_downstream)(?![\w.])()([^\n`;|&]*)')
 ASSIGNED = re.compile(r'\b([A-Z]\w*)=(\'[^\']*\'|"[^"]*"|[^\s;]+)')
 LINK = re.compile(r'\]\(([^)\s]+)\)|\b(?:src|srcset|href)="([^"]+)"')
 
@@ -73,7 +73,7 @@ def commands(text: str) -> Iterator[tuple[str, list[str]]]:
         line = re.sub(r'\$\{?(\w+)\}?', lambda m: values.get(m[1], '0'), line)
         for script, rest in [*SCRIPT.findall(line), *CONSOLE.findall(line)]:
             bare = re.sub(r'\[(?=[\w-])|(?<=[\w.\]])\]', ' ', rest.replace('[:WEIGHTS]', ''))
-            yield script, [word for word in shlex.split(bare.replace('\\', ' ')) if word != '...']
+            yield script or 'asr-downstream', [word for word in shlex.split(bare.replace('\\', ' ')) if word != '...']
 
 
 DOCUMENTS = [Document(path) for path in PATHS]

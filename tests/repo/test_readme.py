@@ -17,6 +17,7 @@ from conftest import ROOT
 from helpers.documents import DOCUMENTS, Document, commands
 
 from asr_downstream.commands.main import COMMANDS as CONSOLE
+from asr_downstream.files.ready import FOLDERS, find_config
 
 README = (ROOT / 'README.md').read_text()
 TEXTS = '\n'.join(document.text for document in DOCUMENTS)
@@ -148,6 +149,26 @@ def test_commands_name_tools_and_options_that_exist() -> None:
             if refused.code:
                 wrong.append(f'{name}: {script} {" ".join(arguments)}')
     assert not wrong, '\n'.join(wrong)
+
+
+def test_ready_configs_of_commands_exist() -> None:
+    """By path, and by name where `asr-downstream` takes one."""
+    folders = {
+        **dict.fromkeys(('train-det', 'test-det'), 'det_configs'),
+        'train-diffusion': 'diffusion/configs',
+        **dict.fromkeys(('distill-far', 'prune-far'), 'tools/far_configs'),
+    }
+    named = 0
+    for name, script, arguments in COMMANDS:
+        for word in arguments:
+            if word.startswith(FOLDERS) and word.endswith('.py'):
+                assert (ROOT / word).is_file(), f'{name}: {word}'
+        if script == 'asr-downstream' and len(arguments) > 1 and arguments[0] in folders:
+            command, config = arguments[:2]
+            if config != 'CONFIG' and not config.startswith('-'):
+                find_config(Path(config), folders[command])
+                named += 1
+    assert named > 3
 
 
 def test_a_wrong_command_is_noticed() -> None:
