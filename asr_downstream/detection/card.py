@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import EvalResult
 from mmengine.config import Config
 
-from asr_downstream.detection.data.coco import leaves
-from asr_downstream.files.card import front_matter
+from asr_downstream.detection.data.coco import annotation_files
+from asr_downstream.detection.evaluation.results import results_of
+from asr_downstream.files.card import card_text
 
 __all__ = ['card_path', 'detector_card']
 
@@ -23,7 +25,14 @@ def card_path(out: Path) -> Path:
     return readme
 
 
-def detector_card(config: Config, out: Path, report: dict[str, Any], meta: dict[str, Any], card: dict[str, Any]) -> str:
+def detector_card(
+    config: Config,
+    out: Path,
+    report: dict[str, Any],
+    meta: dict[str, Any],
+    card: dict[str, Any],
+    tested: dict[str, Any] | None = None,
+) -> str:
     """Text of the card.
 
     Args:
@@ -32,23 +41,22 @@ def detector_card(config: Config, out: Path, report: dict[str, Any], meta: dict[
         report: of the fold.
         meta: of the checkpoint.
         card: see `asr_downstream.files.card.card_of`.
+        tested: what `tools/test_det.py` has written about the checkpoint.
     """
     kind = str(getattr(config.model.type, '__name__', config.model.type))
-    loader = config.get('train_dataloader') or {}
-    sets = [leaf.get('ann_file', '') for leaf in leaves(loader['dataset'])] if loader.get('dataset') else []
-    root = Path(config.get('data_root') or '').name
     classes = (meta.get('dataset_meta') or {}).get('classes') or ()
+    results = results_of(tested, report) if tested else []
     rows = {
-        'annotations': ', '.join(f'`{Path(root) / name if root else name}`' for name in sets if name),
+        'annotations': ', '.join(f'`{name}`' for name in annotation_files(config, 'train_dataloader')),
         'classes': f'{len(classes)}: {", ".join(map(str, classes))}' if classes else '',
         'epochs': str(meta.get('epoch', '')),
         'start of the backbone': f'`{start}`' if (start := start_of(config)) else '',
+        **{f'{r.metric_name} on {r.dataset_split}': f'{r.metric_value:.3f}{note(r)}' for r in results},
     }
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
-    head = front_matter('mmdetection', card, [kind.lower()], pipeline_tag='object-detection')
     usage = loading(out, [str(name) for name in classes])
     plain = 'nothing but MMDetection is needed to run it' if not report['still_plugged'] else 'see the config'
-    return f"""{head}{MARK}
+    text = f"""{MARK}
 # {out.stem}
 
 A `{kind}` of MMDetection: {plain}.
@@ -63,6 +71,12 @@ A `{kind}` of MMDetection: {plain}.
 
 {folding(report)} Differences, hashes and versions are in `fold_report.json`.
 """
+    return card_text(text, out.stem, 'mmdetection', card, [kind.lower()], results, pipeline_tag='object-detection')
+
+
+def note(result: EvalResult) -> str:
+    """What a number has to have said about it, besides the data."""
+    return f', {result.metric_args["measured"]}' if result.metric_args else ''
 
 
 def loading(out: Path, classes: list[str]) -> str:

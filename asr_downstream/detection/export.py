@@ -17,6 +17,7 @@ from torch import nn
 from asr_downstream.detection.card import card_path, detector_card
 from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
+from asr_downstream.detection.evaluation.results import tested_before
 from asr_downstream.detection.models.detectors import build_detector, compare_features, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.far.model.describe import mixers
@@ -114,7 +115,8 @@ def fold_checkpoint(
     content['still_plugged'] = kept
     written = card_path(out)
     content['card'] = written.name
-    text = detector_card(plain, out, content, meta, said)
+    tested = tested_before(checkpoint, content['checkpoint']['sha256'])
+    text = detector_card(plain, out, content, meta, said, tested)
 
     def write_report(path: Path) -> None:
         content['folded'] = {'file': out.name, 'sha256': sha256(aside(out)), 'config': out.with_suffix('.py').name}

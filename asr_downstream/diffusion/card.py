@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from asr_downstream.diffusion.evaluation.results import Result, tables
 from asr_downstream.diffusion.models.conditions import ClassLabels
 from asr_downstream.diffusion.pipelines import folder_of, loop, pipeline_name, quoted, usage
 from asr_downstream.diffusion.runs import Run
-from asr_downstream.files.card import front_matter
+from asr_downstream.files.card import card_text, measured
 
 __all__ = ['Metadata', 'far_card', 'model_card']
 
@@ -52,16 +53,15 @@ class Metadata:
             datasets=self.datasets or ((str(data),) if is_hub_id(data) else ()),
         )
 
-    def head(self, library: str, tags: tuple[str, ...], task: str | None = None) -> str:
-        """YAML front matter, as the hub reads it."""
-        given = {
+    def given(self) -> dict[str, Any]:
+        """What there is of it, see `asr_downstream.files.card.card_of`."""
+        found = {
             'license': self.license,
             'base_model': self.base_model,
             'datasets': list(self.datasets),
             'tags': list(self.tags),
         }
-        more = {'pipeline_tag': task} if task else {}
-        return front_matter(library, {key: value for key, value in given.items() if value}, tags, **more)
+        return {key: value for key, value in found.items() if value}
 
 
 def is_hub_id(path: Any) -> bool:
@@ -79,7 +79,7 @@ def model_card(run: Run, report: dict[str, Any], results: list[Result], metadata
         metadata: of its head.
     """
     name = pipeline_name(run)
-    measured = f'```\n{tables(results)}\n```' if results else 'Not evaluated.'
+    numbers = f'```\n{tables(results)}\n```' if results else 'Not evaluated.'
     attention = (
         'It was trained with the attention below, whose gates were folded into the weights afterwards: nothing'
         if report['sites'] or report['calibration']
@@ -92,7 +92,7 @@ def model_card(run: Run, report: dict[str, Any], results: list[Result], metadata
         )
     tags = ('diffusion', folder_of(run.parts.model))
     count = f'{report["parameters"]["shipped"]:,} parameters'
-    return f"""{metadata.of(run.config).head('diffusers', tags, TASKS.get(name or ''))}# {run.folder.name}
+    text = f"""# {run.folder.name}
 
 A stock `{report['model']}` of diffusers with {count}. {attention} but diffusers is needed to run it.
 
@@ -106,15 +106,18 @@ A stock `{report['model']}` of diffusers with {count}. {attention} but diffusers
 {folding(report)}
 
 ## Measured
-{measured}
+{numbers}
 """
+    task = TASKS.get(name or '')
+    more = {'pipeline_tag': task} if task else {}
+    given = metadata.of(run.config).given()
+    return card_text(text, run.folder.name, 'diffusers', given, tags, shipped_results(results, report, task), **more)
 
 
-def far_card(run: Run, facts: Mapping[str, Any], metadata: Metadata) -> str:
-    """Text of ``README.md`` of a run whose attention is replaced."""
+def far_card(run: Run, facts: Mapping[str, Any], results: list[Result], metadata: Metadata) -> str:
+    """Text of ``README.md`` of a run whose attention is replaced; see `model_card`."""
     code = f"from asr_downstream.far.export import load_far\n\nmodel = load_far('THIS FOLDER')  # a {facts['model']}"
-    head = metadata.of(run.config).head('asr_downstream', ('diffusion', folder_of(run.parts.model), 'FAR'))
-    return f"""{head}# {run.folder.name}
+    text = f"""# {run.folder.name}
 
 A `{facts['model']}` of diffusers whose self-attention is replaced by LSTMs (FAR, arXiv 2505.21535), with
 {facts['parameters']:,} parameters. Plain diffusers cannot load it: it needs asr_downstream.
@@ -127,6 +130,37 @@ Called as the class of diffusers is; the noise schedule is in `scheduler`.
 
 Replaced: `{run.config.replace}`
 """
+    tags = ('diffusion', folder_of(run.parts.model), 'FAR')
+    given = metadata.of(run.config).given()
+    return card_text(text, run.folder.name, 'asr_downstream', given, tags, shipped_results(results, None, None))
+
+
+def shipped_results(results: list[Result], report: Mapping[str, Any] | None, task: str | None) -> list[Any]:
+    """FID and KID of what is shipped, for the metadata of its card.
+
+    Those of the folded model; where an exact fold was not evaluated, those of the trained model, which say so.
+
+    Args:
+        results: of evaluations of this checkpoint.
+        report: of the fold, or None if nothing was folded.
+        task: as hubs call it.
+    """
+    calibration = report and report['calibration']
+    folded = bool(report and report['sites'])
+    images = max((site['samples'] for site in calibration['sites']), default=0) if calibration else 0
+    wanted = f'calibrated on {images}' if calibration else 'folded' if folded else 'unfolded'
+    found: dict[str, Result] = {}
+    for arm in ('unfolded', wanted) if not calibration else (wanted,):
+        found |= {json.dumps(r.provenance, sort_keys=True): r for r in results if r.arm == arm}
+    listed = []
+    for result in found.values():
+        how = {key: value for key, value in result.provenance.items() if key not in ('real', 'versions')}
+        if result.arm != wanted:
+            how['measured'] = 'before folding'
+        numbers = {k.upper(): (k, result.numbers[k]) for k in ('fid', 'kid') if k in result.numbers}
+        data = str(result.provenance.get('real', 'images'))
+        listed += measured(task or 'image-generation', data, numbers, how=how)
+    return listed
 
 
 def block(code: str) -> str:

@@ -13,7 +13,7 @@ import torch
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
-from asr_downstream.diffusion.evaluation.results import read_results
+from asr_downstream.diffusion.evaluation.results import Result, read_results
 from asr_downstream.diffusion.folding import as_trained, compare, fold_run
 from asr_downstream.diffusion.models.conditions import Text
 from asr_downstream.diffusion.pictures import save_grid
@@ -63,7 +63,7 @@ def fold_and_ship(
     results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
     check_writable(out.absolute().parent)
     if run.config.replace is not None:
-        return ship_replaced(run, out, metadata)
+        return ship_replaced(run, out, results, metadata)
     if strange := not_ours(out):
         raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
     start = time.perf_counter()
@@ -101,13 +101,13 @@ def fold_and_ship(
     return {**report, 'report': folding}
 
 
-def ship_replaced(run: Run, out: Path, metadata: Metadata) -> dict[str, Any]:
+def ship_replaced(run: Run, out: Path, results: list[Result], metadata: Metadata) -> dict[str, Any]:
     """Write a run whose attention is replaced, for `asr_downstream.far.export.load_far`."""
     facts = {'model': type(run.parts.model).__name__, 'parameters': parameters(run.parts.model)}
 
     def others(folder: Path) -> None:
         save_others(run, folder)
-        (folder / 'README.md').write_text(far_card(run, facts, metadata), encoding='utf-8')
+        (folder / 'README.md').write_text(far_card(run, facts, results, metadata), encoding='utf-8')
 
     about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema, 'checkpoint_sha256': run.sha256}
     save_far(run.parts.model, out, about, others, run.parts.inputs(2))

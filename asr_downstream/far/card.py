@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from asr_downstream.far.model.describe import describe
-from asr_downstream.files.card import front_matter
+from asr_downstream.files.card import add_results, card_text, measured
 from asr_downstream.measure.cost import parameters
 
-__all__ = ['card']
+__all__ = ['card', 'note_accuracy']
 
 INSIDE = ('library', 'class', 'dtype', 'replace', 'versions', 'name')  # what the table of facts leaves out
 
@@ -24,11 +25,11 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
     """
     name, library, kind = content.get('name', content['class']), content['library'], content['class']
     if content['replace'] is None:
-        head = front_matter(library, {}, [kind])
+        head: tuple[str, list[str]] = library, [kind]
         what = f'A stock `{kind}` of {library} with {parameters(model):,} parameters.'
         use = f"from {library} import {kind}\n\nmodel = {kind}.from_pretrained('FOLDER').eval()"
     else:
-        head = front_matter('asr_downstream', {}, [library, 'far', 'lstm'])
+        head = 'asr_downstream', [library, 'far', 'lstm']
         rows = describe(model).rows
         units, full = sum(row.units for row in rows), sum(row.full for row in rows)
         what = (
@@ -39,4 +40,23 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
         use = "from asr_downstream.far import load_far\n\nmodel = load_far('FOLDER')"
     facts = ''.join(f'| {key} | `{value}` |\n' for key, value in content.items() if key not in INSIDE)
     table = f'\n| | |\n|---|---|\n{facts}' if facts else ''
-    return f'{head}# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'
+    text = f'# {name}\n\n{what}\n\n```python\n{use}\n```\n{table}'
+    return card_text(text, str(name), head[0], {}, head[1])
+
+
+def note_accuracy(folder: Path, name: str, accuracy: float, data: str, images: int) -> None:
+    """Write the accuracy of a shipped classifier into the metadata of its card, if it has one.
+
+    Args:
+        folder: of `asr_downstream.far.save_far`.
+        name: of the model.
+        accuracy: in [0, 1].
+        data: name of the data.
+        images: number of images of it that were held out, on which it was measured.
+
+    Raises:
+        AsrError: the card cannot be read or written.
+    """
+    numbers = {'accuracy': ('accuracy', accuracy)}
+    results = measured('image-classification', data, numbers, 'held out', {'images': images})
+    add_results(folder / 'README.md', name, results)

@@ -11,8 +11,12 @@ import pytest
 import torch
 import yaml
 from helpers.diffusion import ASR, DIT, UNET, assert_refused, call, config_for, trained, vae, write_images
+from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from asr_downstream.diffusion.card import shipped_results
+from asr_downstream.diffusion.evaluation.results import Result, save_results
+from asr_downstream.diffusion.export import fold_and_ship
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.far.export import load_far
@@ -116,6 +120,41 @@ def test_ids_of_the_hub_in_a_config_are_on_the_card(tmp_path: Path) -> None:
     for path in (str(tmp_path), '/nowhere/model', './model', 'model'):  # of a disk, or nobody knows
         config.data.path = config.model.pretrained_model_name_or_path = path
         assert Metadata().of(config) == Metadata()
+
+
+def test_the_numbers_of_what_is_shipped_are_on_the_card_for_machines(stock: Path, tmp_path: Path) -> None:
+    run = load_run(stock)
+    how = {'real': 'digits: train', 'images': 8, 'steps': 2, 'versions': {}}
+    rows = [
+        Result(run.folder.name, 'unfolded', run.step, run.sha256, how, {'fid': 3.5, 'kid': 0.25, 'parameters': 9}),
+        Result(run.folder.name, 'unfolded', run.step, 'of other weights', how, {'fid': 1.0}),
+    ]
+    save_results(stock, rows)
+    try:
+        fold_and_ship(run, tmp_path / 'out')
+    finally:
+        (stock / 'evaluation.json').unlink()
+    card = ModelCard.load(tmp_path / 'out/README.md')
+    found = [(r.dataset_name, r.metric_type, r.metric_value, r.metric_args) for r in card.data.eval_results]
+    args = {'images': 8, 'steps': 2}
+    assert found == [('digits: train', 'fid', 3.5, args), ('digits: train', 'kid', 0.25, args)]
+    assert card.data.eval_results[0].task_type == 'unconditional-image-generation'
+
+
+@pytest.mark.parametrize(
+    ('arms', 'samples', 'expected'),
+    [
+        (('unfolded', 'folded'), None, [(1.0, None)]),
+        (('unfolded',), None, [(0.0, 'before folding')]),
+        (('unfolded', 'calibrated on 4', 'calibrated on 8'), 8, [(2.0, None)]),
+        (('unfolded', 'calibrated on 4'), 8, []),
+    ],
+)
+def test_results_are_those_of_the_model_that_is_shipped(arms: Any, samples: Any, expected: Any) -> None:
+    results = [Result('a', arm, 1, 'w', {'real': 'digits'}, {'fid': float(n)}) for n, arm in enumerate(arms)]
+    calibration = None if samples is None else {'sites': [{'samples': samples}]}
+    found = shipped_results(results, {'sites': [{}], 'calibration': calibration}, None)
+    assert [(r.metric_value, (r.metric_args or {}).get('measured')) for r in found] == expected
 
 
 # Conditions -----------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, command
 from helpers.far import CASES, FAR, launch, vit, write_config
+from huggingface_hub import ModelCard
 from mmengine.config import Config
 from safetensors.torch import load_file
 
@@ -27,6 +28,7 @@ from asr_downstream.far.distil.stages import build_task, finished, load_student,
 from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.evaluation.evaluate import load_family
 from asr_downstream.far.evaluation.token_relations import attention_maps, mixer_maps, similarity
+from asr_downstream.far.export import load_far
 from asr_downstream.far.model.replace import find_attentions, replace
 from asr_downstream.registry import TASKS, build
 
@@ -102,6 +104,12 @@ def test_a_family_is_pruned_and_evaluated(run: Path) -> None:
     assert 0 <= report['models']['teacher']['accuracy'] <= 1
     assert set(report['relations']) >= {'FAR-100', 'FAR-50', 'not trained', 'uniform'}
     assert (out / 'relations.png').stat().st_size > 10_000
+    for name, row in report['models'].items():
+        (result,) = ModelCard.load(out / 'shipped' / name / 'README.md').data.eval_results
+        assert (result.task_type, result.metric_type) == ('image-classification', 'accuracy')
+        assert result.metric_value == row['accuracy']
+        assert result.metric_args == {'images': report['images']}
+        load_far(out / 'shipped' / name)
 
 
 def test_resume_gives_the_same_weights_and_passes_over_finished_stages(run: Path, tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ from asr_downstream.files.atomic import cannot_write, writable_folder
 
 __all__ = [
     'Split',
+    'annotation_files',
     'check_annotations',
     'check_datasets',
     'check_tree',
@@ -78,6 +79,23 @@ def path_of(leaf: Any) -> Split:
     """Files of a data set's config."""
     root = Path(leaf.get('data_root') or '')
     return Split(root / leaf.get('ann_file', ''), root / (leaf.get('data_prefix') or {}).get('img', ''))
+
+
+def annotation_files(config: Config, loader: str) -> list[str]:
+    """Annotation files of a loader, from the folder of the data set on: ``['bccd/annotations/train.json']``.
+
+    No folder of a machine is in them: of a file that lies elsewhere, it is the name alone.
+    """
+    dataset = (config.get(loader) or {}).get('dataset')
+    root = Path(config.get('data_root') or '')
+    found = []
+    for leaf in leaves(dataset) if dataset else ():
+        if leaf.get('ann_file'):
+            path = path_of(leaf).annotations
+            if root.name and path.is_relative_to(root):
+                path = root.name / path.relative_to(root)
+            found.append(path.name if path.is_absolute() else path.as_posix())
+    return found
 
 
 def read_annotations(path: Path) -> dict[str, Any]:

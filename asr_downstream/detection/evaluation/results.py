@@ -7,12 +7,17 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from huggingface_hub import EvalResult
+
 from asr_downstream.errors import DataError
 from asr_downstream.files.atomic import write_atomically
+from asr_downstream.files.card import measured
 from asr_downstream.files.configs import read_config
 
-__all__ = ['markdown', 'read_run', 'write_jsonl']
+__all__ = ['markdown', 'read_run', 'results_of', 'tested_before', 'write_jsonl']
 
+# As hubs call the tasks -> metrics.
+TASKS = {'object-detection': ('AP', 'AP50', 'AP75'), 'image-segmentation': ('segm_AP', 'segm_AP50')}
 KEPT = ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR', 'segm_AP', 'segm_AP50', 'parameters', 'gmacs', 'classes')
 
 
@@ -70,6 +75,48 @@ def read_test(path: Path) -> dict[str, Any]:
         sound = False
     if not sound:
         raise DataError(f'{path}: is damaged or not of tools/test_det.py; test the run again')
+    return found
+
+
+def tested_before(checkpoint: Path, hashed: str) -> dict[str, Any] | None:
+    """Read what `tools/test_det.py` has written beside a checkpoint, if it is about this checkpoint.
+
+    Args:
+        checkpoint: what training wrote.
+        hashed: its SHA-256.
+    """
+    try:
+        found = read_test(checkpoint.parent / 'test.json')
+    except (DataError, OSError):  # never tested, or a file of something else
+        return None
+    return found if found['sha256'] == hashed else None
+
+
+def results_of(tested: dict[str, Any], report: dict[str, Any]) -> list[EvalResult]:
+    """AP of a folded detector, for the metadata of its card.
+
+    Where an exact fold was not tested, it is that of the detector as it was trained, which computes the same, and says
+    so. That of a calibrated fold is taken only if the same gates were replaced by the same means.
+
+    Args:
+        tested: see `tested_before`.
+        report: of the fold that is shipped.
+    """
+    calibration = report['calibration']
+    data = tested.get('data')
+    if not isinstance(data, list) or not data or not all(isinstance(name, str) for name in data):
+        return []  # of an older version, which did not say what it was tested on
+    if calibration is not None and tested.get('calibration') != json.loads(json.dumps(calibration)):
+        return []
+    metrics = tested.get('folded')
+    how = None if metrics or not report['sites'] else {'measured': 'before folding'}
+    metrics = metrics or tested.get('unfolded', tested)
+    name, split = Path(data[0]).parts[0], ', '.join(data)
+    found: list[EvalResult] = []
+    for task, names in TASKS.items():
+        numbers = {name: ('mAP', metrics[name]) for name in names if isinstance(metrics.get(name), float)}
+        numbers = {name: value for name, value in numbers.items() if value[1] >= 0}  # COCO's -1: nothing to find
+        found += measured(task, name, numbers, split, how)
     return found
 
 

@@ -65,3 +65,4 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         report['sweep'] = evaluation.sweep(models, tokens, batches)
         print(evaluation.sweep_table(report['sweep']))
     write_json(args.folder / 'evaluation.json', report)
+    evaluation.note_results(args.folder, numbers, task)

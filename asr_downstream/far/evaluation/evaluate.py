@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import render
 from asr_downstream.errors import CheckpointError
+from asr_downstream.far.card import note_accuracy
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.far.distil.classification import Classification, accuracy
 from asr_downstream.far.distil.stages import replaced
@@ -25,7 +26,16 @@ from asr_downstream.far.prune.budgets import forward
 from asr_downstream.measure import cost
 from asr_downstream.measure.timing import faster_from, paired_times, ratio
 
-__all__ = ['compare_relations', 'load_family', 'measure_family', 'sweep', 'sweep_table', 'table', 'task_of']
+__all__ = [
+    'compare_relations',
+    'load_family',
+    'measure_family',
+    'note_results',
+    'sweep',
+    'sweep_table',
+    'table',
+    'task_of',
+]
 
 TEACHER = 'teacher'
 UNTRAINED, UNIFORM = CONTROLS = 'not trained', 'uniform'  # of the token relations
@@ -95,6 +105,26 @@ def measure_family(models: dict[str, nn.Module], task: Classification, rounds: i
             numbers[name]['latency'][batch] = ratio(times[name], times[TEACHER])
             numbers[name]['milliseconds'][batch] = median(times[name])
     return numbers
+
+
+def note_results(folder: Path, numbers: dict[str, dict[str, Any]], task: Classification) -> None:
+    """Write the accuracies of a family into the metadata of the cards of its members.
+
+    Args:
+        folder: see `load_family`.
+        numbers: see `measure_family`.
+        task: whose images held out they were measured on.
+
+    Raises:
+        AsrError: a card cannot be read or written.
+    """
+    data = task.config.data
+    named = str(data.get('path') or data.type)
+    name = Path(named).name if Path(named).exists() else named  # a folder of a disk, or the id of a data set
+    for path in sorted(path.parent for path in (folder / 'shipped').glob(f'[!.]*/{FAR_FILE}')):
+        model = read_facts(path).get('name', path.name)
+        if model in numbers:
+            note_accuracy(path, model, numbers[model]['accuracy'], name, len(task.held_out))
 
 
 def on_device(inputs: dict[str, Any], model: nn.Module) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import runpy
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 import yaml
 from conftest import ROOT, command, files_of_at_most, randomise
 from helpers.detsets import tiny_set
+from huggingface_hub import ModelCard
 
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(120)]
@@ -25,6 +27,7 @@ from asr_downstream.detection.config import load_config
 from asr_downstream.detection.data.digits import make_digits
 from asr_downstream.detection.evaluation import compare as comparing
 from asr_downstream.detection.evaluation import test as testing
+from asr_downstream.detection.evaluation.results import results_of
 from asr_downstream.detection.models.detectors import build_detector, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
 
@@ -104,6 +107,46 @@ def test_a_card_takes_the_place_of_none_that_somebody_wrote(made: dict[Path, Pat
         assert command('fold', STOCK, made[STOCK], tmp_path / 'a.pth', '--base-model', 'me/base').returncode == 0
         assert (tmp_path / 'README.md').read_text() == 'mine'
         assert yaml.safe_load((tmp_path / 'a.md').read_text().split('---\n')[1])['base_model'] == 'me/base'
+
+
+def test_what_was_tested_is_on_the_card_for_machines(made: dict[Path, Path], tmp_path: Path) -> None:
+    shutil.copy(made[PLUGGED], tmp_path / 'epoch_1.pth')
+    config = load_config(PLUGGED, tiny_set(tmp_path / 'set', classes=TEN), {'test_dataloader.num_workers': 0})
+    config.test_dataloader.persistent_workers = False
+    written = tmp_path / 'test.json'
+
+    def shipped() -> Any:
+        shipping.fold_checkpoint(config, tmp_path / 'epoch_1.pth', tmp_path / 'out/a.pth')
+        return ModelCard.load(tmp_path / 'out/README.md')
+
+    assert shipped().data.eval_results is None
+    for folding, how in ((None, {'measured': 'before folding'}), ('exact', None)):
+        plan = testing.TestPlan(folding=folding)
+        testing.evaluate_checkpoint(config, tmp_path / 'epoch_1.pth', written, plan)
+        tested = json.loads(written.read_text())
+        for metrics in (tested, *([tested['folded'], tested['unfolded']] if folding else [])):
+            metrics.update(AP=0.125, AP50=0.25, AP75=-1.0)  # random weights find nothing
+        written.write_text(json.dumps(tested))
+        card = shipped()
+        rows = [(r.dataset_name, r.metric_name, r.metric_value, r.metric_args) for r in card.data.eval_results]
+        assert rows == [('set', 'AP', 0.125, how), ('set', 'AP50', 0.25, how)]
+        assert {r.dataset_split for r in card.data.eval_results} == {'set/annotations/val.json'}
+        assert f'0.250{", before folding" if how else ""} |' in card.text
+        assert card.data.model_name == 'a'
+    for change in ({'sha256': 'of another'}, {'data': None}, {'calibration': {'sites': []}, 'sha256': 'x'}):
+        written.write_text(json.dumps(tested | change))
+        assert shipped().data.eval_results is None
+    written.write_text('of something else')
+    assert shipped().data.eval_results is None
+
+
+def test_a_calibrated_fold_has_only_its_own_results() -> None:
+    calibration = {'sites': [{'path': 'a', 'samples': 4}]}
+    tested = {'data': ['set/val.json'], 'folded': {'AP': 0.5}, 'unfolded': {'AP': 0.75}, 'calibration': calibration}
+    report = {'sites': [{}], 'calibration': calibration}
+    assert [r.metric_value for r in results_of(tested, report)] == [0.5]
+    other = {'sites': [{'path': 'a', 'samples': 8}]}
+    assert results_of(tested, report | {'calibration': other}) == []
 
 
 def test_a_config_can_say_what_stands_in_the_card(made: dict[Path, Path], tmp_path: Path) -> None:
