@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
-from helpers.documents import DOCUMENTS, Document, commands
+from helpers.documents import DOCUMENTS, FENCE, Document, commands
 
 from asr_downstream.commands.main import COMMANDS as CONSOLE
 from asr_downstream.files.ready import FOLDERS, find_config
@@ -149,6 +149,14 @@ def test_commands_name_tools_and_options_that_exist() -> None:
             if refused.code:
                 wrong.append(f'{name}: {script} {" ".join(arguments)}')
     assert not wrong, '\n'.join(wrong)
+
+
+def test_code_in_the_text_is_on_one_line() -> None:
+    """Else a command in it is not seen by the tests above."""
+    for document in DOCUMENTS:
+        text = FENCE.sub('', document.text)
+        broken = [code for code in re.findall(r'`[^`]+`', text) if '\n' in code]
+        assert not broken, f'{document.name}: {broken}'
 
 
 def test_ready_configs_of_commands_exist() -> None:
