@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
-__all__ = ['StopSignal', 'Stopped', 'leave_stopping_to_the_parent']
+__all__ = ['StopSignal', 'Stopped', 'leave_stopping_to_the_parent', 'until_stopped']
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -77,6 +77,22 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def until_stopped() -> Iterator[StopSignal]:
+    """Let the block see a request to stop, and raise it where the block has come to its end all the same.
+
+    A request may come when there is nothing left to stop: while the last checkpoint is written. The program that runs
+    the block has more to do, such as the next training, and does not begin it.
+
+    Raises:
+        Stopped: the program was told to stop, and the block ended without an error.
+    """
+    with StopSignal() as stopping:
+        yield stopping
+    if stopping.is_set:
+        raise stopping.stopped()
 
 
 def obey_again() -> None:

@@ -16,7 +16,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent
+from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent, until_stopped
 from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.data.images import BadFiles
 from asr_downstream.engine.data.sampler import Draws, mix
@@ -194,7 +194,7 @@ class Training:
         """Train to the end.
 
         Raises:
-            Stopped: it was told to stop, and has written a checkpoint.
+            Stopped: it was told to stop, and has written a checkpoint; also where that was after the last step.
             AsrError: the loss is not finite, or too many files are bad.
         """
         config, total = self.config, self.config.max_train_steps
@@ -207,7 +207,7 @@ class Training:
             if self.progress.window:
                 self.window.take_up(self.progress.window[self.accelerator.process_index], self.progress.since)
             self.watch = Watch(self.accelerator)
-            stopping = stack.enter_context(StopSignal())
+            stopping = stack.enter_context(until_stopped())
             batches = iter(loader)
             for step in range(self.progress.step + 1, total + 1):
                 self.step(step, batches)

@@ -16,7 +16,7 @@ from mmengine.dist import barrier
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from asr_downstream.console.stopping import StopSignal
+from asr_downstream.console.stopping import until_stopped
 from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.training.checkpoints import newest, noted, read_to_resume
@@ -189,7 +189,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> Path | None:
         together(lambda: occupy(work_dir, stack) if is_first(config) else None)
         if config.get('resume') and is_complete(config):
             return Path(config.load_from)
-        signal = stack.enter_context(StopSignal())
+        signal = stack.enter_context(until_stopped())
         runner = build_runner(config)
         watch = DivergenceHook()
         for hook in (*hooks, DrawsHook(), GuardHook(), watch, StopHook(signal, watch=watch)):
@@ -207,8 +207,6 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> Path | None:
             raise
         note = work_dir / 'last_checkpoint'
         written = note.is_file() and note.stat().st_mtime_ns >= began  # not by an earlier run in this folder
-        if signal.is_set:  # after the last step
-            raise signal.stopped()
         if written:
             return noted(work_dir)
         return Path(config.load_from) if config.get('resume') else None
