@@ -29,7 +29,7 @@ TAKEN_BY = {
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and print the list."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'configs', names)
     parser.add_argument('words', nargs='*', metavar='WORD', help='parts of names, all of which should be there')
     parser.add_argument('--path', action='store_true', help='print the paths of the files')
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ from asr_downstream.files.ready import find_config
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and fold."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'fold', names)
     parser.add_argument(
         'paths', type=Path, nargs='+', metavar='PATH', help='CONFIG CHECKPOINT OUT of a detector, or RUN OUT'
     )

@@ -18,7 +18,6 @@ IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.M
 __all__ = ['Names', 'add_calibration', 'add_options', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
 
 Names = Callable[[str], str]
-PROGRAM = re.compile(r'(asr-downstream|python) [\w./-]+')
 
 # A worker's error arrives as its whole traceback, which also shows the source line with its {placeholder}.
 UNREADABLE = re.compile(r'failed to load image: ([^\s{}]+)$', re.MULTILINE)
@@ -38,17 +37,17 @@ class Parser(argparse.ArgumentParser):
         super().error(self.names(message))
 
 
-def parser(doc: str | None, names: Names = str) -> Parser:
+def parser(doc: str | None, name: str | None = None, names: Names = str) -> Parser:
     """Make a parser whose ``--help`` is the docstring of a command: what it does, then examples.
 
     Args:
-        doc: its first line says what the command does; the first command in it is the one that it describes.
+        doc: its first line says what the command does.
+        name: of the command in the table of `asr-downstream`; a program of the checkout has none.
         names: turns names of commands in a text into those that were called, see `asr_downstream.commands.main`.
     """
     summary, _, rest = (doc or '').partition('\n')
-    first = PROGRAM.search(rest)
     found = Parser(
-        prog=names(first[0]) if first else None,
+        prog=names(f'asr-downstream {name}') if name else None,
         description=summary,
         epilog=rest,
         formatter_class=argparse.RawDescriptionHelpFormatter,

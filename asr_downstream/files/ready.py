@@ -58,7 +58,7 @@ def parts_of(path: Path) -> tuple[str, ...]:
 
 
 def line_of(path: Path) -> str:
-    """Return what the comment at the top of a config says first: one sentence."""
+    """Return the first sentence of the comment at the top of a config, or what the config inherits."""
     words: list[str] = []
     for line in path.read_text().splitlines():
         if not line.startswith('#'):
@@ -66,6 +66,6 @@ def line_of(path: Path) -> str:
         text = line.removeprefix('#')
         if not COMMAND.match(text.strip()):
             words += text.split()
-    sentence = re.split(r'(?<=\w)[.;:](?= |$)', ' '.join(words), maxsplit=1)[0]
-    base = re.search(r"^_base_ = '(?:mmdet::|\./)(.+)'", path.read_text(), re.MULTILINE)
-    return sentence or (f'{base[1]} of MMDetection' if base else '')
+    sentence = re.split(r'(?<=\w)\.(?= |$)', ' '.join(words), maxsplit=1)[0]
+    base = re.search(r"^_base_ = \[?'(?:(mmdet)::|(?:\.{1,2}/)*)(.+?)'", path.read_text(), re.MULTILINE)
+    return sentence or (f'inherits {base[2]}{" of MMDetection" if base[1] else ""}' if base else '')

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import importlib.util
 import json
 import re
 import subprocess
@@ -14,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from helpers.command_lines import parse
 from helpers.documents import DOCUMENTS, FENCE, Document, commands
 
 from asr_downstream.commands.main import COMMANDS as CONSOLE
@@ -88,41 +87,6 @@ def test_the_tables_of_sites_are_the_data() -> None:
     from asr_downstream.plugging.sites import sites_table
 
     assert sites_table() in (ROOT / 'docs/sites.md').read_text()
-
-
-class Parsed(Exception):
-    """The arguments were accepted."""
-
-
-def parse(script: str, arguments: list[str]) -> None:
-    """Let a tool parse its arguments, and stop it there.
-
-    Raises:
-        SystemExit: the tool refuses the arguments.
-    """
-    if script == 'asr-downstream':
-        spec = importlib.util.find_spec(CONSOLE[arguments[0]].module)
-        arguments = arguments[1:]
-    else:
-        spec = importlib.util.spec_from_file_location('tool', ROOT / script)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    path = [*sys.path]
-    with pytest.MonkeyPatch.context() as patch:
-        original = argparse.ArgumentParser.parse_args
-
-        def parse_args(self: argparse.ArgumentParser, argv: object = None, namespace: object = None) -> None:
-            original(self, argv, namespace)
-            raise Parsed
-
-        patch.setattr(argparse.ArgumentParser, 'parse_args', parse_args)
-        patch.setattr(argparse.ArgumentParser, '_get_option_tuples', lambda self, text: [])  # no abbreviations
-        patch.setitem(sys.modules, 'stock_only', argparse)  # it would refuse the package in this process
-        spec.loader.exec_module(module)
-        with pytest.raises(Parsed):
-            module.main(arguments)
-    sys.path[:] = path
 
 
 def test_commands_name_tools_and_options_that_exist() -> None:

@@ -20,7 +20,7 @@ from asr_downstream.console import cli
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and prepare the data."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'prepare-data', names)
     sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc')
     digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
     digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')

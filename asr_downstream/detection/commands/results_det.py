@@ -19,7 +19,7 @@ from asr_downstream.console import cli
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, read the runs, print the table, write the records."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'results-det', names)
     parser.add_argument('runs', type=Path, nargs='+', help='work dirs of asr-downstream train-det')
     parser.add_argument('--out', type=Path, help='JSON lines to write, one a run')
     args = parser.parse_args(argv)

@@ -24,7 +24,7 @@ from asr_downstream.files.ready import find_config
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, evaluate, print and write the table."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'test-det', names)
     parser.add_argument('config', type=Path, help='config that the checkpoint was trained with, or its name')
     parser.add_argument('checkpoint', type=Path, help='.pth or .safetensors')
     parser.add_argument(

@@ -32,7 +32,7 @@ from asr_downstream.files.ready import find_config
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and train."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'train-det', names)
     parser.add_argument('config', type=Path, help='MMDetection config: a file, or the name of a ready one')
     parser.add_argument('--work-dir', type=Path, help='logs and checkpoints (default: work_dirs/<config>)')
     parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')

@@ -16,7 +16,7 @@ from asr_downstream.console import cli
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, draw and print."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'compare', names)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='folders of runs')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/compared'), help='folder (work_dirs/compared)')
     args = parser.parse_args(argv)

@@ -21,7 +21,7 @@ from asr_downstream.console import cli
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, evaluate, print the tables."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'evaluate', names)
     parser.add_argument('runs', type=Path, nargs='+', metavar='RUN', help='folders of runs or of checkpoints')
     parser.add_argument(
         '--fold', nargs='?', const='exact', choices=['exact', 'calibrated'], help='compare with the folded model'

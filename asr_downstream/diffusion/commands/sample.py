@@ -18,7 +18,7 @@ from asr_downstream.console import cli
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, generate and write."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'sample', names)
     parser.add_argument('run', type=Path, help='folder of a run, for its newest checkpoint, or of a checkpoint')
     parser.add_argument('--out', type=Path, help='folder (default: RUN/images)')
     cli.add_sampling(parser, num_samples=64)

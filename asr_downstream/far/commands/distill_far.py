@@ -27,7 +27,7 @@ from asr_downstream.files.ready import find_config
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and train."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'distill-far', names)
     parser.add_argument('config', type=Path, help='a file, or the name of a ready config')
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
     parser.add_argument('--output-dir', type=Path, help='folder of the stages (default: work_dirs/far/<config>)')

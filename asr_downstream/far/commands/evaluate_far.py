@@ -27,7 +27,7 @@ from asr_downstream.errors import AsrError, CheckpointError
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line, measure, print, write JSON."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'evaluate-far', names)
     parser.add_argument('folder', type=Path, help='what asr-downstream distill-far wrote')
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
     parser.add_argument('--rounds', type=cli.count, default=20, help='paired rounds of latency (default: 20)')

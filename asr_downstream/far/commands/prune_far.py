@@ -24,7 +24,7 @@ from asr_downstream.files.ready import find_config
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and prune."""
-    parser = cli.parser(__doc__, names)
+    parser = cli.parser(__doc__, 'prune-far', names)
     parser.add_argument('config', type=Path, help='config, or its name, that asr-downstream distill-far was run with')
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
     parser.add_argument('--output-dir', type=Path, help='folder of the stages (default: work_dirs/far/<config>)')
