@@ -168,7 +168,8 @@ def named(label: str, arguments: Mapping[Any, Any]) -> Iterator[None]:
     except Exception as error:
         says = not arguments or label.split()[-1].strip("'") in str(error)
         if not (isinstance(error, AsrError) and says):
-            add_note(error, f'in {label}, arguments {dict(arguments)!r:.200}')
+            text = repr(dict(arguments))
+            add_note(error, f'in {label}, arguments {text if len(text) <= 200 else text[:200] + "..."}')
         raise
 
 
@@ -263,9 +264,9 @@ def find(registry: Registry, name: Any) -> Any:
         AsrError: of the registry's class: nothing is; the message has the nearest name and all others.
     """
     registry.import_from_location()
-    if name not in registry.module_dict and name in registry.modules:
+    if isinstance(name, str) and name not in registry.module_dict and name in registry.modules:
         importlib.import_module(registry.modules[name])
-    if name not in registry.module_dict:
+    if not isinstance(name, str) or name not in registry.module_dict:
         hint = did_you_mean(str(name), {*registry.module_dict, *registry.modules})
         if registry.key:
             raise registry.error(f'{registry.key}: type={name!r} {registry.unknown}; {hint}')

@@ -16,8 +16,6 @@ SCHEMA = Schema(
     name='diffusion',
     folder='diffusion/configs/',
     own=defaults,
-    choices={'sampler': ('DDPM', 'DDIM', 'DPM-Solver++')},
-    positive=('num_inference_steps', 'num_validation_images'),
     required={'model': "dict(type='UNet2DModel', sample_size=32, ...)"},
 )
 

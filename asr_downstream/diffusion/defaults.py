@@ -6,6 +6,10 @@ diffusers' training scripts where they have one.
 
 from __future__ import annotations
 
+from typing import Literal
+
+from asr_downstream.engine.values import AtLeast, Count, Finite, Limit, Share
+
 DEFAULT_SCHEDULE = dict(type='DDPMScheduler', num_train_timesteps=1000, beta_schedule='linear')
 
 # What is trained: a class of diffusers and its arguments,
@@ -26,16 +30,16 @@ vae: dict | None = None  # dict(pretrained_model_name_or_path=..., subfolder='va
 # What is learnt. prediction_type of the scheduler: epsilon, v_prediction or sample. None, and keys that are not given:
 # those of the pipeline of a pretrained model, which they may not contradict; without one DEFAULT_SCHEDULE.
 noise_scheduler: dict | None = None
-snr_gamma: float | None = None  # min-SNR weighting (arXiv 2303.09556), which recommends 5.0
+snr_gamma: Limit | None = None  # min-SNR weighting (arXiv 2303.09556), which recommends 5.0
 
 # Other defaults than those of the engine.
-adam_beta1: float = 0.95
-adam_weight_decay: float = 1e-6
-max_grad_norm: float | None = 1.0
+adam_beta1: Share = 0.95
+adam_weight_decay: AtLeast = 1e-6
+max_grad_norm: Limit | None = 1.0
 use_ema: bool = True
 
 # A validation is a grid of samples, samples/step-*.png.
-num_validation_images: int = 16
-sampler: str = 'DDIM'  # DDPM, DDIM or DPM-Solver++
-num_inference_steps: int = 50
-guidance_scale: float = 1.0  # of conditioned models that were trained with drop > 0
+num_validation_images: Count = 16
+sampler: Literal['DDPM', 'DDIM', 'DPM-Solver++'] = 'DDIM'
+num_inference_steps: Count = 50
+guidance_scale: Finite = 1.0  # of conditioned models that were trained with drop > 0

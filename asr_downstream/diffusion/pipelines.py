@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import diffusers
+import torch
 from torch import nn
 
-from asr_downstream.diffusion.models.conditions import ClassLabels, Text
+from asr_downstream.diffusion.models.conditions import ClassLabels, Condition, Text
 from asr_downstream.diffusion.runs import Run
 
 __all__ = ['folder_of', 'loop', 'pipeline_name', 'pipeline_of', 'quoted', 'usage']
@@ -17,7 +18,7 @@ def pipeline_name(run: Run) -> str | None:
     """Class of diffusers; None: it has none that runs this combination of model, latents and condition."""
     vae, condition = run.parts.vae, run.parts.condition
     kind = type(run.parts.model).__name__
-    if kind == 'UNet2DModel' and vae is None and not isinstance(condition, ClassLabels):
+    if kind == 'UNet2DModel' and vae is None and type(condition) is Condition:
         return 'DDPMPipeline'
     if vae is None or vae.config.shift_factor:  # the pipelines below would leave it out
         return None
@@ -87,6 +88,16 @@ def quoted(text: str) -> str:
     return repr(text).replace('`', '\\x60').replace('|', '\\x7c')
 
 
+def literal(given: dict[str, Any]) -> str:
+    """Arguments of a model as code; of large tensors, which only the condition can make, the shape."""
+    rows = []
+    for key, value in given.items():
+        small = value.numel() <= 64
+        code = f'torch.tensor({value.tolist()})' if small else f'torch.zeros({tuple(value.shape)})'
+        rows.append(f'{quoted(key)}: {code}')
+    return f'{{{", ".join(rows)}}}'
+
+
 def loop(run: Run) -> str:
     """Code for what diffusers has no pipeline for; with guidance, if the run was trained for it."""
     model, condition = type(run.parts.model).__name__, run.parts.condition
@@ -112,6 +123,11 @@ def loop(run: Run) -> str:
         ]
         empty = tokens.format("[''] * 4")
         nothing = f'nothing = encoder({empty}).last_hidden_state.detach()'
+    elif type(condition) is not Condition:  # of a user
+        call = '**{}'
+        prepare = [f'given = {literal(condition.arguments(condition.of_samples(range(4))))}']
+        drop = condition.arguments(condition.of_samples(range(4)), torch.ones(4, dtype=torch.bool))
+        nothing = f'nothing = {literal(drop)}'
     predict = f'model(x, t.expand(4){", " if call else ""}{call.format("given")}).sample'
     step = [f'        x = scheduler.step({predict}, t, x).prev_sample']
     if condition.drop:

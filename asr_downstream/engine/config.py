@@ -15,24 +15,14 @@ from typing import Any
 from mmengine.config import Config
 
 from asr_downstream.engine import defaults
+from asr_downstream.engine.values import check_values
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.files.atomic import cannot_write, write_atomically
-from asr_downstream.files.configs import override, read_config, without_templates
+from asr_downstream.files.configs import import_modules, override, plain, read_config, without_templates
 
 __all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'write_config']
 
 CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
-CHOICES: dict[str, tuple[str | None, ...]] = {
-    'mixed_precision': ('no', 'fp16', 'bf16', None),
-    'lr_scheduler': (
-        'constant', 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial',
-        'cosine_with_min_lr', 'cosine_warmup_with_min_lr',
-    ),
-}  # fmt: skip
-POSITIVE = (
-    'max_train_steps', 'train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'logging_steps',
-    'checkpointing_steps', 'checkpoints_total_limit', 'max_grad_norm',
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,24 +32,21 @@ class Schema:
     Attributes:
         name: of the kind, for messages.
         folder: with ready configs, for messages.
-        own: module whose annotated names are further keys with their defaults, or other defaults of known ones.
-        choices: values that further keys may have.
-        positive: further keys that should be greater than 0.
+        own: module whose annotated names are further keys with their defaults, or other defaults of known ones. An
+            annotation is the kind of a value and its range, see `asr_downstream.engine.values`.
         required: keys without a default, with an example.
     """
 
     name: str
     folder: str
     own: ModuleType
-    choices: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)
-    positive: tuple[str, ...] = ()
     required: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def kinds(self) -> dict[str, str]:
-        """Every key and the kinds its value may have: ``{'max_grad_norm': 'float | None'}``."""
-        own = inspect.get_annotations(self.own)
-        return {**own, **inspect.get_annotations(defaults), **own}  # its own ones come first
+    def kinds(self) -> dict[str, Any]:
+        """Every key and what its value may be, as an annotation that pydantic checks."""
+        own = inspect.get_annotations(self.own, eval_str=True)
+        return {**own, **inspect.get_annotations(defaults, eval_str=True), **own}  # its own ones come first
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -80,7 +67,7 @@ class Schema:
             DataError: ``data`` does not exist.
         """
         path = Path(path)
-        given = read_config(path, self.folder)
+        given = read_config(path, self.folder, imports=False)
         return self.complete(Config(self.defaults, filename=str(path)), given, path, options, data)
 
     def from_dict(
@@ -109,8 +96,9 @@ class Schema:
         for key in options or {}:
             self.check_known(key.partition('.')[0], Path('--cfg-options'))
         override(config, options, path)
-        point_at_data(config.data, data)
         self.check(config, path)
+        import_modules(config.custom_imports, path)
+        point_at_data(config.data, data)
         return config
 
     def check_known(self, key: str, where: Path) -> None:
@@ -119,25 +107,12 @@ class Schema:
             raise AsrError(f'{where}: {key!r} is not a key of a {self.name} config; {did_you_mean(key, self.kinds)}')
 
     def check(self, config: Config, path: Path) -> None:
-        """Refuse values of the wrong kind, before anything is built."""
-        for key, kinds in self.kinds.items():
-            value = config[key]
-            if not any(fits(value, kind.strip()) for kind in kinds.split('|')):
-                raise AsrError(f'{path}: {key}={value!r} should be {kinds.replace(" | ", " or ")}')
-        for key, allowed in {**CHOICES, **self.choices}.items():
-            if config[key] not in allowed:
-                raise AsrError(
-                    f'{path}: {key}={config[key]!r} is not known; '
-                    f'{did_you_mean(str(config[key]), filter(None, allowed))}'
-                )
-        for key in (*POSITIVE, *self.positive):
-            if config[key] is not None and not config[key] > 0:
-                raise AsrError(f'{path}: {key}={config[key]!r} should be greater than 0')
+        """Refuse values of the wrong kind or out of range, before anything is built; the config stays MMEngine's."""
+        kinds, values = self.kinds, plain(config.to_dict())
+        check_values(kinds, {key: values[key] for key in kinds}, str(path))
         for key, example in {**self.required, 'max_train_steps': '10_000'}.items():
             if config[key] is None:
                 raise AsrError(f'{path}: has no {key!r}; add {key} = {example}')
-        if unknown := set(config.report_to) - {'tensorboard', 'wandb'}:
-            raise AsrError(f"{path}: report_to={sorted(unknown)} is not known; use 'tensorboard', 'wandb' or both")
 
 
 def point_at_data(spec: Any, data: Path | None = None) -> None:
@@ -161,16 +136,6 @@ def point_at_data(spec: Any, data: Path | None = None) -> None:
     path = Path(spec.get('path') or '')
     if spec.get('type') in ('Digits', 'Zip', 'ImageFolder') and spec.get('path') and path.exists():
         spec['type'] = 'Zip' if path.is_file() else 'ImageFolder'  # either will do
-
-
-def fits(value: Any, kind: str) -> bool:
-    """Whether a value is of an annotated kind; a whole number is a float as well, and True is no number."""
-    if kind == 'None':
-        return value is None
-    if kind == 'dict':
-        return isinstance(value, dict)
-    allowed = {'int': (int,), 'float': (int, float), 'bool': (bool,), 'str': (str,), 'list': (list, tuple)}[kind]
-    return isinstance(value, allowed) and (kind == 'bool' or not isinstance(value, bool))
 
 
 def portable(config: Config, **changes: Any) -> str:

@@ -13,22 +13,20 @@ from mmengine.config import Config
 from asr_downstream.engine.config import Schema
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far import defaults
-from asr_downstream.far.distil.trainable import STUDENTS
 from asr_downstream.files.configs import plain
 
-__all__ = ['LEARNS', 'SCHEMA', 'load_config', 'stage_config', 'with_epochs']
+__all__ = ['SCHEMA', 'load_config', 'stage_config', 'with_epochs']
 
-LEARNS = ('teacher', *STUDENTS)
 NAME = re.compile(r'[A-Za-z][\w-]*')
 RESERVED = ('shipped', 'sparse', 'FAR-')  # how folders beside those of the stages begin
 # What teacher, student and pruned members have in common.
-WHOLE = ('task', 'teacher', 'replace', 'data', 'holdout', 'image_mean', 'image_std', 'stages', 'prune')
+WHOLE = (
+    'custom_imports', 'task', 'teacher', 'replace', 'data', 'holdout', 'image_mean', 'image_std', 'stages', 'prune',
+)  # fmt: skip
 SCHEMA = Schema(
     name='FAR',
     folder='tools/far_configs/',
     own=defaults,
-    choices={'learns': LEARNS},
-    positive=('epochs',),
     required={'teacher': "dict(type='ViTForImageClassification', image_size=32, patch_size=4, ...)"},
 )
 

@@ -6,6 +6,10 @@ A config is a Python file that sets what differs; ``teacher`` and ``stages`` hav
 
 from __future__ import annotations
 
+from typing import Literal
+
+from asr_downstream.engine.values import Above, AtLeast, Count, Finite, Number, Part
+
 # What the model is for. Classification: an image classifier of transformers on labelled images. Denoising: a run of
 # diffusion/train.py, whose data, noise schedule and condition are used.
 task: dict = dict(type='Classification')
@@ -17,24 +21,25 @@ teacher: dict | None = None
 replace: dict = dict(type='FAR', variant='M3', layers='all')  # see asr_downstream.far.replace
 
 # Labelled images: see asr_downstream.engine.defaults; labels are those of the source, such as its folders.
-holdout: float = 0.1  # share of the images that is only validated on; the same images for every seed
-augment: list = []  # of training images, in this order: dict(type='Flip'), dict(type='Crop', padding=4), ...
-image_mean: list | None = None  # of images in [0, 1], a number a channel; None: images in [-1, 1]
-image_std: list | None = None
+holdout: Part = 0.1  # share of the images that is only validated on; the same images for every seed
+augment: list[dict] = []  # of training images, in this order: dict(type='Flip'), dict(type='Crop', padding=4), ...
+image_mean: list[Finite] | None = None  # of images in [0, 1], a number a channel; None: images in [-1, 1]
+image_std: list[Above] | None = None
 
 # How it is trained.
-stages: list = []
-learns: str = 'replacements'  # teacher, replacements, blocks (those whose attention was replaced) or all
-task_weight: float = 1.0  # of the loss of the task
+stages: list[dict] = []
+# What learns: 'blocks' are those whose attention was replaced.
+learns: Literal['teacher', 'replacements', 'blocks', 'all'] = 'replacements'
+task_weight: AtLeast = 1.0  # of the loss of the task
 # Between replaced and original: dict(type='MSE' or 'Cosine', feature='heads', 'attention' or 'block', weight=1.0);
 # Cosine has axis='tokens' or 'channels'. None: no teacher.
 distance: dict | None = None
 # How tools/prune_far.py trains, as stages do: sparse, with the regulariser, and then finetune, each pruned member.
-prune: dict = dict(sparse=dict(learns='all', hoyer=1e-2), finetune=dict(learns='all'))
-hoyer: float = 0.0  # weight of the Hoyer-square regulariser over hidden units, before pruning
-max_train_steps: int | None = 1000  # optimiser steps
-epochs: float | None = None  # instead of max_train_steps
-warmup_epochs: float | None = None  # instead of lr_warmup_steps
-lr_warmup_steps: int = 0
-adam_weight_decay: float = 0.05  # of matrices; biases and norms have none
-validation_steps: int = 500
+prune: dict[str, dict] = dict(sparse=dict(learns='all', hoyer=1e-2), finetune=dict(learns='all'))
+hoyer: AtLeast = 0.0  # weight of the Hoyer-square regulariser over hidden units, before pruning
+max_train_steps: Count | None = 1000  # optimiser steps
+epochs: Above | None = None  # instead of max_train_steps
+warmup_epochs: AtLeast | None = None  # instead of lr_warmup_steps
+lr_warmup_steps: Number = 0
+adam_weight_decay: AtLeast = 0.05  # of matrices; biases and norms have none
+validation_steps: Number = 500

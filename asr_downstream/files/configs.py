@@ -1,11 +1,14 @@
 """Config files: MMEngine's, read with errors that say which file and which override.
 
-A ``.py`` config is a program and runs when it is read. ``.yaml`` and ``.json`` ones are data: MMEngine's own handler
-lets a YAML file construct any Python object, so importing this module replaces it by one that does not.
+A ``.py`` config is a program and runs when it is read. ``.yaml`` and ``.json`` ones are data, which imports nothing:
+MMEngine's own handler lets a YAML file construct any Python object, so importing this module replaces it by one that
+does not.
 """
 
 from __future__ import annotations
 
+import importlib
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from mmengine.fileio import YamlHandler, register_handler
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['override', 'plain', 'read_config', 'without_templates', 'work_dir_of']
+__all__ = ['import_modules', 'override', 'plain', 'read_config', 'without_templates', 'work_dir_of']
 
 # libyaml's is 20 times as fast: MMDetection's index of models takes 0.1 s or 2 s.
 SafeLoader: Any = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
@@ -40,22 +43,63 @@ class SafeYamlHandler(YamlHandler):
         return yaml.load(file, Loader)
 
 
-def read_config(path: Path, where: str) -> Config:
+def read_config(path: Path, where: str, imports: bool = True) -> Config:
     """Read a config file.
 
     Args:
         path: the file.
         where: folder with ready ones, for the message.
+        imports: whether to import what its ``custom_imports`` name; see `import_modules`.
 
     Raises:
-        AsrError: it is missing or is no config.
+        AsrError: it is missing or is no config, or it is data that asks for imports.
     """
     if not path.is_file():
         raise AsrError(f'{path}: no such config; configs are in {where}')
     try:
-        return Config.fromfile(path)
+        config = Config.fromfile(path, import_custom_modules=False)
     except Exception as error:
         raise AsrError(f'{path}: is not a config that can be read ({type(error).__name__}: {error})') from error
+    named = config.get('custom_imports')
+    if named and path.suffix != '.py':
+        raise AsrError(f'{path}: custom_imports: a {path.suffix} config is data and imports nothing; use a .py config')
+    if imports:
+        import_modules(named, path)
+    return config
+
+
+def import_modules(named: Any, path: Path) -> None:
+    """Import what ``custom_imports = dict(imports=['mypackage.data'], allow_failed_imports=False)`` names.
+
+    Args:
+        named: the dict; None or empty: nothing.
+        path: config, for the message.
+
+    Raises:
+        AsrError: it is no such dict, or a module cannot be imported and ``allow_failed_imports`` is not set.
+    """
+    if not named:
+        return
+    named = plain(named)
+    if not isinstance(named, dict) or not {'imports'} <= named.keys() <= {'imports', 'allow_failed_imports'}:
+        raise AsrError(f"{path}: custom_imports={named!r} should be dict(imports=['mypackage.data'])")
+    modules = [named['imports']] if isinstance(named['imports'], str) else named['imports'] or []
+    if not isinstance(modules, list) or not all(isinstance(name, str) and name for name in modules):
+        raise AsrError(f"{path}: custom_imports: imports={modules!r} should be a list of modules, ['mypackage.data']")
+    for name in modules:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if named.get('allow_failed_imports'):
+                warnings.warn(f'{path}: custom_imports: {name} is not imported ({error})', stacklevel=2)
+                continue
+            raise AsrError(
+                f'{path}: custom_imports: {name} cannot be imported ({error}); install its package here, or add the '
+                f'folder that it is in to PYTHONPATH'
+            ) from error
+        except Exception as error:
+            said = f'{type(error).__name__}: {error}'
+            raise AsrError(f'{path}: custom_imports: {name} fails while it is imported ({said})') from error
 
 
 def override(config: Config, options: dict[str, Any] | None, path: Path) -> None:

@@ -133,7 +133,7 @@ def test_two_processes_notice_a_divergence_of_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ('key', 'value'),
-    [('max_grad_norm', math.inf), ('adam_epsilon', math.nan), ('lr_scheduler_kwargs', {'x': [-math.inf, (math.nan,)]})],
+    [('max_grad_norm', math.inf), ('snr_gamma', math.inf), ('lr_scheduler_kwargs', {'x': [-math.inf, (math.nan,)]})],
 )
 def test_numbers_that_are_not_finite_are_read_as_they_were_written(tmp_path: Path, key: str, value: Any) -> None:
     from asr_downstream.diffusion.config import load_config

@@ -16,6 +16,7 @@ from asr_downstream.engine.data.images import Images, build_images
 from asr_downstream.engine.loop import train
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
+from asr_downstream.engine.values import Count
 
 DEFAULTS = ModuleType('defaults')
 
@@ -23,10 +24,10 @@ DEFAULTS = ModuleType('defaults')
 DEFAULTS.width, DEFAULTS.learning_rate = 16, 1e-2  # type: ignore[attr-defined]
 
 
-DEFAULTS.__annotations__ = {'width': 'int', 'learning_rate': 'float'}
+DEFAULTS.__annotations__ = {'width': Count, 'learning_rate': float}
 
 
-SCHEMA = Schema('digits', 'tests/', DEFAULTS, positive=('width',))
+SCHEMA = Schema('digits', 'tests/', DEFAULTS)
 
 
 QUICK = dict(

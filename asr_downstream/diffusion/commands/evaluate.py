@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument(
         '--calibrate', type=cli.count, default=64, metavar='N', help='images for --fold calibrated (default: 64)'
     )
-    parser.add_argument('--metrics', default='fid,kid', help='of fid, kid (default: both)')
+    parser.add_argument('--metrics', default='fid,kid', help='of fid, kid (default: both), and your own')
     parser.add_argument(
         '--extractor',
         default='encoder',
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     )
     cli.add_sampling(parser, num_samples=1000)
     parser.add_argument('--data', type=Path, help='image folder or zip, instead of the one in the config')
-    parser.add_argument('--workers', type=int, default=1, help='of the loader of the real images (default: 1)')
+    parser.add_argument('--workers', type=cli.number, default=1, help='of the loader of the real images (default: 1)')
     parser.add_argument('--show', action='store_true', help='print earlier results and stop')
     args = parser.parse_args(argv)
 

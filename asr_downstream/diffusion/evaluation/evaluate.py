@@ -52,7 +52,7 @@ class Plan:
     """How to evaluate; all of it is written beside the numbers.
 
     Attributes:
-        metrics: of `asr_downstream.diffusion.evaluation.metrics.METRICS`.
+        metrics: names in `asr_downstream.diffusion.evaluation.metrics.METRICS`.
         num_samples: number of generated images.
         sampler, steps, guidance_scale, seed: of the sampling.
         extractor: ``'encoder'`` (trained on the data, kept with the first run), a file or run with one, or

@@ -1,4 +1,8 @@
-"""FID and KID: features of an extractor, distances of torchmetrics."""
+"""FID and KID: features of an extractor, distances of torchmetrics. `METRICS` has them by name, and those of users.
+
+A metric is called with ``real`` and ``generated``, features ``(N, F)`` in float64 on the CPU, and a seed. It returns
+numbers by their names.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +20,11 @@ from asr_downstream.console.progress import bar
 from asr_downstream.diffusion.evaluation.encoder import load_encoder
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.atomic import sha256
+from asr_downstream.registry import Registry, find
 
 __all__ = ['METRICS', 'Distances', 'Extractor', 'Inception', 'build_extractor', 'check_metrics', 'features_of']
 
-METRICS = ('fid', 'kid')
+METRICS = Registry('metric', error=AsrError)
 KID_SUBSETS = 100
 
 
@@ -106,9 +111,34 @@ def check_metrics(names: Iterable[str]) -> None:
     Raises:
         AsrError: see above.
     """
-    unknown = sorted(set(names) - set(METRICS))
-    if unknown or not list(names):
-        raise AsrError(f'metrics {unknown or "of which there are none"} are not known; use {", ".join(METRICS)}')
+    names = list(names)
+    if not names:
+        raise AsrError(f'metrics: none are named; use {", ".join(METRICS.module_dict)}')
+    for name in names:
+        find(METRICS, name)
+
+
+@METRICS.register_module(name='fid')
+def fid(real: Tensor, generated: Tensor, seed: int) -> dict[str, float]:
+    """Frechet distance of normal distributions that are fitted to the features."""
+    metric = FrechetInceptionDistance(feature=Given(real.shape[1]))
+    metric.update(real, real=True)
+    metric.update(generated, real=False)
+    return {'fid': float(metric.compute())}
+
+
+@METRICS.register_module(name='kid')
+def kid(real: Tensor, generated: Tensor, seed: int) -> dict[str, float]:
+    """Maximum mean discrepancy with a cubic kernel, mean and standard deviation over subsets."""
+    with warnings.catch_warnings(), torch.random.fork_rng():
+        warnings.simplefilter('ignore')  # that it keeps all features
+        torch.manual_seed(seed)
+        size = subset_size(len(generated), len(real))
+        metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        metric.update(real, real=True)
+        metric.update(generated, real=False)
+        mean, std = metric.compute()
+    return {'kid': float(mean), 'kid_std': float(std)}
 
 
 class Distances:
@@ -116,7 +146,7 @@ class Distances:
 
     Args:
         real: features ``(N, F)`` of the real images.
-        metrics: of `METRICS`.
+        metrics: names in `METRICS`.
         seed: of KID's subsets.
 
     Raises:
@@ -135,27 +165,16 @@ class Distances:
         Raises:
             DataError: too few images for a metric.
         """
-        count, width = generated.shape
+        count = len(generated)
         if min(count, len(self.real)) < 2:
             raise DataError(f'{count} generated and {len(self.real)} real images are too few; use --num-samples')
-        found: dict[str, float] = {}
-        if 'fid' in self.metrics:
-            fid = FrechetInceptionDistance(feature=Given(width))
-            fid.update(self.real, real=True)
-            fid.update(generated.double(), real=False)
-            found['fid'] = float(fid.compute())
-        if 'kid' in self.metrics:
-            with warnings.catch_warnings(), torch.random.fork_rng():
-                warnings.simplefilter('ignore')  # that it keeps all features
-                torch.manual_seed(self.seed)
-                kid = KernelInceptionDistance(
-                    feature=Given(width), subsets=KID_SUBSETS, subset_size=subset_size(count, len(self.real))
-                )
-                kid.update(self.real, real=True)
-                kid.update(generated.double(), real=False)
-                mean, std = kid.compute()
-            found |= {'kid': float(mean), 'kid_std': float(std)}
-        return found
+        numbers: dict[str, float] = {}
+        for name in self.metrics:
+            found = find(METRICS, name)(self.real, generated.double(), self.seed)
+            numbers |= {
+                key: float(value) for key, value in (found if isinstance(found, dict) else {name: found}).items()
+            }
+        return numbers
 
 
 def subset_size(generated: int, real: int) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from rich.markup import escape
 from rich.table import Table
 
 from asr_downstream.console.text import render
@@ -53,7 +54,8 @@ class Result:
         step: of the checkpoint.
         weights: hash of the file of weights.
         provenance: all that a number depends on besides the model.
-        numbers: keys of `COLUMNS`; pixels in [0, 255], speed as time over that of the unfolded model.
+        numbers: keys of `COLUMNS`, and those of metrics of a user; pixels in [0, 255], speed as time over that of the
+            unfolded model.
     """
 
     run: str
@@ -177,14 +179,19 @@ def tables(results: Iterable[Result]) -> str:
 
 def one_table(rows: list[Result]) -> str:
     """Table of results of one provenance."""
-    present = [name for name in COLUMNS if any(name in row.numbers for row in rows)]
+    names = dict.fromkeys(name for row in rows for name in row.numbers)
+    present = sorted(
+        names, key=lambda name: list(COLUMNS).index(name) if name in COLUMNS else -1
+    )  # a user's come first
     table = Table()
     for head in ('run', 'step', 'arm'):
         table.add_column(head, no_wrap=True)
     for name in present:
-        table.add_column(HEADS.get(name, name), justify='right')
+        table.add_column(HEADS.get(name, escape(name)), justify='right')
     for row in rows:
-        cells = [COLUMNS[name].format(row.numbers[name]) if name in row.numbers else '' for name in present]
+        cells = [
+            COLUMNS.get(name, '{:.4g}').format(row.numbers[name]) if name in row.numbers else '' for name in present
+        ]
         table.add_row(row.run, str(row.step), row.arm, *cells)
     provenance = ', '.join(f'{key} {value}' for key, value in rows[0].provenance.items() if key != 'versions')
     versions = ', '.join(f'{k} {v}' for k, v in rows[0].provenance.get('versions', {}).items())

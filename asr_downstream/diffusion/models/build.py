@@ -11,6 +11,7 @@ from mmengine.config import Config
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole
+from asr_downstream.engine.values import Count, MaxShare, check_values
 from asr_downstream.errors import AsrError, PlugError, did_you_mean
 from asr_downstream.far import replace
 from asr_downstream.files.configs import plain
@@ -27,6 +28,16 @@ for each in (diffusers.UNet2DModel, diffusers.UNet2DConditionModel, diffusers.Di
     MODELS.register_module(module=each)
 for each in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
     SCHEDULERS.register_module(module=each)
+# Values that diffusers takes, and fails on later.
+Counts = Count | list[Count] | None
+VALUES: dict[str, Any] = {
+    **dict.fromkeys(('layers_per_block', 'sample_size', 'attention_head_dim', 'num_attention_heads'), Counts),
+    **dict.fromkeys(('cross_attention_dim', 'norm_num_groups', 'num_layers', 'patch_size'), Counts),
+    **dict.fromkeys(('block_out_channels',), list[Count]),
+    **dict.fromkeys(('in_channels', 'out_channels'), Count | None),
+    **dict.fromkeys(('num_train_timesteps',), Count | None),
+    **dict.fromkeys(('beta_start', 'beta_end'), MaxShare),
+}
 PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 
 
@@ -110,6 +121,8 @@ def make(registry: Registry, spec: dict[str, Any]) -> Any:
     arguments = plain(spec)
     pretrained = arguments.get('pretrained_model_name_or_path')
     if pretrained is None:
+        known = {key: value for key, value in arguments.items() if key in VALUES}
+        check_values({key: VALUES[key] for key in known}, known, str(registry.key))
         return build(registry, arguments)
     name = arguments.pop('type', None)
     cls = find(registry, name)

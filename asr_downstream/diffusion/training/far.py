@@ -30,7 +30,7 @@ from asr_downstream.registry import TASKS
 __all__ = ['Replaced']
 
 # Of the keys that every training has, what the FAR config does not say of a diffusion training.
-NOT_TRAINING = ('data', 'output_dir')
+NOT_TRAINING = ('custom_imports', 'data', 'output_dir')
 CLASSIFICATION = ('augment', 'image_mean', 'image_std')
 
 
@@ -124,7 +124,17 @@ def put_over(stored: Config, config: Config) -> Config:
     """
     keys = [key for key in inspect.get_annotations(defaults) if key not in NOT_TRAINING]
     changes = {key: plain(config[key]) for key in keys}
+    changes['custom_imports'] = both_imports(stored, config)
     if config.data.get('path'):
         resolution = stored.data.get('resolution')
         changes['data'] = {**plain(stored.data), **plain(config.data), 'resolution': resolution}
     return diffusion.SCHEMA.from_dict({**plain(stored.to_dict()), **changes}, str(stored.filename))
+
+
+def both_imports(stored: Config, config: Config) -> dict[str, Any] | None:
+    """``custom_imports`` of two configs as one, each module once."""
+    found: list[str] = []
+    for named in (stored.custom_imports, config.custom_imports):
+        modules = plain(named['imports']) if named else []
+        found += [name for name in ([modules] if isinstance(modules, str) else modules) if name not in found]
+    return {'imports': found} if found else None

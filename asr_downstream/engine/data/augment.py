@@ -10,7 +10,9 @@ import torch
 from torch import Generator, Tensor
 from torch.nn import functional as F
 
+from asr_downstream.engine.values import Above, MaxShare, Number, check_values
 from asr_downstream.errors import AsrError
+from asr_downstream.files.configs import plain
 from asr_downstream.registry import Registry, build
 
 __all__ = ['AUGMENTATIONS', 'Augmentation', 'build_augmentations']
@@ -25,7 +27,7 @@ def build_augmentations(specs: Sequence[dict[str, Any]]) -> list[Augmentation]:
     Raises:
         AsrError: a name or argument is not known.
     """
-    return [build(AUGMENTATIONS, dict(spec)) for spec in specs]
+    return [build(AUGMENTATIONS, plain(spec)) for spec in specs]
 
 
 def uniform(stream: Generator, low: float, high: float) -> float:
@@ -47,6 +49,7 @@ class Crop:
     """Shift by up to ``padding`` pixels; what comes in is black."""
 
     def __init__(self, padding: int) -> None:
+        check_values({'padding': Number}, {'padding': padding}, 'Crop')
         self.padding = padding
 
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:
@@ -65,6 +68,10 @@ class ResizedCrop:
     """
 
     def __init__(self, scale: tuple[float, float] = (0.08, 1.0), ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> None:
+        for name, pair, kind in (('scale', scale, list[MaxShare]), ('ratio', ratio, list[Above])):
+            check_values({name: kind}, {name: list(pair)}, 'ResizedCrop')
+            if len(pair) != 2 or pair[0] > pair[1]:
+                raise AsrError(f'ResizedCrop: {name}={pair} should be the least and the most')
         self.scale, self.ratio = scale, ratio
 
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:
@@ -85,6 +92,7 @@ class ColorJitter:
     """Change brightness, contrast and saturation by factors within ``1 +- strength``."""
 
     def __init__(self, strength: float = 0.3) -> None:
+        check_values({'strength': MaxShare}, {'strength': strength}, 'ColorJitter')
         self.strength = strength
 
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:
@@ -101,6 +109,7 @@ class Erasing:
     """Fill a rectangle of 2 to 33% of the area with noise, with probability ``p`` (random erasing, pixel mode)."""
 
     def __init__(self, p: float = 0.25) -> None:
+        check_values({'p': MaxShare}, {'p': p}, 'Erasing')
         self.p = p
 
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:

@@ -14,13 +14,16 @@ from torch.utils.data import Dataset
 
 from asr_downstream.console.text import some
 from asr_downstream.engine.data.sources import SOURCES, Source
+from asr_downstream.engine.values import Count, MaxShare, check_values
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.configs import plain
-from asr_downstream.registry import build, check_arguments
+from asr_downstream.registry import build
 
 __all__ = ['BadFiles', 'Images', 'build_images', 'eight_bits']
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
+# Keys of ``data`` besides those of its source.
+IMAGES = {'resolution': Count, 'random_flip': bool, 'max_bad_share': MaxShare}
 
 
 class Images(Dataset[Tensor]):
@@ -125,12 +128,10 @@ def build_images(spec: dict[str, Any], channels: int) -> Images:
         DataError: the images are not there.
     """
     arguments = plain(spec)
-    own = {k: arguments.pop(k) for k in ('resolution', 'random_flip', 'max_bad_share') if k in arguments}
+    own = {k: arguments.pop(k) for k in IMAGES if k in arguments}
     if 'resolution' not in own:
         raise AsrError('data: has no resolution; add resolution=32, the height and width in pixels')
-    check_arguments('data', Images, own, ('source', 'channels'), AsrError)
-    if own['resolution'] < 1:
-        raise AsrError(f'data: resolution={own["resolution"]} should be at least 1')
+    check_values({key: IMAGES[key] for key in own}, own, 'data')
     return Images(build(SOURCES, arguments), channels=channels, **own)
 
 

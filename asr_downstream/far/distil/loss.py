@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
@@ -93,6 +94,8 @@ class Distance:
         self.feature: str = arguments.pop('feature', feature)
         self.weight: float = arguments.pop('weight', 1.0)
         self.variant = variant
+        if type(self.weight) not in (int, float) or not 0 <= self.weight < math.inf:
+            raise PlugError(f'distance: weight={self.weight!r} should be a finite number of at least 0')
         check_feature(self.feature, variant, ())
         self.distance: Any = build(DISTANCES, arguments)
 

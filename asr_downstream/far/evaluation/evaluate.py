@@ -17,7 +17,7 @@ from asr_downstream.errors import CheckpointError
 from asr_downstream.far.card import note_accuracy
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.far.distil.classification import Classification, accuracy
-from asr_downstream.far.distil.stages import replaced
+from asr_downstream.far.distil.stages import build_task, replaced
 from asr_downstream.far.evaluation.token_relations import attention_maps, draw_relations, mixer_maps, similarity
 from asr_downstream.far.export import FAR_FILE, load_far, read_facts
 from asr_downstream.far.model.describe import mixers
@@ -25,6 +25,7 @@ from asr_downstream.far.model.replace import find_attentions
 from asr_downstream.far.prune.budgets import forward
 from asr_downstream.measure import cost
 from asr_downstream.measure.timing import faster_from, paired_times, ratio
+from asr_downstream.registry import TASKS, find
 
 __all__ = [
     'compare_relations',
@@ -75,8 +76,9 @@ def task_of(folder: Path, teacher: nn.Module, data: Path | None = None) -> Class
     """
     for path in sorted(folder.glob('*/config.py')):
         config = SCHEMA.load(path, data=data)
-        if config.task.type == 'Classification':
-            return Classification(config, teacher)
+        kind = find(TASKS, config.task.get('type'))
+        if isinstance(kind, type) and issubclass(kind, Classification):
+            return build_task(config, teacher)
     raise CheckpointError(f'{folder}: has no stage with a config.py; give the folder that tools/distill_far.py wrote')
 
 
