@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 import sys
@@ -15,7 +16,19 @@ from asr_downstream.errors import AsrError, OtherProcessError, notes
 # What a loader puts before the error of its worker.
 IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.MULTILINE | re.DOTALL)
 
-__all__ = ['Names', 'add_calibration', 'add_options', 'add_sampling', 'count', 'ema', 'parser', 'part', 'run']
+__all__ = [
+    'Names',
+    'add_calibration',
+    'add_options',
+    'add_sampling',
+    'count',
+    'ema',
+    'finite',
+    'number',
+    'parser',
+    'part',
+    'run',
+]
 
 Names = Callable[[str], str]
 
@@ -78,6 +91,24 @@ def count(text: str) -> int:
     return int(text)
 
 
+def number(text: str) -> int:
+    """Parse a whole number of at least 0."""
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f'{text!r} should be a whole number of at least 0')
+    return int(text)
+
+
+def finite(text: str) -> float:
+    """Parse a number that is not infinite."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f'{text!r} should be a finite number')
+    return value
+
+
 def part(text: str) -> float:
     """Parse a number between 0 and 1, both left out."""
     try:
@@ -115,7 +146,7 @@ def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
         help='default: DDIM; DDPM needs many steps, DPM-Solver++ few',
     )
     parser.add_argument('--steps', type=count, default=50, help='inference steps (default: 50)')
-    parser.add_argument('--guidance-scale', type=float, default=1.0, help='of conditioned models (default: 1, none)')
+    parser.add_argument('--guidance-scale', type=finite, default=1.0, help='of conditioned models (default: 1, none)')
     parser.add_argument('--seed', type=int, default=0, help='of the images (default: 0)')
     parser.add_argument('--batch-size', type=count, default=64, help='images a forward (default: 64)')
     parser.add_argument('--weights', choices=['ema', 'raw'], help='default: the average, if the run has one')

@@ -13,13 +13,13 @@ import torch
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
+from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, read_results
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.folding import as_trained, compare, fold_run
 from asr_downstream.diffusion.models.conditions import Text
-from asr_downstream.diffusion.pictures import save_grid
 from asr_downstream.diffusion.pipelines import folder_of, pipeline_of
 from asr_downstream.diffusion.runs import Run
-from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.export import save_far
 from asr_downstream.files.atomic import check_writable, sha256, whole_folder, write_json

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import Run
-from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import CheckpointError
 from asr_downstream.folding.calibrated import fold_calibrated

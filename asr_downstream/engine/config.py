@@ -27,7 +27,7 @@ CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
 
 @dataclass(frozen=True)
 class Schema:
-    """What a kind of config may say. The keys that every training has are part of it.
+    """Keys, defaults and ranges of one kind of config. The keys of every training are part of them.
 
     Attributes:
         name: of the kind, for messages.
@@ -77,7 +77,7 @@ class Schema:
         options: dict[str, Any] | None = None,
         data: Path | None = None,
     ) -> Config:
-        """Make a config from a dict, as `load` does from a file; ``name`` stands for the name of that."""
+        """Make a config from a dict, as `load` does from a file; ``name`` stands for the name of the file."""
         config = Config(self.defaults, cfg_text='# made in code', filename=name)
         return self.complete(config, content, Path(name), options, data)
 

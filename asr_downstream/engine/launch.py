@@ -1,4 +1,4 @@
-"""The processes of a launch: how they find each other, and what they agree on."""
+"""Starting the processes of a launch, and exchanging what all of them have to know."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def start_processes(config: Config) -> Accelerator:
 
 
 def end_processes() -> None:
-    """Let the processes part, after the last training of a program."""
+    """Close the process group, after the last training of a program."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 

@@ -153,7 +153,7 @@ class Training:
         self.schedule = build_schedule(self.optimiser, config)
 
     def occupy(self, stack: ExitStack, resume: str | None) -> None:
-        """Keep the folder to this run, on the main process, and look for room for a checkpoint.
+        """Lock the folder for this run, on the main process, and check that a checkpoint fits on the disk.
 
         Raises:
             AsrError: another run has it or was there before, or the room is not there.

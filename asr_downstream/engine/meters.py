@@ -1,4 +1,4 @@
-"""What a line of the log sums up: means and speed since the line before."""
+"""Means and speed between two lines of the log."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Window:
         }
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps of it, of this process."""
+        """State of the window of this process, for a checkpoint."""
         return {
             'losses': numbers(self.losses),
             'others': {name: numbers(values) for name, values in self.others.items()},
@@ -70,7 +70,7 @@ class Window:
         }
 
     def take_up(self, state: Mapping[str, Any], since: int) -> None:
-        """Go on with the `state` of a checkpoint."""
+        """Continue from the `state` in a checkpoint."""
         device = self.accelerator.device
         self.since = since
         self.losses = list(torch.tensor(state['losses'], device=device).float())

@@ -68,7 +68,7 @@ class Task:
         self.model.train()
 
     def prepare(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make of a batch, on the device, what `loss` takes: whatever should not run in half precision."""
+        """Turn a batch on the device into what `loss` takes; what should not run in half precision belongs here."""
         return batch
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -102,5 +102,5 @@ class Task:
         """
 
     def config_text(self) -> str:
-        """Text of ``config.py`` of the run: the resolved config, which can be read elsewhere; see `config.portable`."""
+        """Text of ``config.py`` of the run: the resolved config, see `asr_downstream.engine.config.portable`."""
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""What a training tells: log.jsonl, TensorBoard, Weights & Biases, and a progress bar or lines."""
+"""Logs of a training: log.jsonl, TensorBoard, Weights & Biases, and a progress bar or lines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What processes tell each other after every step: losses and gradients that are not finite, and that one should stop.
+"""What processes exchange after every step: whether losses and gradients are finite, and whether to stop.
 
 On CUDA this waits for nothing: three numbers are reduced with the step's own kernels, copied aside, and read one step
 later, when they are there. Before a checkpoint they are read at once, so that no checkpoint is of after a divergence.

@@ -12,9 +12,9 @@ import torch
 from helpers.diffusion import ASR, DIT, UNET, conditional_arguments, config_for, write_images, write_text_encoder
 from torch import nn
 
+from asr_downstream.diffusion.evaluation.sampling import SAMPLERS, build_sampler, generate
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.models.components import build_parts
-from asr_downstream.diffusion.sampling import SAMPLERS, build_sampler, generate
 from asr_downstream.diffusion.training.task import Denoising
 from asr_downstream.engine.data.sampler import mix
 from asr_downstream.engine.state.ema import EMA

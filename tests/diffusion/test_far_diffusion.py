@@ -17,11 +17,11 @@ from helpers.diffusion import ASR, UNET, assert_same, conditional_arguments, con
 from mmengine.config import Config
 from safetensors.torch import load_file
 
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
 from asr_downstream.diffusion.folding import compare, fold_run
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import load_run
-from asr_downstream.diffusion.sampling import build_sampler, generate
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError, CheckpointError, PlugError

@@ -228,3 +228,17 @@ def test_annotations_are_read_from_inside() -> None:
         with pytest.raises(AsrError) as caught:
             check_values(kinds, {**good, **change}, 'here')
         assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ('option', 'value'), [('--workers', '-1'), ('--workers', '1.5'), ('--guidance-scale', 'nan'), ('--steps', '0')]
+)
+def test_options_of_an_evaluation(option: str, value: str) -> None:
+    done = call('diffusion/evaluate.py', 'run', f'{option}={value}')
+    assert done.returncode == 2
+    assert f"argument {option}: '{value}' should be a" in done.stderr
+
+
+def test_the_seed_of_the_command_line_is_checked_as_that_of_the_config(tmp_path: Path) -> None:
+    done = call('diffusion/train.py', write_diffusion(tmp_path), '--seed', 2**64)
+    assert_refused(done, f'seed={2**64} should be at least')

@@ -42,11 +42,10 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     from asr_downstream.diffusion.config import load_config
 
-    config = load_config(find_config(args.config, 'diffusion/configs'), args.cfg_options, args.data)
+    options = dict(args.cfg_options or {}) | ({} if args.seed is None else {'seed': args.seed})
+    config = load_config(find_config(args.config, 'diffusion/configs'), options, args.data)
     if args.output_dir is not None:
         config.output_dir = str(args.output_dir)
-    if args.seed is not None:
-        config.seed = args.seed
     if args.dry_run:
         from asr_downstream.diffusion.training.plan import plan
 

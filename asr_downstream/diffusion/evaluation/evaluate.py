@@ -25,12 +25,12 @@ from asr_downstream.diffusion.evaluation.metrics import (
     features_of,
     subset_size,
 )
+from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, save_results, set_aside_damaged
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, check_can_sample, generate
 from asr_downstream.diffusion.folding import fold_run
 from asr_downstream.diffusion.models.components import Parts
-from asr_downstream.diffusion.pictures import save_grid
 from asr_downstream.diffusion.runs import Run, load_run
-from asr_downstream.diffusion.sampling import build_sampler, check_can_sample, generate
 from asr_downstream.engine.data.images import Images
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError

@@ -94,7 +94,7 @@ def features_of(extractor: Any, batches: Iterable[Tensor], text: str = '') -> Te
 
 
 class Given(nn.Module):
-    """Hands features through: torchmetrics gets them ready."""
+    """Stands in for the network of torchmetrics: the features are computed before."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

@@ -67,7 +67,7 @@ class Result:
 
     @property
     def key(self) -> str:
-        """What a result replaces: the same arm, weights and provenance."""
+        """Key of a result: it replaces an earlier one of the same arm, weights and provenance."""
         return json.dumps([self.run, self.arm, self.step, self.weights, self.provenance], sort_keys=True)
 
 

@@ -77,7 +77,7 @@ def gated(model: Any) -> set[str]:
 
 
 def check_gates(before: set[str], model: Any) -> None:
-    """Refuse a model of which a layer with gates went with its attention.
+    """Refuse a model that lost layers with gates together with its attention.
 
     Args:
         before: see `gated`; of the plugged model.

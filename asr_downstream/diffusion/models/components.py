@@ -25,7 +25,7 @@ __all__ = ['Parts', 'build_parts']
 
 @dataclass
 class Parts:
-    """What a training, a sampling or an evaluation works with."""
+    """Model, schedule, images, condition and VAE of a training, a sampling or an evaluation."""
 
     model: Any  # of diffusers, whose classes carry no types
     scheduler: Any

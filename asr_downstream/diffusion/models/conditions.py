@@ -1,4 +1,4 @@
-"""What a model is conditioned on: nothing, a class, or a text. Each gives the model's arguments for a batch.
+"""Conditions of a model: none, a class, or a text. A condition computes the arguments of the model for a batch.
 
 ``drop`` is the share of samples that are trained without their condition, so that sampling can be guided away from the
 unconditional prediction (classifier-free guidance, Ho and Salimans, arXiv 2207.12598).
@@ -218,7 +218,7 @@ class Text(Condition):
 
 
 def check_drop(drop: float) -> None:
-    """Refuse a share that is none."""
+    """Refuse a share outside of [0, 1)."""
     if not 0 <= drop < 1:
         raise AsrError(f'condition: drop={drop} should be a share of the samples, from 0 to below 1')
 

@@ -16,7 +16,7 @@ __all__ = ['Samples']
 
 
 class Samples(Dataset[dict[str, Any]]):
-    """What training reads: item ``(index, number)`` is the image ``index`` as sample ``number`` of the training.
+    """Training samples: item ``(index, number)`` is the image ``index`` as sample ``number`` of the training.
 
     An item has ``image`` ``(C, H, W)``, ``noise`` (of ``shape``), ``timestep``, ``chance`` (uniform in [0, 1), for
     dropping the condition), ``label``, and ``bad``: the index of a file that could not be decoded, or -1. Its place is

@@ -1,4 +1,4 @@
-"""What a training would do, without doing it: config, sites, cost, steps, memory."""
+"""The plan of a training, for ``--dry-run``: config, sites, cost, steps, memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which sample comes when, and with what noise: pure functions of the seed and the sample's number.
+"""Order and noise of the training samples: pure functions of the seed and the sample's number.
 
 A training is one sequence of samples, numbered from 0. Sample ``p`` belongs to epoch ``p // n``; its image, flip,
 timestep and noise follow from ``(seed, p)`` alone. So they are the same after a resume, in the middle of an epoch, with

@@ -86,7 +86,8 @@ def is_image(path: str) -> bool:
 
 @SOURCES.register_module()
 class ImageFolder(Files):
-    """Images below a folder; each folder counts once, see `folders.files_below`.
+    """Images below a folder; each folder counts once, see
+    `asr_downstream.engine.data.folders.files_below`.
 
     Args:
         path: the folder.

@@ -56,7 +56,7 @@ class EMA:
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Let ``model`` hold the average inside the block, and its own values again after it, whatever happens."""
+        """Put the average into ``model`` inside the block, and its own values back after it, also after an error."""
         own = {name: value.detach().clone() for name, value in self.matching(model.state_dict()).items()}
         try:
             model.load_state_dict(self.state)

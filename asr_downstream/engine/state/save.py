@@ -1,4 +1,4 @@
-"""What a training checkpoint holds, and how it is written.
+"""Writing a training checkpoint: weights, their average, optimiser, random states, progress.
 
 accelerate writes optimiser, gradient scaler and random states of every process; the weights are written by name from
 the unwrapped model, so that a checkpoint can be read with any number of processes (under FSDP and DeepSpeed besides the

@@ -1,4 +1,4 @@
-"""How a training takes up a checkpoint again. A file is believed only as far as it was looked at."""
+"""Resuming a training from a checkpoint. Every file is checked before it is used."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ COURSE = (
 
 @dataclass
 class Progress:
-    """Where a training stands.
+    """Progress of a training.
 
     Attributes:
         step: optimiser steps done.
@@ -66,7 +66,7 @@ class Progress:
     window: list[dict[str, Any]] = field(default_factory=list)
 
     def check(self) -> None:
-        """Refuse what no training writes.
+        """Refuse values that a training never writes.
 
         Raises:
             ValueError: see above.
@@ -98,7 +98,7 @@ class Progress:
 
 
 def read_progress(checkpoint: Path) -> Progress:
-    """Read where a training stood.
+    """Read the progress in a checkpoint.
 
     Raises:
         CheckpointError: it cannot be read, or says what cannot be.
@@ -119,7 +119,7 @@ def read_progress(checkpoint: Path) -> Progress:
 
 
 def useless(path: Path, reason: str) -> CheckpointError:
-    """Error for a file of a checkpoint that is whole, but not what a training wrote."""
+    """Error for a file of a checkpoint that is complete but was not written by a training."""
     return CheckpointError(f'{path}: {reason}; resume from an earlier checkpoint')
 
 

@@ -204,7 +204,7 @@ def split(images: int, holdout: float) -> tuple[list[int], list[int]]:
 
 
 def normal(config: Config, channels: int) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation, of images in [-1, 1], that the model wants to be taken out."""
+    """Mean and standard deviation of images in [-1, 1], by which they are normalised for the model."""
     mean, std = config.image_mean, config.image_std
     pretrained = config.teacher.get('pretrained_model_name_or_path')
     if mean is None and std is None and pretrained is not None:

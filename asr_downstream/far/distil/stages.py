@@ -80,7 +80,7 @@ def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[s
 
 @contextmanager
 def of_this_launch(out: Path) -> Iterator[None]:
-    """Keep the folder of the stages to this launch inside the block; its first process holds the lock.
+    """Lock the folder of the stages for this launch inside the block; its first process holds the lock.
 
     Raises:
         AsrError: another one has it.
@@ -147,7 +147,7 @@ def is_finished(settings: Config, run: Path) -> bool:
 
 
 def load_teacher(config: Config, out: Path) -> Any:
-    """The teacher, as the config has it, or as the stage that learns it left it."""
+    """The teacher, with the weights of the config, or of the stage that trained it."""
     model = build_task(config).model.eval()
     for stage in config.stages:
         if stage.get('learns', config.learns) == 'teacher':
@@ -156,7 +156,7 @@ def load_teacher(config: Config, out: Path) -> Any:
 
 
 def load_student(config: Config, out: Path, name: str) -> Any:
-    """The student as a stage left it."""
+    """The student with the weights of a stage."""
     return load_weights(replaced(config, build_task(config).model), out / name).eval()
 
 

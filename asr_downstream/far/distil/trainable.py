@@ -1,4 +1,4 @@
-"""Which weights of a student learn."""
+"""Freezing: which weights of a student are trained."""
 
 from __future__ import annotations
 
