@@ -143,10 +143,16 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(
     run: Path, copy: Path, tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from asr_downstream.diffusion import export as shipping
-    from asr_downstream.diffusion import folding, sampling
+    from asr_downstream.diffusion import folding
     from asr_downstream.diffusion.evaluation import compare as comparison
+    from asr_downstream.diffusion.evaluation import sampling
 
-    for module, name in ((sampling, 'generate'), (folding, 'fold'), (shipping, 'compare'), (comparison, 'draw_curves')):
+    for module, name in (
+        (sampling, 'generate'),
+        (folding, 'fold_exactly'),
+        (shipping, 'compare'),
+        (comparison, 'draw_curves'),
+    ):
         monkeypatch.setattr(module, name, lambda *a, **k: pytest.fail('worked first'))
     out = unusable(tmp_path)
     words: dict[str, tuple[Any, ...]] = {

@@ -1,1 +1,1 @@
-"""FID and KID of runs, their tables and pictures."""
+"""Sampling from runs; their metrics, tables and pictures."""
