@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -43,7 +43,7 @@ class Constancy:
 
     path: str
     group: str
-    mean: Tensor
+    mean: Tensor = field(repr=False)
     over_samples: float
     over_channels: float
     samples: int

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from asr_downstream.console.text import render
+from asr_downstream.console.text import Printed
 from asr_downstream.folding.constancy import Constancy
 from asr_downstream.folding.verify import Verification
 
@@ -31,8 +31,8 @@ class Trial:
     drop: float
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Printed):
     """What calibrated folding measured.
 
     Attributes:
@@ -80,19 +80,19 @@ class Calibration:
             'batch_norms_refined': self.refined,
         }
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         table = Table(
             'site', 'std over samples', 'std over channels', 'stripe ratio', '', title='constancy of the gates'
         )
         for s in self.sites:
             numbers = (f'{v:.4f}' for v in (s.over_samples, s.over_channels, s.ratio))
             table.add_row(s.path, *numbers, 'kept' if s.path in self.kept else 'folded')
-        lines = [render(table), f'outputs change by {self.change:.2%} (root mean square)']
+        lines: list[Table | str] = [table, f'outputs change by {self.change:.2%} (root mean square)']
         if self.metric_before is not None:
             lines.append(f'metric: {self.metric_before:.4f} before, {self.metric_after:.4f} after')
         if self.kept:
             lines.append(f'kept unfolded, within the budget: {", ".join(self.kept)}')
-        return '\n'.join(lines)
+        return lines
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class FoldedSite:
     saturated: str = ''
 
 
-@dataclass(frozen=True)
-class FoldReport:
+@dataclass(frozen=True, repr=False)
+class FoldReport(Printed):
     """What `fold` did.
 
     Attributes:
@@ -145,5 +145,5 @@ class FoldReport:
         """There was nothing to fold."""
         return not self.sites and self.calibration is None
 
-    def __str__(self) -> str:
-        return self.message if self.calibration is None else f'{self.calibration}\n{self.message}'
+    def parts(self) -> list[Table | str]:
+        return [*(self.calibration.parts() if self.calibration is not None else ()), self.message]

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from asr_downstream.console.text import render, some
+from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import AsrError, FoldError
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.copies import copy_of
@@ -54,8 +54,8 @@ class Difference:
     scale: float = 0.0
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Printed):
     """Differences of all outputs, over all inputs; prints as a table.
 
     Attributes:
@@ -76,12 +76,11 @@ class Verification:
         """Largest relative difference of any output."""
         return max(d.relative for d in self.outputs)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         table = Table('output', 'shape', 'absolute', 'relative')
         for d in self.outputs:
             table.add_row(d.output, str(d.shape), f'{d.absolute:.2e}', f'{d.relative:.2e}')
-        rest = f'\nnot compared: {some(list(self.skipped))}' if self.skipped else ''
-        return render(table) + rest
+        return [table, f'not compared: {some(list(self.skipped))}'] if self.skipped else [table]
 
 
 @torch.no_grad()

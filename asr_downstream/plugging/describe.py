@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import nn
 
-from asr_downstream.console.text import render, some
+from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
@@ -57,8 +57,8 @@ class SharedRow:
     parameters: int
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Printed):
     """The sites of a model; prints as a table.
 
     Attributes:
@@ -78,10 +78,10 @@ class Description:
         """Number of parameters that plugging added."""
         return sum(row.parameters for row in self.sites) + sum(unit.parameters for unit in self.shared)
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         if not self.sites:
             found = f"sites='residual' means {some(list(self.candidates))}"
-            return f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}'
+            return [f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}']
         table = Table(title=f'{self.model}: {len(self.sites)} sites, {self.parameters:,} parameters added')
         for name, justify in (('site', 'left'), ('layer', 'left'), ('channels', 'right'), ('plug', 'left')):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -95,7 +95,7 @@ class Description:
                 table.add_section()
             count = f'{len(unit.sites)} sites'
             table.add_row(unit.name, count, '', f'shared {unit.attention}', f'{unit.parameters:,}', '')
-        return render(table)
+        return [table]
 
 
 def describe(model: nn.Module) -> Description:

@@ -7,8 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+from rich.table import Table
 from torch import Tensor, nn
 
+from asr_downstream.console.text import Printed
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.gates import Gate
 from asr_downstream.plugging.layers import Plugged
@@ -17,18 +20,31 @@ from asr_downstream.plugging.recurrence import Place, Slot
 __all__ = ['Recording', 'record']
 
 
-@dataclass
-class Recording:
-    """Of each site, by path, one entry a forward through it; tensors are detached.
+@dataclass(repr=False)
+class Recording(Printed):
+    """Of each site, by path, one entry a forward through it; tensors are detached. Prints as a table.
 
     Attributes:
         gates: what the map was multiplied by, ``(B, C)``, or ``(B, C, *)`` from a spatial attention; the product where
             a site has several input-dependent gates; constant gates are ``(1, C)``.
-        states: what a recurrent attention left, such as ``(h, c)``, each ``(B, C)``.
+        states: of a recurrent attention, after the site, such as ``(h, c)``, each ``(B, C)``.
     """
 
     gates: dict[str, list[Tensor]] = field(default_factory=dict)
     states: dict[str, list[Any]] = field(default_factory=dict)
+
+    def parts(self) -> list[Table | str]:
+        table = Table('site', 'forwards', 'last gates', 'smallest', 'mean', 'largest', 'states', title='recorded gates')
+        for column in table.columns[1:]:
+            column.justify = 'right'
+        for path, gates in self.gates.items():
+            numbers = ['', '', '', '']
+            if gates:
+                v = torch.cat([g.flatten() for g in gates]).float()
+                numbers = [str(tuple(gates[-1].shape)), *(f'{float(x):.4f}' for x in (v.min(), v.mean(), v.max()))]
+            states = str(len(self.states[path])) if path in self.states else ''
+            table.add_row(path, str(len(gates)), *numbers, states)
+        return [table]
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
-from asr_downstream.console.text import render
+from asr_downstream.console.text import Printed
 from asr_downstream.detection.evaluation.evaluate import (
     Detections,
     Evaluation,
@@ -49,8 +49,8 @@ class Differences(NamedTuple):
     tied: int = 0
 
 
-@dataclass
-class Comparison:
+@dataclass(repr=False)
+class Comparison(Printed):
     """Two evaluations, the difference of their detections, and the median of folded over unfolded latency."""
 
     unfolded: Evaluation
@@ -66,7 +66,7 @@ class Comparison:
             'latency_ratio': self.latency_ratio,
         }
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         a, b = self.unfolded, self.folded
         table = Table('', a.name, b.name, 'difference', title=f'{self.difference.images} images')
         for column in table.columns[1:]:
@@ -81,7 +81,7 @@ class Comparison:
         table.add_row('scores', '', '', f'{self.difference.scores:.1e}')
         table.add_row('detections exchanged at tied scores', '', '', str(self.difference.tied))
         table.add_row('images with other detections', '', '', str(self.difference.unmatched))
-        return render(table)
+        return [table]
 
 
 def compare(config: Config, plugged: nn.Module, folded: nn.Module, fast: bool = False, pictures: int = 0) -> Comparison:

@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import nn
 
 from asr_downstream.console.progress import bar
-from asr_downstream.console.text import render, some
+from asr_downstream.console.text import Printed, some
 from asr_downstream.detection.evaluation.scores import KINDS, Scores, score
 from asr_downstream.errors import DataError
 from asr_downstream.measure import cost
@@ -49,8 +49,8 @@ class Seen(NamedTuple):
     truth: Detections | None = None
 
 
-@dataclass
-class Evaluation:
+@dataclass(repr=False)
+class Evaluation(Printed):
     """Detections and metrics of one detector on one data set.
 
     Attributes:
@@ -78,7 +78,7 @@ class Evaluation:
         sizes = {'parameters': self.parameters, 'gmacs': self.gmacs, 'latency_ms': self.latency_ms}
         return {**self.metrics, **sizes, 'classes': self.classes}
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         table = Table('', self.name, title=f'{len(self.detections)} images')
         table.columns[1].justify = 'right'
         for name, value in self.metrics.items():
@@ -87,7 +87,7 @@ class Evaluation:
         table.add_row('GMACs', f'{self.gmacs:.3f}')
         if not isnan(self.latency_ms):
             table.add_row('median latency, ms', f'{self.latency_ms:.1f}')
-        return render(table)
+        return [table]
 
 
 def metric(value: float) -> str:

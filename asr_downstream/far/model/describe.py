@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from rich.table import Table
 from torch import nn
 
-from asr_downstream.console.text import render
+from asr_downstream.console.text import Printed
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.backends import RULES
 from asr_downstream.far.model.lstm import MultiHeadLSTM
@@ -48,16 +48,16 @@ class Row:
         return 2 * self.channels
 
 
-@dataclass(frozen=True)
-class Description:
+@dataclass(frozen=True, repr=False)
+class Description(Printed):
     """The replacements of a model; prints as a table."""
 
     model: str
     rows: tuple[Row, ...]
 
-    def __str__(self) -> str:
+    def parts(self) -> list[Table | str]:
         if not self.rows:
-            return f'{self.model}: no attention is replaced'
+            return [f'{self.model}: no attention is replaced']
         total = sum(row.parameters for row in self.rows)
         units, full = sum(row.units for row in self.rows), sum(row.full for row in self.rows)
         title = f'{self.model}: {len(self.rows)} attentions replaced, {total:,} parameters, {units:,} of {full:,} units'
@@ -67,8 +67,7 @@ class Description:
         for row in self.rows:
             count = f'{row.units:,} of {row.full:,}'
             table.add_row(row.path, row.variant, str(len(row.widths)), count, f'{row.parameters:,}', row.execution)
-        rules = '\n'.join(f'auto on {device}: {rule}' for device, rule in RULES.items())
-        return f'{render(table)}\n{rules}'
+        return [table, *(f'auto on {device}: {rule}' for device, rule in RULES.items())]
 
 
 def mixers(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:
