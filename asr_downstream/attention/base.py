@@ -1,4 +1,4 @@
-"""What an attention is, and the two operations that most of them share.
+"""The base class of attentions, and functions that several of them use.
 
 An attention maps a descriptor ``(B, C)`` or a feature map ``(B, C, *)`` to gates ``(B, C)``. Any ``nn.Module`` whose
 constructor takes ``channels`` can be registered; deriving from `ChannelAttention` only adds the optional parts.

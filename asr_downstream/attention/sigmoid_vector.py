@@ -1,4 +1,4 @@
-"""Sigmoid vector, a control: what is left of SE on a learned input when only its last bias acts (no paper).
+"""Sigmoid vector, a control: SE on a learned input with only its last bias (no paper).
 
     gate = sigmoid(vector)                              vector: (C,), 0 at the start, so fresh gates are 0.5
 

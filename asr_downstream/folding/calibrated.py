@@ -119,7 +119,7 @@ def with_means(model: nn.Module, sites: Iterable[Constancy]) -> nn.Module:
 
 
 def settle(model: nn.Module) -> None:
-    """Give means the precision of their layers, in place: folding wants them exact, a forward wants one precision."""
+    """Round means to the precision of their layers, in place: they are float64 to fold exactly, a forward needs one."""
     layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
     for layer in layers:
         for gate in layer.gate or ():

@@ -52,17 +52,17 @@ def fold_exactly(
 
 
 def check_dynamic(dynamic: Any) -> None:
-    """Refuse what is not known.
+    """Refuse a ``dynamic`` other than ``'error'`` and ``'keep'``.
 
     Raises:
-        FoldError: see above.
+        FoldError: it is another.
     """
     if dynamic not in ('error', 'keep'):
         raise FoldError(f"fold: dynamic={dynamic!r} is not known, use 'error' or 'keep'")
 
 
 def comparison(check: Any, step: Step | None) -> Comparison | None:
-    """What compares the plugged and the folded model on the inputs that the user gave; None without any."""
+    """Return a function that compares the plugged and the folded model on the inputs of the user; None without any."""
     if check is None:
         return None
     try:
@@ -145,7 +145,7 @@ def fold_gates(
 
 
 def warn_saturated(sites: Iterable[FoldedSite]) -> None:
-    """Name the sites whose gates are all at one end: what they do is legal, and hardly ever meant."""
+    """Name the sites whose gates are all closed or all open: they fold, but a training rarely means to end there."""
     by_state: dict[str, list[str]] = {}
     for site in sites:
         if site.saturated:
@@ -158,7 +158,7 @@ def warn_saturated(sites: Iterable[FoldedSite]) -> None:
 
 
 def specs(model: nn.Module) -> dict[str, Any]:
-    """What was plugged: path of the plugged (sub)model -> its spec."""
+    """Specs of the plugs: path of the plugged model or part -> its specs."""
     return {path: m.plug_spec for path, m in model.named_modules() if 'plug_spec' in vars(m)}
 
 

@@ -76,7 +76,7 @@ def fuse_conv_bn(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[tuple[s
 
 
 def observe(model: nn.Module, inputs: Any) -> list[tuple[str, str]]:
-    """Run once and return the convolutions and norms that always belong together."""
+    """Run once; return the pairs of a convolution and the norm that read its output, in all calls of both."""
     # id of a convolution's output -> its path and version, which changes where something works in place; the tensors
     # are kept, so that ids stay theirs.
     made: dict[int, tuple[str, int]] = {}

@@ -1,4 +1,4 @@
-"""What folding reports: the sites that were folded, and what calibrating measured. Both print as tables."""
+"""Reports of folding: the sites that were folded, and the measurements of calibrating. Both print as tables."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ['Calibration', 'FoldReport', 'FoldedSite', 'Trial']
 
 @dataclass(frozen=True)
 class Trial:
-    """One number of groups left unfolded, and what it costs.
+    """One attempt at folding: how many groups stayed unfolded, and how much that changed the model.
 
     Attributes:
         kept: number of groups that stay as they are.
@@ -33,7 +33,7 @@ class Trial:
 
 @dataclass(frozen=True, repr=False)
 class Calibration(Printed):
-    """What calibrated folding measured.
+    """Measurements of calibrated folding.
 
     Attributes:
         sites: constancy of every site with input-dependent gates, least constant last.
@@ -97,7 +97,7 @@ class Calibration(Printed):
 
 @dataclass(frozen=True)
 class FoldedSite:
-    """What happened at one site.
+    """One folded site.
 
     Attributes:
         path: name in ``named_modules()``.
@@ -124,12 +124,12 @@ class FoldedSite:
 
 @dataclass(frozen=True, repr=False)
 class FoldReport(Printed):
-    """What `fold` did.
+    """Report of `fold`.
 
     Attributes:
         sites: the folded sites, in the order of ``named_modules()``.
         message: one line for a person.
-        spec: what was plugged.
+        spec: of the plugs, by path of the plugged part.
         calibration: what ``fold(calibrate=...)`` measured.
         checked: what ``fold(check=...)`` found, plugged against folded.
     """

@@ -39,7 +39,7 @@ class Difference:
     """Difference of one output.
 
     Attributes:
-        output: where it stands in what the model returns, such as ``'[0]'`` or ``'sample'``.
+        output: its place in the value that the model returns, such as ``'[0]'`` or ``'sample'``.
         shape: of that output.
         absolute: largest absolute difference, over all inputs.
         relative: largest of the absolute differences of an input, over the largest magnitude of the second model's
@@ -59,8 +59,8 @@ class Verification(Printed):
     """Differences of all outputs, over all inputs; prints as a table.
 
     Attributes:
-        outputs: what was compared: tensors, arrays and numbers.
-        skipped: what was not, and why: kinds that are no numbers, and tensors without elements.
+        outputs: that were compared: tensors, arrays and numbers.
+        skipped: outputs that were not compared, and why: their kind is no number, or a tensor has no elements.
     """
 
     outputs: tuple[Difference, ...]
@@ -164,7 +164,7 @@ def larger(one: Difference, other: Difference) -> Difference:
 def beyond_rounding(found: Verification, model: nn.Module) -> Difference | None:
     """Output that differs most among those that differ by more than rounding, in the precision of ``model``, or None.
 
-    An output that is no more than the rounding of the largest one, such as a sum that cancels, is not held against it.
+    An output smaller than the rounding of the largest one, such as a sum that cancels, does not count.
     """
     dtype = dtype_of(model)
     tolerance = TOLERANCE.get(dtype, COARSE)
@@ -203,7 +203,7 @@ def shortened(text: str | bytes) -> str:
 
 
 def outputs_of(model: nn.Module, inputs: Any, call: Callable[[nn.Module, Any], Any]) -> dict[str, Any]:
-    """Run a model on a copy of ``inputs`` and copy what it returns: place -> tensor, or what is none.
+    """Run a model on a copy of ``inputs`` and copy what it returns: place -> tensor, or another value as it is.
 
     Raises:
         AsrError: it cannot be run on them.

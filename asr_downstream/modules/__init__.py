@@ -1,1 +1,1 @@
-"""What holds for any module of torch: whether it can be plugged or folded, and copies of it."""
+"""For any module of torch: whether it can be plugged or folded, copies, nested values, and names of slots."""

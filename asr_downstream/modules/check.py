@@ -1,4 +1,4 @@
-"""What a model has to be to be plugged or folded: bare, all here, with weights of its own that can be scaled."""
+"""Checks of a model before it is plugged or folded: not wrapped or sharded, with weights that can be scaled."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def names_of(cls: type) -> list[str]:
 
 
 def check_module(model: Any, function: str, error: type[AsrError] = AsrError) -> None:
-    """Refuse what is no module.
+    """Refuse a value that is no module.
 
     Raises:
         AsrError: of type ``error``.
@@ -106,7 +106,7 @@ FIRST = 'plug first, then wrap'
 
 
 def advice(error: type[AsrError], what: str, unwrapped: str) -> str:
-    """What to do with a wrapped model."""
+    """Text that says how to plug or fold a wrapped model."""
     if error is not FoldError:
         others = {'OptimizedModule': 'compile', 'ScriptModule': 'make TorchScript of it'}
         return f'plug first, then {others[what]}' if what in others else FIRST
@@ -170,7 +170,7 @@ def check_weights(path: str, layer: nn.Module, error: type[AsrError]) -> None:
 
 
 def is_plain(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is one, or of a subclass that leaves to torch what is computed with it."""
+    """Whether a parameter is plain, or of a subclass that does not change how torch computes with it."""
     classes = type(parameter).__mro__
     own = [cls for cls in classes if cls not in nn.Parameter.__mro__]
     return nn.Parameter in classes and not any(
@@ -179,11 +179,10 @@ def is_plain(parameter: nn.Parameter) -> bool:
 
 
 def check_own(model: nn.Module, layers: dict[str, nn.Module], error: type[AsrError]) -> None:
-    """Refuse layers whose weights share memory with anything else in the model, which gates would scale as well.
+    """Refuse layers whose weights share memory with another tensor of the model, which gates would scale as well.
 
-    Seen are parameters, buffers, and tensors that modules hold in other ways, views of one storage too. Weights that
-    have no element in common are apart. A list of its own parameters that a module keeps, as of those without weight
-    decay, is let be.
+    Compared are parameters, buffers, and tensors in other attributes, views of one storage too, unless they have no
+    element in common. A module may keep a list of its own parameters, such as those without weight decay.
 
     Raises:
         AsrError: of type ``error``.

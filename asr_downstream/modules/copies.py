@@ -53,7 +53,7 @@ def batch_of(batch: Any) -> Any:
 def computed(value: Any) -> Iterator[Tensor]:
     """Find tensors with a graph, and nested ones.
 
-    It looks into objects and Python's own containers, and runs none of their code.
+    Objects and Python's own containers are opened without running code of theirs.
     """
     opened: dict[int, Any] = {}
     waiting = [value]
@@ -68,7 +68,7 @@ def computed(value: Any) -> Iterator[Tensor]:
 
 
 def parts_of(value: Any) -> Iterator[Any]:
-    """What lies directly in a container or an object."""
+    """Items of a container and attributes of an object."""
     if isinstance(value, dict):
         yield from dict.values(value)
     kinds: tuple[Any, ...] = (list, tuple, set, frozenset, deque)

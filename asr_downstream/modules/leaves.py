@@ -1,4 +1,4 @@
-"""Leaves of nested values: what lies in containers, objects and modules, with its place."""
+"""Leaves of nested values: the contents of containers, objects and modules, each with its place."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 __all__ = ['CLOSED', 'VALUES', 'leaves', 'slots']
 
-# Not opened: what they hold is code.
+# Code: not opened.
 CLOSED = (
     type,
     types.FunctionType,
@@ -25,7 +25,7 @@ VALUES = (Tensor, np.ndarray, np.generic, str, bytes, bytearray, bool, int, floa
 
 
 def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Walk tuples, lists, sets, mappings, modules and objects, with a dict or slots, and yield what is none of these.
+    """Walk tuples, lists, sets, mappings, modules and objects with a dict or slots; yield all other values in them.
 
     Every object is opened once, so values may refer to themselves. None has no leaves. Iterators are used up.
 
@@ -37,7 +37,7 @@ def leaves(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def walk(value: Any, place: str, opened: dict[int, Any]) -> Iterator[tuple[str, Any]]:
-    """See `leaves`; ``opened`` are the objects on the way, by id, and kept so that ids stay theirs."""
+    """See `leaves`; ``opened`` are the objects met so far, by id; they are kept, or another could get the same id."""
     if value is None:
         return
     if isinstance(value, (*VALUES, *CLOSED)):
@@ -54,7 +54,7 @@ def walk(value: Any, place: str, opened: dict[int, Any]) -> Iterator[tuple[str, 
 
 
 def children(value: Any) -> Iterator[tuple[str, Any]]:
-    """What lies directly in a value, with its place in it."""
+    """Items or attributes of a value, each with its place in it."""
     if isinstance(value, Mapping):
         for key, item in value.items():
             yield f'.{key}', item

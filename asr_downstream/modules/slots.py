@@ -22,7 +22,7 @@ GATES = re.compile(rf'(^|\.)({GATE}|{DYNAMIC}|{SHARED})\.')
 
 
 class HasGates:
-    """Base of all plugged layers: what is registered under `SLOTS` are gates."""
+    """Base of all plugged layers: modules registered under `SLOTS` are gates."""
 
 
 class SharedAttentions(nn.ModuleDict):

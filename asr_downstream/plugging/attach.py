@@ -1,4 +1,4 @@
-"""Plugging and unplugging one layer, by changing its class, and layers that have lost theirs."""
+"""Plugging and unplugging one layer, by changing its class; and plugging a layer again that was rebuilt as stock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rebind(model: nn.Module) -> list[str]:
     """Plug layers again that a converter has rebuilt, and return their paths.
 
     ``SyncBatchNorm.convert_sync_batchnorm`` builds a new stock layer and moves the children of the old one to it: the
-    gates are still there, but nobody asks them. Call this after such a conversion.
+    gates are still registered, but the stock forward does not use them. Call this after such a conversion.
     """
     check_module(model, 'rebind')
     paths = orphans(model)
@@ -48,7 +48,7 @@ def rebind(model: nn.Module) -> list[str]:
 
 
 def orphans(model: nn.Module) -> list[str]:
-    """Paths of stock layers that carry gates which nobody asks (see `rebind`)."""
+    """Paths of stock layers with gates that their forward does not use, see `rebind`."""
     return [
         path
         for path, layer in model.named_modules()

@@ -100,7 +100,7 @@ def folder_path(folder: Any, function: str) -> Path:
 
 
 def read_spec(folder: Path) -> dict[str, Any]:
-    """Read and check what is said about the model of a folder.
+    """Read and check the description of the model in a folder.
 
     Raises:
         CheckpointError: it is not there, or not as `asr_downstream.plugging.save` writes it.

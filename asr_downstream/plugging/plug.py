@@ -116,7 +116,7 @@ def spec_list(spec: Any) -> list[dict[str, Any]]:
 
 
 def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
-    """Sites of one plug. Frozen ones are left out, with a warning, where the user has not named them one by one."""
+    """Sites of one plug. Frozen ones are skipped, with a warning, unless ``sites`` is a list that names them."""
     sites = find_sites(model, item.sites)
     if not any(p.requires_grad for p in model.parameters()):
         return sites  # everything is frozen: the gates alone are to be trained
@@ -145,7 +145,7 @@ def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
 
 
 def check_layer(model: nn.Module, site: Site) -> None:
-    """Refuse a layer that has no place for gates, or has gates already."""
+    """Refuse a layer that has gates already, or no weight that gates can be folded into."""
     layer = site.layer
     if isinstance(layer, Plugged):
         raise PlugError(

@@ -1,4 +1,4 @@
-"""Plugs: how an attention meets its sites. A plug builds the gates of its sites; `plugging` attaches them.
+"""Plugs: which gates an attention gives the sites of a model. A plug builds them; `plug` attaches them.
 
 Attention    an attention of its own at every site, on the feature map
 DIA          one attention for the sites of a stage, on the feature map; a recurrent one carries a state along them
@@ -37,7 +37,7 @@ class Plug:
     Args:
         attention: spec of the attention, ``dict(type='SE', reduction=16)``.
         sites: see `asr_downstream.plugging.sites.find_sites`.
-        skip: patterns of sites to leave out; a recurrent state passes them by.
+        skip: patterns of sites to leave out; a recurrent state goes from the site before to the one after.
         preserve: divide the gates by what they were at the start, so that a plugged model computes what the model
             computed before.
 
@@ -85,7 +85,7 @@ class Plug:
         """Leave out the sites that ``skip`` names.
 
         Raises:
-            PlugError: a pattern matches nothing, or everything is left out.
+            PlugError: a pattern matches nothing, or all sites are left out.
         """
         for pattern in self.skip:
             if not any(fnmatchcase(site.path, pattern) for site in sites):
@@ -259,10 +259,12 @@ class Attention(Plug):
     """
 
     def select(self, sites: list[Site]) -> list[Site]:
-        """Leave out what ``skip`` names, and layers that see windows of an image where an attention wants the image.
+        """Leave out the sites that ``skip`` names, and those that see windows of an image as samples of their own.
+
+        An attention without an input may have the latter: its gates are the same for every window.
 
         Raises:
-            PlugError: such a layer was named, or nothing is left.
+            PlugError: ``sites`` names such a layer, or all sites are left out.
         """
         kept = super().select(sites)
         windows = [site.path for site in kept if site.windows] if self.uses_input else []

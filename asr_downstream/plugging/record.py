@@ -1,4 +1,4 @@
-"""What gates and states are on real data: recorded in the forwards of a plugged model."""
+"""`record`: the gates and states of a plugged model in its forwards, on real data."""
 
 from __future__ import annotations
 

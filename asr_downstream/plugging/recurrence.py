@@ -68,7 +68,7 @@ class Slot:
 
     def __init__(self, name: str = '') -> None:
         self.name = name
-        self.local = threading.local()  # held, not inherited: torch.compile loses what it writes into a subclass
+        self.local = threading.local()  # no base class: torch.compile loses what it writes into a subclass of it
         self.watchers: tuple[Callable[[Place, Any], None], ...] = ()
 
     @property

@@ -67,7 +67,7 @@ LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
 
 @dataclass(frozen=True)
 class Attached:
-    """One plug of a model, as it would have to be said to plug it again.
+    """One plug of a model, as a spec that plugs a fresh model in the same way.
 
     Attributes:
         spec: with the paths of the sites in the place of patterns, which may mean others in a fresh model.
@@ -85,7 +85,7 @@ def attached(spec: dict[str, Any], paths: list[str], constant: bool) -> Attached
 
 
 def keep_dynamic(model: nn.Module, left: set[str]) -> None:
-    """Record that constant gates are folded, and input-dependent ones are left at these paths only, in place."""
+    """Reduce the records of plugs, in place, to input-dependent gates at these paths; the constant ones are folded."""
     for path, module in model.named_modules():
         if PLUGS in vars(module):
             prefix = f'{path}.' if path else ''
@@ -138,7 +138,7 @@ def watch(model: nn.Module) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Drop what plugging has left on a module; without LSTMs it gets its library's ``save_pretrained`` back."""
+    """Remove the attributes that `plug` has set on a module; without LSTMs also the `SavePretrained` of this module."""
     for name in ('plug_spec', PLUGS):
         module.__dict__.pop(name, None)
     if getattr(module, REPLACED, None) is None and isinstance(module.__dict__.get('save_pretrained'), SavePretrained):
@@ -202,14 +202,14 @@ def for_json(value: Any, place: str, as_text: dict[str, str]) -> Any:
 
 
 def records(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """What plugging or replacing has left on a model and its parts: path -> value."""
+    """Values of an attribute that `plug` or `far.replace` has set on a model and its parts: path -> value."""
     for path, module in model.named_modules():
         if found := vars(module).get(name):
             yield path, found
 
 
 def order(model: nn.Module) -> Iterator[tuple[str, str]]:
-    """Which of plugging and replacing a model has seen, the first one first."""
+    """Whether a model was plugged, replaced or both, in the order in which that was done."""
     names = {PLUGS: 'plug', REPLACED: 'replace'}
     yield from ((key, names[key]) for key, value in vars(model).items() if key in names and value)
 
@@ -258,7 +258,7 @@ def remove_stock_weights(folder: Path, library: str | None) -> None:
 
 
 def advice(model: nn.Module, folder: Path, push: bool, as_text: Mapping[str, str]) -> str:
-    """What to say when a model was saved."""
+    """Text of the warning when a model was saved."""
     library = library_of(model) or 'its library'
     has = [what for what, name in (('gates', PLUGS), ('LSTMs', REPLACED)) if any(True for _ in records(model, name))]
     ways = f'to load it as it is: asr_downstream.load_plugged({str(folder)!r})'
@@ -274,5 +274,5 @@ def advice(model: nn.Module, folder: Path, push: bool, as_text: Mapping[str, str
 
 
 def unwritable(as_text: Mapping[str, str]) -> str:
-    """What to say of the values that are in the spec as texts only."""
+    """Text about the values that are in the spec as texts only."""
     return f'its spec has values that JSON cannot hold ({", ".join(f"{k}: {v}" for k, v in as_text.items())})'

@@ -44,13 +44,13 @@ class SharedUnit(nn.Module):
 
 
 def release(model: nn.Module, inputs: Any, output: Any) -> None:
-    """Forward hook of a plugged root: drop the states that an exception has left, and the graph that they hold."""
+    """Forward hook of a plugged root: drop states that remain after an exception, and with them their graph."""
     for unit in getattr(model, SHARED).values():
         unit.slot.left = None
 
 
 def check_free(model: nn.Module) -> None:
-    """Refuse a model that has something else where the units go.
+    """Refuse a model that has another attribute of the name under which units are registered.
 
     Raises:
         PlugError: it does.

@@ -1,7 +1,7 @@
 """Sites: which layers a spec means. Data, not code: `SITES` maps a block class to the layer that ends its branch.
 
 The blocks of MMDetection, diffusers and this package's own networks are data of their adapters, named in
-`asr_downstream.registry.FRAMEWORKS`; those of a user are said with `register_site`, and win.
+`asr_downstream.registry.FRAMEWORKS`; those of a user are said with `register_site`, and win over those of an adapter.
 
 A site may be any layer of the fold table (`asr_downstream.plugging.layers.LAYERS`): scaling the output of an affine
 layer is always the same as scaling its parameters, whatever comes after it. What is *not* a site: a block's output
@@ -34,8 +34,9 @@ class Branch:
 
     Attributes:
         ends: attribute paths of the layer inside the block; the first that is there and can be folded counts.
-        shortcut: attribute that says whether a block has a shortcut, and so a residual branch; '' if every one has.
-        part: the block is one of several branches of a larger block, which is the element of the stage.
+        shortcut: attribute that is true if a block has a shortcut, and so a residual branch; '' if every block has.
+        part: the block is one branch of a larger block (attention and MLP of a transformer layer); the larger block is
+            what a stage consists of.
         windows: the layer sees windows of an image as samples of their own: gates of one image make no sense there.
         note: for the documentation.
     """
@@ -53,7 +54,7 @@ SITES: dict[str, Branch] = {}
 READ: set[str] = set()  # modules of `asr_downstream.registry.FRAMEWORKS` whose entries are in SITES
 
 
-# What no site can be, and why; kept beside `SITES` so that the documentation shows both.
+# Layers that cannot be sites, and why: the second table of the documentation.
 NOT_SITES: dict[str, str] = {
     'the output of a block, with its shortcut added': 'no weight of the branch scales the shortcut',
     'the result of SiLU, GELU or softmax': 'they are not homogeneous: f(v z) is not v f(z)',
@@ -84,7 +85,7 @@ class Site:
 
     @property
     def stage(self) -> str:
-        """Path of what holds the block: the sites of one width in it, one after another, are a stage."""
+        """Path of the parent of the block: the sites of one width in it, one after another, are a stage."""
         return self.block.rpartition('.')[0]
 
     @property
@@ -118,7 +119,7 @@ def sites_table() -> str:
 
 
 def remark(branch: Branch) -> str:
-    """Say what is special about a branch."""
+    """Text of the last column of `sites_table`."""
     found = [branch.note] if branch.note else []
     if branch.shortcut:
         found.append(f'where `{branch.shortcut}`')
@@ -312,7 +313,7 @@ def in_windows(model: nn.Module, path: str) -> bool:
 
 
 def parents_of(path: str) -> list[str]:
-    """Paths of what a layer lies in, the model itself first."""
+    """Paths of the modules around a layer, from the model itself (``''``) inwards."""
     parts = path.split('.')
     return ['.'.join(parts[:depth]) for depth in range(len(parts))]
 

@@ -25,7 +25,7 @@ def check_weights_finite(state: Mapping[str, Tensor], path: Path, model: nn.Modu
     Args:
         state: names and tensors, of any type.
         path: file they were read from, for the message.
-        model: what they are of, to tell masks from weights; see `not_finite`.
+        model: whose weights they are, to tell masks from weights; see `not_finite`.
 
     Raises:
         CheckpointError: some are not finite; with their names.
@@ -42,8 +42,8 @@ def not_finite(state: Mapping[str, Tensor], model: nn.Module | None = None) -> l
 
     Args:
         state: names and tensors.
-        model: what they are of: infinities in its buffers, such as causal masks, are meant. Statistics of norms and
-            what belongs to gates are no masks, and NaN is none.
+        model: whose weights they are: infinities in its buffers, such as causal masks, are allowed. NaN is not, nor
+            infinities in the statistics of norms and in gates.
     """
     broken = [name for name, value in state.items() if not is_finite(value)]
     if not broken or model is None:

@@ -61,7 +61,7 @@ class Norm(NamedTuple):
 
 
 class Link:
-    """Of one forward: its statistics, and what `Affine` leaves in a backward pass for `Descriptor`.
+    """The statistics of one forward, and the gradients that `Affine` hands to `Descriptor` in a backward pass.
 
     Attributes:
         norm: what the map is normalised with.
@@ -77,7 +77,7 @@ class Link:
         self.sent: tuple[int, tuple[Tensor, ...]] | None = None
 
     def send(self, *tensors: Tensor) -> None:
-        """Leave tensors for the same pass."""
+        """Keep tensors for `take` in the same backward pass."""
         self.sent = torch._C._current_graph_task_id(), tensors
 
     def take(self) -> tuple[Tensor, ...] | None:
@@ -221,7 +221,7 @@ class Descriptor(torch.autograd.Function):
 
 
 class Affine(torch.autograd.Function):
-    """The gated map z. The gradient of x is left to `Descriptor`, which comes later: ``descriptor`` leads there."""
+    """The gated map z. `Descriptor` computes the gradient of x, since its backward runs after that of this one."""
 
     @staticmethod
     def forward(
