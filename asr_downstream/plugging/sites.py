@@ -1,7 +1,7 @@
 """Sites: which layers a spec means. Data, not code: `SITES` maps a block class to the layer that ends its branch.
 
 The blocks of MMDetection, diffusers and this package's own networks are data of their adapters, named in
-`asr_downstream.registry.FRAMEWORKS`; those of a user are said with `register_site`, and win over those of an adapter.
+`asr_downstream.registry.FRAMEWORKS`; a user adds blocks with `register_site`, which win over those of an adapter.
 
 A site may be any layer of the fold table (`asr_downstream.plugging.layers.LAYERS`): scaling the output of an affine
 layer is always the same as scaling its parameters, whatever comes after it. What is *not* a site: a block's output
@@ -48,8 +48,8 @@ class Branch:
     note: str = ''
 
 
-# Qualified name of a block class -> how its residual branch ends; subclasses of a block inherit its entry. Holds what
-# `register_site` has said; the entries of an adapter are added when a class of its framework is first met.
+# Qualified name of a block class -> how its residual branch ends; subclasses of a block inherit its entry. Holds the
+# entries of `register_site`; those of an adapter are added when a class of its framework is first met.
 SITES: dict[str, Branch] = {}
 READ: set[str] = set()  # modules of `asr_downstream.registry.FRAMEWORKS` whose entries are in SITES
 
