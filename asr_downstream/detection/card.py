@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub import EvalResult
 from mmengine.config import Config
 
-from asr_downstream.detection.data.coco import annotation_files
+from asr_downstream.detection.data.coco import named_sets
 from asr_downstream.detection.evaluation.results import results_of
 from asr_downstream.files.card import card_text
 
@@ -47,7 +47,7 @@ def detector_card(
     classes = (meta.get('dataset_meta') or {}).get('classes') or ()
     results = results_of(tested, report) if tested else []
     rows = {
-        'annotations': ', '.join(f'`{name}`' for name in annotation_files(config, 'train_dataloader')),
+        'annotations': ', '.join(f'`{name}`' for name in named_sets(config, 'train_dataloader')),
         'classes': f'{len(classes)}: {", ".join(map(str, classes))}' if classes else '',
         'epochs': str(meta.get('epoch', '')),
         'start of the backbone': f'`{start}`' if (start := start_of(config)) else '',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -237,6 +238,17 @@ def test_results_of_seeds_are_gathered(tmp_path: Path, tool: Tool) -> None:
     assert [r['seed'] for r in records] == [0, 1, 2]
     assert records[0]['loss'] == [2.0, 1.0]
     assert 'latency_ms' not in records[0]['trained']
+    empty = [tmp_path / name for name in ('none', 'nothing')]
+    done = tool('results_det', *runs, empty[0], '--out', tmp_path / 'again.jsonl')
+    assert done.returncode == 1
+    assert row in done.stdout
+    assert (tmp_path / 'again.jsonl').read_text() == (tmp_path / 'results.jsonl').read_text()
+    assert re.fullmatch(rf'error: {empty[0]}: is no run of .*\n', done.stderr)
+    done = tool('results_det', empty[0], *runs, empty[1])
+    assert (done.returncode, done.stderr.count('\n')) == (1, 3)
+    assert row in done.stdout
+    assert all(f'left out: {run}: is no run' in done.stderr for run in empty)
+    assert 'error: 2 of 5 runs are left out, see above' in done.stderr
     (tmp_path / '1' / 'last_checkpoint').write_text(str(tmp_path / '1' / 'epoch_1.pth'))
     with pytest.raises(DataError, match=r'test.json is about .*epoch_2.pth, but the last checkpoint is epoch_1.pth'):
         read_run(tmp_path / '1')

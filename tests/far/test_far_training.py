@@ -112,6 +112,13 @@ def test_a_family_is_pruned_and_evaluated(run: Path) -> None:
         load_far(out / 'shipped' / name)
 
 
+def test_a_config_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
+    config = load_config(write_config(tmp_path, replace=dict(type='FAR', layers=[99])))
+    with pytest.raises(PlugError, match='99'):
+        run_stages(config, tmp_path / 'out')
+    assert not (tmp_path / 'out').exists()
+
+
 def test_resume_gives_the_same_weights_and_passes_over_finished_stages(run: Path, tmp_path: Path) -> None:
     out = tmp_path / 'out'
     shutil.copytree(run / 'out', out, ignore=shutil.ignore_patterns('finetune', 'sparse', 'FAR-*', 'shipped'))

@@ -11,10 +11,12 @@ Numbers are those of the last epoch. A run that is not complete, or was tested a
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from asr_downstream.console import cli
+from asr_downstream.errors import DataError
 
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
@@ -29,7 +31,18 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     if args.out:
         check_could_write(args.out.parent)
-    records = [read_run(run) for run in args.runs]
-    print(markdown(records))
-    if args.out:
-        write_jsonl(args.out, records)
+    records, left_out = [], []
+    for run in args.runs:
+        try:
+            records.append(read_run(run))
+        except DataError as error:
+            left_out.append(str(error))
+    if records:
+        print(markdown(records))
+        if args.out:
+            write_jsonl(args.out, records)
+    if len(left_out) == 1:
+        raise DataError(left_out[0])
+    if left_out:
+        print(*(names(f'left out: {line}') for line in left_out), sep='\n', file=sys.stderr)
+        raise DataError(f'{len(left_out)} of {len(args.runs)} runs are left out, see above')

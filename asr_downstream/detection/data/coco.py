@@ -26,13 +26,13 @@ from asr_downstream.files.atomic import cannot_write, writable_folder
 
 __all__ = [
     'Split',
-    'annotation_files',
     'check_annotations',
     'check_datasets',
     'check_tree',
     'evaluators',
     'examine_set',
     'leaves',
+    'named_sets',
     'path_of',
     'read_annotations',
     'summary',
@@ -81,7 +81,7 @@ def path_of(leaf: Any) -> Split:
     return Split(root / leaf.get('ann_file', ''), root / (leaf.get('data_prefix') or {}).get('img', ''))
 
 
-def annotation_files(config: Config, loader: str) -> list[str]:
+def named_sets(config: Config, loader: str) -> list[str]:
     """Annotation files of a loader, from the folder of the data set on: ``['bccd/annotations/train.json']``.
 
     No folder of a machine is in them: of a file that lies elsewhere, it is the name alone.
@@ -98,8 +98,13 @@ def annotation_files(config: Config, loader: str) -> list[str]:
     return found
 
 
-def read_annotations(path: Path) -> dict[str, Any]:
+def read_annotations(path: Path, annotated: bool = True) -> dict[str, Any]:
     """Read a COCO detection file.
+
+    Args:
+        path: the file.
+        annotated: whether annotations are needed. If not, a file of a test set, ``image_info_test.json``, will do: it
+            has images and categories, and is given an empty list of annotations.
 
     Raises:
         DataError: it is missing, not JSON, or not COCO detection annotations.
@@ -114,6 +119,14 @@ def read_annotations(path: Path) -> dict[str, Any]:
         raise DataError(f'{path}: is not JSON in UTF-8 ({error}); give a COCO detection file') from error
     except RecursionError as error:
         raise DataError(f'{path}: is not JSON (nested too deeply); give a COCO detection file') from error
+    if isinstance(content, dict) and 'annotations' not in content and {'images', 'categories'} <= content.keys():
+        if annotated:
+            raise DataError(
+                f'{path}: has images and no annotations, as files of test sets: nothing can be trained on it or scored '
+                f'with it; give another one, or have the detections written: test_evaluator.format_only=True '
+                f'test_evaluator.outfile_prefix=found'
+            )
+        content['annotations'] = []
     missing = [k for k in FIELDS if not isinstance(content, dict) or not isinstance(content.get(k), list)]
     if missing:
         raise DataError(
@@ -136,7 +149,13 @@ def read_annotations(path: Path) -> dict[str, Any]:
 
 
 def examine_set(
-    path: Path, images: Path, most: int | None = None, turn: bool = True, scored: bool = False, masks: bool = False
+    path: Path,
+    images: Path,
+    most: int | None = None,
+    turn: bool = True,
+    scored: bool = False,
+    masks: bool = False,
+    annotated: bool = True,
 ) -> tuple[dict[str, Any], list[Finding]]:
     """Read a COCO file and find everything that is wrong with it and with its images.
 
@@ -147,11 +166,12 @@ def examine_set(
         turn: whether images are turned as EXIF says when they are read.
         scored: whether COCO scores are computed with it.
         masks: whether its masks are used.
+        annotated: whether annotations are needed.
 
     Raises:
         DataError: it cannot be read as such a file.
     """
-    content = read_annotations(path)
+    content = read_annotations(path, annotated)
     entries = [image for image in content['images'] if isinstance(image['file_name'], str)]
     absent = set(missing_files([entry['file_name'] for entry in entries], images))
     lost = [entry['file_name'] for entry in entries if entry['file_name'] in absent]
@@ -174,6 +194,7 @@ def check_annotations(
     turn: bool = True,
     scored: bool = False,
     masks: bool = False,
+    annotated: bool = True,
 ) -> str:
     """Check that a COCO file is sound, that its images are there, and that it has the classes of the config.
 
@@ -187,6 +208,7 @@ def check_annotations(
         turn: whether images are turned as EXIF says when they are read.
         scored: whether COCO scores are computed with it.
         masks: whether its masks are used.
+        annotated: whether annotations are needed.
 
     Returns:
         One line: pictures, boxes, classes.
@@ -194,7 +216,7 @@ def check_annotations(
     Raises:
         DataError: with what is wrong or missing, where, and how much of it.
     """
-    content, findings = examine_set(path, images, most, turn, scored, masks)
+    content, findings = examine_set(path, images, most, turn, scored, masks, annotated)
     if wrong := [finding.text for finding in findings if finding.wrong]:
         where = '' if wrong[0].startswith(str(images)) else f'{path}: '
         raise DataError(
@@ -242,6 +264,7 @@ def check_datasets(config: Config, *loaders: str) -> None:
                     turn=turns(dataset),
                     scored=any(map(is_coco_score, evaluators(config, loader))),
                     masks=uses_masks(config, loader, dataset),
+                    annotated=loader == 'train_dataloader' or any(map(scores, evaluators(config, loader))),
                 )
         for evaluator in evaluators(config, loader):
             truth = evaluator.get('ann_file')
@@ -252,6 +275,11 @@ def check_datasets(config: Config, *loaders: str) -> None:
 def is_coco_score(metric: Any) -> bool:
     """Whether a metric's config gives an annotation file to pycocotools."""
     return 'CocoMetric' in str(metric.get('type')) and bool(metric.get('ann_file')) and not metric.get('format_only')
+
+
+def scores(metric: Any) -> bool:
+    """Whether a metric's config compares detections with annotations; else it only writes them."""
+    return not metric.get('format_only')
 
 
 def uses_masks(config: Config, loader: str, dataset: Any) -> bool:

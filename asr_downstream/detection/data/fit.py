@@ -119,11 +119,11 @@ def classes_of(files: dict[str, Split]) -> tuple[str, ...]:
         DataError: the splits differ in it.
     """
     smaller = files.get('val_dataloader') or files.get('test_dataloader') or next(iter(files.values()))
-    classes = tuple(c['name'] for c in read_annotations(smaller.annotations)['categories'])
+    classes = tuple(c['name'] for c in read_annotations(smaller.annotations, annotated=False)['categories'])
     train = files.get('train_dataloader')
     if train is None or classes == COCO_CLASSES or not train.annotations.is_file():
         return classes
-    trained = tuple(c['name'] for c in read_annotations(train.annotations)['categories'])
+    trained = tuple(c['name'] for c in read_annotations(train.annotations, annotated=False)['categories'])
     if trained != classes:
         raise DataError(
             f'{train.annotations} has the categories {some(list(trained))}, {smaller.annotations} has '
@@ -208,7 +208,7 @@ def probes(annotations: Path) -> list[str]:
     Raises:
         DataError: it has none.
     """
-    names = [image['file_name'] for image in read_annotations(annotations)['images']]
+    names = [image['file_name'] for image in read_annotations(annotations, annotated=False)['images']]
     if not names:
         raise DataError(f'{annotations}: has no images')
     if odd := [name for name in names if not isinstance(name, str)]:

@@ -143,6 +143,8 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
 def annotated(dataset: Any, images: Collection[Any]) -> dict[Any, Detections]:
     """Boxes that a data set of MMDetection has for the images of these ids, as detections of score 1."""
     found: dict[Any, Detections] = {}
+    if hasattr(dataset, 'coco') and not dataset.coco.anns:  # a test set
+        return found
     for index in range(len(dataset)) if hasattr(dataset, 'get_data_info') else ():
         if len(found) == len(images):
             break
@@ -155,12 +157,16 @@ def annotated(dataset: Any, images: Collection[Any]) -> dict[Any, Detections]:
 
 
 def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
-    """Score what an evaluator has gathered; ``fast`` counts for COCO metrics only.
+    """Score what an evaluator has gathered; ``fast`` counts for COCO metrics only, and ``format_only`` gives no scores.
 
     Raises:
         DataError: the evaluator asks for something that the model does not find.
     """
     metric: Any = evaluator.metrics[0]
+    if getattr(metric, 'format_only', False):  # its detections are written and not scored
+        with redirect_stdout(io.StringIO()):
+            evaluator.evaluate(images)
+        return Scores({}, {})
     if not is_coco(evaluator):
         with redirect_stdout(io.StringIO()):
             found = evaluator.evaluate(images)

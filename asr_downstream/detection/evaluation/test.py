@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from asr_downstream.console.text import render
-from asr_downstream.detection.data.coco import annotation_files, check_datasets
+from asr_downstream.detection.data.coco import check_datasets, named_sets
 from asr_downstream.detection.evaluation.augmented import augmented
 from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
 from asr_downstream.detection.evaluation.compare import compare
@@ -117,7 +117,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         'config': str(config.filename),
         'checkpoint': str(checkpoint),
         'sha256': sha256(checkpoint),
-        'data': annotation_files(config, 'test_dataloader'),
+        'data': named_sets(config, 'test_dataloader'),
         'scored_with': 'faster-coco-eval' if plan.fast else 'pycocotools',
     }
     write_json(out, {**content, **provenance, 'versions': versions()})

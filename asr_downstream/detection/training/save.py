@@ -12,9 +12,10 @@ from typing import Any
 
 from mmengine import hooks as engine
 from mmengine.dist import is_main_process
-from mmengine.fileio import LocalBackend, register_backend
-from mmengine.hooks import Hook
+from mmengine.fileio import FileClient, LocalBackend, register_backend
+from mmengine.hooks import Hook, checkpoint_hook
 from mmengine.runner import Runner
+from mmengine.runner import checkpoint as runner_checkpoint
 
 from asr_downstream.console.text import some
 from asr_downstream.detection.training.checkpoints import note_last, problem
@@ -60,6 +61,21 @@ class Later:
         self.noted.append(path)
 
     rmtree = remove
+
+
+class WantedClient(FileClient):
+    """MMEngine's deprecated `FileClient`, only where ``file_client_args`` asks for one.
+
+    MMEngine makes one for every checkpoint, which warns that it is deprecated, and then uses the file backend.
+    """
+
+    @classmethod
+    def infer_client(cls, file_client_args: dict[str, Any] | None = None, uri: Any = None) -> Any:
+        """Make the client that the arguments describe; None without arguments."""
+        return None if file_client_args is None else FileClient.infer_client(file_client_args, uri)
+
+
+checkpoint_hook.FileClient = runner_checkpoint.FileClient = WantedClient
 
 
 @HOOKS.register_module()

@@ -9,10 +9,11 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config
 from torch import nn
 
-from asr_downstream.engine.loop import check_folder, train
+from asr_downstream.engine.loop import check_folder, check_is_new, train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
 from asr_downstream.errors import CheckpointError
@@ -21,7 +22,7 @@ from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.model.describe import describe
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.configs import plain
-from asr_downstream.files.locks import occupied
+from asr_downstream.files.locks import check_free, occupied
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
 from asr_downstream.measure import cost
 from asr_downstream.plugging.weights import check_weights_finite, load_state
@@ -29,7 +30,7 @@ from asr_downstream.registry import TASKS, build, find
 
 __all__ = [
     'build_task', 'finished', 'is_finished', 'load_student', 'load_teacher', 'load_weights',
-    'of_this_launch', 'plan', 'replaced', 'run_stages', 'say_once', 'students', 'train_stage', 'world',
+    'of_this_launch', 'plan', 'replaced', 'run_stages', 'say_once', 'students', 'world',
 ]  # fmt: skip
 
 
@@ -64,6 +65,17 @@ def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[s
         AsrError: something does not fit, or a stage was trained before and ``resume`` is not set.
     """
     names = [stage['name'] for stage in config.stages]
+    tasks = {}
+    if not resume:
+        if not int(os.environ.get('RANK', '0')):
+            check_free(out)
+        for name in names:
+            check_is_new(out / name, None)
+        # what does not fit is refused before anything is written, and before a teacher is trained
+        tasks[names[0]] = stage_task(config, names[0], out)
+        if names[0] not in students(config) and students(config):
+            with torch.random.fork_rng():
+                replaced(config, tasks[names[0]].model)
     with of_this_launch(out):
         if not resume:
             for name in names:
@@ -74,7 +86,9 @@ def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[s
                 continue
             settings = stage_config(config, name)
             say(f'stage {number}/{len(names)}, {name}: {settings.learns} learn')
-            train_stage(config, name, out, 'latest' if resume and checkpoints.checkpoints_in(out / name) else None)
+            task = tasks.pop(name, None) or stage_task(config, name, out)
+            latest = 'latest' if resume and checkpoints.checkpoints_in(out / name) else None
+            train(task, task.config, out / name, latest)
     return out / names[-1]
 
 
@@ -89,18 +103,8 @@ def of_this_launch(out: Path) -> Iterator[None]:
         yield
 
 
-def train_stage(config: Config, name: str, out: Path, resume: str | None = None) -> Path:
-    """Train one stage; those before it are finished.
-
-    Returns:
-        Its last checkpoint.
-    """
-    task = stage_task(config, name, out)
-    return train(task, task.config, out / name, resume)
-
-
 def stage_task(config: Config, name: str, out: Path) -> Any:
-    """Build the task of a stage, with the weights that the stages before it left."""
+    """Build the task of a stage, with the weights of the stages before it, which are finished."""
     settings = stage_config(config, name)
     if settings.learns == 'teacher':
         task = build_task(settings)

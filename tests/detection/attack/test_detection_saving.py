@@ -114,6 +114,14 @@ class Watch:
         monkeypatch.setattr('os.replace', watched)
 
 
+def test_a_training_warns_of_nothing_that_it_does_not_do(
+    digits: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(tiny(digits, log_level='WARNING', **ONE), tmp_path)
+    text = ''.join(capfd.readouterr()) + ''.join(path.read_text() for path in tmp_path.rglob('*.log'))
+    assert 'WARNING' not in text
+
+
 def test_the_old_one_goes_only_after_the_new_one_is_whole(
     digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,12 +24,13 @@ from mmengine.config import Config
 
 from asr_downstream.detection import export as shipping
 from asr_downstream.detection.config import load_config
+from asr_downstream.detection.data.coco import check_annotations, check_datasets
 from asr_downstream.detection.data.digits import make_digits
 from asr_downstream.detection.evaluation import compare as comparing
 from asr_downstream.detection.evaluation import test as testing
 from asr_downstream.detection.evaluation.results import results_of
 from asr_downstream.detection.models.detectors import build_detector, load_detector
-from asr_downstream.errors import AsrError, CheckpointError, FoldError
+from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError
 
 FOLDER = ROOT / 'det_configs/digits'
 PLUGGED, STOCK, DIA = (FOLDER / f'retinanet_r18-w16{name}_fpn_digits.py' for name in ('-asr-se', '', '-dia'))
@@ -138,6 +139,33 @@ def test_what_was_tested_is_on_the_card_for_machines(made: dict[Path, Path], tmp
         assert shipped().data.eval_results is None
     written.write_text('of something else')
     assert shipped().data.eval_results is None
+
+
+@pytest.mark.parametrize('folding', [None, 'exact'])
+def test_a_set_without_annotations_is_for_predictions_and_pictures(
+    made: dict[Path, Path], tmp_path: Path, folding: str | None
+) -> None:
+    root = tiny_set(tmp_path / 'set', lambda content: content.pop('annotations'), 'val', TEN)
+    options = {'test_dataloader.num_workers': 0, 'test_dataloader.persistent_workers': False}
+    for loader in ('train', 'val', 'test'):
+        if loader == 'train':
+            check_datasets(load_config(PLUGGED, root, options), 'train_dataloader')
+            continue
+        with pytest.raises(DataError, match=r'val\.json: has images and no annotations, .*format_only=True'):
+            check_datasets(load_config(PLUGGED, root, options), f'{loader}_dataloader')
+    options |= {'test_evaluator.format_only': True, 'test_evaluator.outfile_prefix': str(tmp_path / 'found')}
+    plan = testing.TestPlan(folding=folding, show_dir=tmp_path / 'pictures')
+    said = testing.evaluate_checkpoint(load_config(PLUGGED, root, options), made[PLUGGED], tmp_path / 'x.json', plan)
+    assert '3 pictures' in said
+    assert sorted(path.name for path in (tmp_path / 'pictures').iterdir()) == ['val1.png', 'val2.png', 'val3.png']
+    detections = json.loads((tmp_path / 'found.bbox.json').read_text())
+    assert {row['image_id'] for row in detections} <= {1, 2, 3}
+    assert detections
+    tested = json.loads((tmp_path / 'x.json').read_text())
+    assert not {'AP', 'AP50'} & {*tested, *tested.get('folded', ())}
+    (root / 'annotations/val.json').rename(root / 'annotations/train.json')
+    with pytest.raises(DataError, match=r'train\.json: has images and no annotations'):
+        check_annotations(root / 'annotations/train.json', root / 'images')
 
 
 def test_a_calibrated_fold_has_only_its_own_results() -> None:
