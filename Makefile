@@ -9,10 +9,10 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 .PHONY: help setup demo test test-slow docs quality style clean
 help:
 	@echo "make demo       train, fold, compare: detectors, UNets and a ViT on embedded data (about 15 minutes after set-up)"
-	@echo "make test       lint, types and the fast tests"
+	@echo "make test       lint, types, layers and the fast tests"
 	@echo "make test-slow  the rest of the tests"
 	@echo "make docs       docs/ as a site, in work_dirs/site"
-	@echo "make quality    ruff and mypy; make style: let ruff rewrite"
+	@echo "make quality    ruff, mypy and the layers of imports; make style: let ruff rewrite"
 	@echo "make setup      only the environment, in $(VENV); make clean: remove it and what was produced"
 
 $(READY): pyproject.toml constraints.txt tools/setup_env.py
@@ -27,6 +27,7 @@ quality: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports --no-cache
 
 style: $(READY)
 	$(VENV)/bin/ruff check --fix .

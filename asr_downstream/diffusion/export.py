@@ -13,10 +13,10 @@ import torch
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
+from asr_downstream.diffusion.evaluation.fold import as_trained, compare, fold_run
 from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, read_results
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
-from asr_downstream.diffusion.folding import as_trained, compare, fold_run
 from asr_downstream.diffusion.models.conditions import Text
 from asr_downstream.diffusion.pipelines import folder_of, pipeline_of
 from asr_downstream.diffusion.runs import Run
@@ -46,7 +46,7 @@ def fold_and_ship(
     Args:
         run: loaded; with its data if ``calibrate`` is given.
         out: folder to write; one that this function has written before is replaced.
-        calibrate: see `asr_downstream.diffusion.folding.fold_run`.
+        calibrate: see `asr_downstream.diffusion.evaluation.fold.fold_run`.
         metadata: of the card.
 
     Returns:

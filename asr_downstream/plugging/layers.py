@@ -312,7 +312,7 @@ LAYERS: dict[type[nn.Module], type[Plugged]] = {
         PluggedConvTranspose2d,
         PluggedConvTranspose3d,
         PluggedLinear,
-    )
+    )  # fmt: skip
 }
 
 

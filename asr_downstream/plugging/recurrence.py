@@ -28,7 +28,7 @@ from asr_downstream.errors import AsrError
 
 __all__ = ['Left', 'Place', 'Slot', 'before', 'last', 'leave']
 
-TAG = 'asr_downstream.plugging.recurrence'
+TAG = 'asr_downstream: state of a shared unit'
 ORDER = itertools.count()
 
 

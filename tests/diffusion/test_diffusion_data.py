@@ -12,7 +12,7 @@ import torch
 from helpers.diffusion import write_images
 from PIL import Image
 
-from asr_downstream.diffusion.training.data import Samples
+from asr_downstream.diffusion.data import Samples
 from asr_downstream.engine.data.images import BadFiles, build_images
 from asr_downstream.engine.data.sampler import Draws
 from asr_downstream.errors import AsrError, DataError

@@ -22,9 +22,9 @@ from helpers.diffusion import (
 from asr_downstream.diffusion.evaluation.compare import compare_runs
 from asr_downstream.diffusion.evaluation.encoder import load_encoder, train_encoder
 from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
+from asr_downstream.diffusion.evaluation.fold import compare, fold_run
 from asr_downstream.diffusion.evaluation.metrics import Distances, build_extractor
 from asr_downstream.diffusion.evaluation.results import Result, read_results, save_results, tables
-from asr_downstream.diffusion.folding import compare, fold_run
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError

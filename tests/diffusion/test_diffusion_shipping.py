@@ -28,9 +28,9 @@ from safetensors.torch import load_file
 
 from asr_downstream import describe
 from asr_downstream.diffusion.evaluation.encoder import train_encoder
+from asr_downstream.diffusion.evaluation.fold import fold_run
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
-from asr_downstream.diffusion.folding import fold_run
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.data.sampler import mix

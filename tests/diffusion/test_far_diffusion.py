@@ -17,9 +17,9 @@ from helpers.diffusion import ASR, UNET, assert_same, conditional_arguments, con
 from mmengine.config import Config
 from safetensors.torch import load_file
 
+from asr_downstream.diffusion.evaluation.fold import compare, fold_run
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
-from asr_downstream.diffusion.folding import compare, fold_run
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train

@@ -300,7 +300,7 @@ def test_describe_states_the_rule_and_tune_measures(monkeypatch: pytest.MonkeyPa
 
 
 def test_training_moves_only_what_learns() -> None:
-    from asr_downstream.far.distil.trainable import learning
+    from asr_downstream.far.model.trainable import learning
 
     for learns, blocks in (('replacements', False), ('blocks', True)):
         model = vit()

@@ -23,13 +23,14 @@ from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.far.config import derived, load_config, stage_config, with_epochs
 from asr_downstream.far.distil.classification import Classification, split
-from asr_downstream.far.distil.loss import DISTANCES, Features, block_of, check_feature
+from asr_downstream.far.distil.loss import DISTANCES, Features, check_feature
 from asr_downstream.far.distil.stages import build_task, finished, load_student, load_teacher, run_stages
 from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.evaluation.evaluate import load_family
 from asr_downstream.far.evaluation.token_relations import attention_maps, mixer_maps, similarity
 from asr_downstream.far.export import load_far
 from asr_downstream.far.model.replace import find_attentions, replace
+from asr_downstream.far.model.trainable import block_of
 from asr_downstream.registry import TASKS, build
 
 

@@ -18,9 +18,9 @@ from asr_downstream.detection.config import load_config
 from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.distil.loss import Distance, check_feature
-from asr_downstream.far.distil.trainable import STUDENTS, keep_statistics, learning
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.replace import Place, find_attentions
+from asr_downstream.far.model.trainable import STUDENTS, keep_statistics, learning
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.plug import own_random_stream
 

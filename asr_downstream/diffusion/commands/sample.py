@@ -30,9 +30,9 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     import torch
 
+    from asr_downstream.diffusion.evaluation.fold import fold_run
     from asr_downstream.diffusion.evaluation.pictures import save_grid, save_images
     from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
-    from asr_downstream.diffusion.folding import fold_run
     from asr_downstream.diffusion.runs import load_run
     from asr_downstream.files.atomic import check_writable
 

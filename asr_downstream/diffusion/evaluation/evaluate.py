@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from asr_downstream.diffusion.evaluation.encoder import FILE as ENCODER_FILE
 from asr_downstream.diffusion.evaluation.encoder import train_encoder
+from asr_downstream.diffusion.evaluation.fold import fold_run
 from asr_downstream.diffusion.evaluation.metrics import (
     KID_SUBSETS,
     Distances,
@@ -28,7 +29,6 @@ from asr_downstream.diffusion.evaluation.metrics import (
 from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, save_results, set_aside_damaged
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, check_can_sample, generate
-from asr_downstream.diffusion.folding import fold_run
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.engine.data.images import Images

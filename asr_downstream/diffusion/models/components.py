@@ -10,11 +10,11 @@ import torch
 from mmengine.config import Config
 from torch import Tensor
 
+from asr_downstream.diffusion.data import Samples
 from asr_downstream.diffusion.defaults import DEFAULT_SCHEDULE
 from asr_downstream.diffusion.models.build import build_model, build_scheduler, sample_shape
 from asr_downstream.diffusion.models.conditions import Condition, build_condition
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole, noise_schedule
-from asr_downstream.diffusion.training.data import Samples
 from asr_downstream.engine.data.images import Images, build_images
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError

@@ -10,11 +10,11 @@ from mmengine.config import Config
 from torch import Tensor, nn
 
 from asr_downstream.diffusion.config import SCHEMA
+from asr_downstream.diffusion.data import Samples
 from asr_downstream.diffusion.evaluation.pictures import grid, save_grid
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.models.pretrained import same_schedule
-from asr_downstream.diffusion.training.data import Samples
 from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.task import Task

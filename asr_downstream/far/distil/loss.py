@@ -15,10 +15,11 @@ from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.attentions import has
 from asr_downstream.far.model.lstm import VARIANTS
 from asr_downstream.far.model.replace import Place
+from asr_downstream.far.model.trainable import block_of
 from asr_downstream.files.configs import plain
 from asr_downstream.registry import Registry, build
 
-__all__ = ['DISTANCES', 'FEATURES', 'Distance', 'Features', 'block_of', 'check_feature']
+__all__ = ['DISTANCES', 'FEATURES', 'Distance', 'Features', 'check_feature']
 
 Output = TypeVar('Output')
 DISTANCES = Registry('distance')
@@ -124,16 +125,6 @@ class Distance:
         with Features(student, places, self.feature) as own:
             output = learn()
         return output, {p.path: self.distance(own.found[p.path], wanted.found[p.path]) for p in places}
-
-
-def block_of(model: nn.Module, path: str) -> str:
-    """Path of the block an attention is in: the module around it that is no list; the attention itself if in a list."""
-    parent = path.rpartition('.')[0]
-    module = model.get_submodule(parent)
-    if isinstance(module, nn.ModuleList | nn.Sequential) or not parent:
-        return path
-    wrapper = type(module).__name__ == 'MultiheadAttention'  # of mmcv, around that of torch
-    return block_of(model, parent) if wrapper else parent
 
 
 def check_feature(feature: str, variant: str, places: Sequence[Place]) -> None:

@@ -18,8 +18,8 @@ from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError
 from asr_downstream.far.distil.loss import Distance, check_feature
-from asr_downstream.far.distil.trainable import keep_statistics, learning
 from asr_downstream.far.model.replace import find_attentions
+from asr_downstream.far.model.trainable import keep_statistics, learning
 from asr_downstream.far.prune.scores import hoyer_square
 
 __all__ = ['Distillation']

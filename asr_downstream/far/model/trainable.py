@@ -7,12 +7,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from asr_downstream.far.distil.loss import block_of
 from asr_downstream.far.model.attentions import StandIn
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.lstm import VARIANTS
 
-__all__ = ['STUDENTS', 'keep_statistics', 'learning']
+__all__ = ['STUDENTS', 'block_of', 'keep_statistics', 'learning']
 
 STUDENTS = ('replacements', 'blocks', 'all')
 
@@ -45,3 +44,13 @@ def projection_of(model: nn.Module, path: str) -> nn.Module:
     """Output projection of a replaced attention."""
     stand_in = model.get_submodule(path)
     return stand_in.get_submodule(stand_in.kept[0] if isinstance(stand_in, StandIn) else 'to_out.0')
+
+
+def block_of(model: nn.Module, path: str) -> str:
+    """Path of the block an attention is in: the module around it that is no list; the attention itself if in a list."""
+    parent = path.rpartition('.')[0]
+    module = model.get_submodule(parent)
+    if isinstance(module, nn.ModuleList | nn.Sequential) or not parent:
+        return path
+    wrapper = type(module).__name__ == 'MultiheadAttention'  # of mmcv, around that of torch
+    return block_of(model, parent) if wrapper else parent
