@@ -20,11 +20,11 @@ from torch import Tensor
 
 from asr_downstream.console.text import render
 from asr_downstream.diffusion.config import load_config
+from asr_downstream.diffusion.evaluation.compare import draw_arms
 from asr_downstream.diffusion.evaluation.encoder import train_encoder
 from asr_downstream.diffusion.evaluation.evaluate import forward_gmacs, real_batches
 from asr_downstream.diffusion.evaluation.fold import stock_of
 from asr_downstream.diffusion.evaluation.metrics import Distances, features_of
-from asr_downstream.diffusion.evaluation.pictures import draw_arms
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
 from asr_downstream.diffusion.runs import Run, load_run

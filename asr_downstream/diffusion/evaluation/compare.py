@@ -1,15 +1,18 @@
-"""Runs side by side: loss and FID by step, samples by step, tables."""
+"""Runs side by side: loss and FID by step, samples by step, tables; grids of images side by side."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from math import ceil
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
+from asr_downstream.diffusion.evaluation.pictures import grid
 from asr_downstream.diffusion.evaluation.results import Result, read_results, tables
 from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, DataError
@@ -19,7 +22,7 @@ matplotlib.use('Agg')
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
-__all__ = ['compare_runs']
+__all__ = ['compare_runs', 'draw_arms']
 
 SMOOTH = 25  # lines of the log that a point of the loss curve averages
 LEAST = 8  # points of a curve, if the shortest log has the lines for them
@@ -147,3 +150,26 @@ def read_picture(path: Path) -> np.ndarray:
             return np.asarray(image.convert('RGB'))
     except Exception as error:  # decoders raise anything for damaged files
         raise DataError(f'{path}: cannot be decoded ({error}); delete it') from error
+
+
+def draw_arms(out: Path, arms: dict[str, Tensor], captions: dict[str, str] | None = None, columns: int = 8) -> None:
+    """Write grids of several arms side by side.
+
+    Args:
+        out: PNG file.
+        arms: head of the grid -> images ``(N, C, H, W)`` in [0, 1].
+        captions: second line of a head.
+        columns: of each grid.
+    """
+    across = min(2, len(arms))
+    down = ceil(len(arms) / across)
+    rows = ceil(max(len(images) for images in arms.values()) / columns)
+    size = (4.8 * across, (4.8 * rows / columns + 0.55) * down)
+    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for axis, (name, images) in zip(axes.flat, arms.items(), strict=False):
+        axis.imshow(np.asarray(grid(images, columns, smooth=True)))
+        axis.set_title('\n'.join(filter(None, [name, (captions or {}).get(name, '')])), fontsize=11)
+    write_atomically(out, lambda p: figure.savefig(p, dpi=90, format='png'))
+    plt.close(figure)

@@ -7,17 +7,12 @@ from functools import partial
 from math import ceil, sqrt
 from pathlib import Path
 
-import matplotlib
-import numpy as np
 from PIL import Image
 from torch import Tensor
 
 from asr_downstream.files.atomic import write_atomically
 
-matplotlib.use('Agg')
-from matplotlib import pyplot as plt
-
-__all__ = ['draw_arms', 'grid', 'save_images', 'to_pil']
+__all__ = ['grid', 'save_grid', 'save_images', 'to_pil']
 
 SHOWN = 64  # pixels a side at which small images are shown
 
@@ -52,26 +47,3 @@ def save_images(folder: Path, images: Tensor, numbers: Sequence[int]) -> None:
 def save_grid(path: Path, images: Tensor, columns: int | None = None) -> None:
     """Write a grid as PNG."""
     write_atomically(path, lambda p: grid(images, columns).save(p, format='PNG'))
-
-
-def draw_arms(out: Path, arms: dict[str, Tensor], captions: dict[str, str] | None = None, columns: int = 8) -> None:
-    """Write grids of several arms side by side.
-
-    Args:
-        out: PNG file.
-        arms: head of the grid -> images ``(N, C, H, W)`` in [0, 1].
-        captions: second line of a head.
-        columns: of each grid.
-    """
-    across = min(2, len(arms))
-    down = ceil(len(arms) / across)
-    rows = ceil(max(len(images) for images in arms.values()) / columns)
-    size = (4.8 * across, (4.8 * rows / columns + 0.55) * down)
-    figure, axes = plt.subplots(down, across, figsize=size, squeeze=False, layout='constrained')
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for axis, (name, images) in zip(axes.flat, arms.items(), strict=False):
-        axis.imshow(np.asarray(grid(images, columns, smooth=True)))
-        axis.set_title('\n'.join(filter(None, [name, (captions or {}).get(name, '')])), fontsize=11)
-    write_atomically(out, lambda p: figure.savefig(p, dpi=90, format='png'))
-    plt.close(figure)
