@@ -60,6 +60,20 @@ def test_a_missing_extra_prints_how_to_install_it(missing: str) -> None:
     assert "pip install -c constraints.txt -e '.[det]'" in done.stderr
 
 
+@pytest.mark.det
+@pytest.mark.parametrize('first', ['asr_downstream.detection', 'mmdet.models.dense_heads'])
+def test_mmdetection_is_mended_whoever_imports_it(first: str) -> None:
+    pytest.importorskip('mmdet')
+    done = python(
+        f'import {first}, asr_downstream.detection\n'
+        "print('mmdet' in sys.modules)\n"
+        'from mmdet.models.dense_heads import SSDHead\n'
+        'print(SSDHead.loss_cls)\n',
+        {'nothing'},
+    )
+    assert done.stdout.splitlines()[-2:] == [str(first.startswith('mmdet')), 'None'], done.stderr
+
+
 def test_importing_reaches_no_network() -> None:
     done = python(
         'import socket\n'

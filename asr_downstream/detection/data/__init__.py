@@ -1,3 +1,5 @@
 """Detection data: COCO, VOC and the digits, checked, and configs that fit them."""
 
-from asr_downstream.detection import extra  # noqa: F401
+from asr_downstream.detection.extra import load
+
+load()

@@ -1,3 +1,5 @@
 """COCO scores, folded copies beside their originals, calibration, pictures, tables."""
 
-from asr_downstream.detection import extra  # noqa: F401
+from asr_downstream.detection.extra import load
+
+load()

@@ -1,3 +1,5 @@
 """Training by MMEngine's Runner: stops, resumes and checkpoints bit for bit."""
 
-from asr_downstream.detection import extra  # noqa: F401
+from asr_downstream.detection.extra import load
+
+load()
