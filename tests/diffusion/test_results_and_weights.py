@@ -143,8 +143,8 @@ def test_folders_that_cannot_be_written_are_refused_before_any_work(
     run: Path, copy: Path, tmp_path: Path, tool: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from asr_downstream.diffusion import export as shipping
-    from asr_downstream.diffusion import folding
     from asr_downstream.diffusion.evaluation import compare as comparison
+    from asr_downstream.diffusion.evaluation import fold as folding
     from asr_downstream.diffusion.evaluation import sampling
 
     for module, name in (
