@@ -43,4 +43,4 @@ class ECA(ChannelAttention):
         nn.init.zeros_(self.conv.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(pool(x)[:, None])[:, 0].sigmoid()  # (B, C) -> (B, 1, C) -> (B, C)
+        return self.conv(pool(x)[:, None]).squeeze(1).sigmoid()  # (B, C) -> (B, 1, C) -> (B, C)

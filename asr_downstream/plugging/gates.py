@@ -128,7 +128,7 @@ class ConstantGate(Gate, LearnedInput):
         Args:
             anchor: the input of the layer, in a forward; see `SiteAttention.learned`.
         """
-        v = self.relative(self.attend(anchor))[0]
+        v = self.relative(self.attend(anchor)).squeeze(0)  # the backward of [0] would copy
         if anchor is None or not self.site_attention.recurrent:
             return v
         return v.to(self.example().dtype)  # the state is float32 where weights are in half precision
