@@ -5,6 +5,7 @@
     python tools/benchmark.py det                  # detectors, folded and fused; scoring of 5,000 images
     python tools/benchmark.py det --case Faster    # or RetinaNet, or scoring
     python tools/benchmark.py far                  # multi-head LSTMs: ways to run them, and against attention
+    python tools/benchmark.py launches             # operators dispatched, counted: the same on every machine
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
 Close other programs first; ratios survive a slow machine, but not one that is busy now and then.
@@ -22,17 +23,30 @@ from asr_downstream.console import cli
 def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print, write JSON."""
     parser = cli.parser(__doc__)
-    parser.add_argument('benchmark', choices=['plug', 'unet', 'det', 'far'], help='which one')
+    parser.add_argument('benchmark', choices=['plug', 'unet', 'det', 'far', 'launches'], help='which one')
     parser.add_argument('--rounds', type=int, default=40, help='paired rounds (default: 40)')
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
+    parser.add_argument('--json', type=Path, metavar='FILE', help='file for the JSON (default: OUT/BENCHMARK.json)')
     args = parser.parse_args(argv)
 
-    from bench import plug
+    from bench import launches, plug
 
     from asr_downstream.files.atomic import write_json
     from asr_downstream.measure.versions import versions
 
+    file = args.json or args.out / f'{args.benchmark}.json'
+    if args.benchmark == 'launches':
+        asked = [c for c in launches.CASES if not args.case or any(n.lower() in c.name.lower() for n in args.case)]
+        if not asked:
+            parser.error(f'--case matches none of: {", ".join(c.name for c in launches.CASES)}')
+        counted = [launches.measure(c) for c in asked if not c.missing]
+        if counted:
+            print(launches.table(counted))
+        for left_out in (c for c in asked if c.missing):
+            print(f'{left_out.name} is left out: {left_out.needs} is not installed')
+        write_json(file, {'cases': counted, 'versions': versions()})
+        return
     if args.benchmark == 'far':
         from bench import far
 
@@ -43,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(far.execution_table(runs), flush=True)
         shapes = [row for case in sizes for row in far.measure_tokens(case, max(3, args.rounds // 8))]
         print(far.token_table(shapes))
-        write_json(args.out / 'far.json', {'execution': runs, 'tokens': shapes, 'versions': versions()})
+        write_json(file, {'execution': runs, 'tokens': shapes, 'versions': versions()})
         return
     if args.benchmark == 'det':
         from bench import coco, det
@@ -61,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
         if not detectors and scoring is None:
             parser.error(f'--case matches none of: {", ".join(case.name for case in det.CASES)}, scoring')
-        write_json(args.out / 'det.json', {'detectors': detectors, 'scoring': scoring, 'versions': versions()})
+        write_json(file, {'detectors': detectors, 'scoring': scoring, 'versions': versions()})
         return
     known: Any = plug.CASES
     if args.benchmark == 'unet':
@@ -73,13 +87,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(plug.table(results))
     for result in results:
         print(f'{result["case"]}: the two forms of each agree to {max(result["agreement"].values()):.1e}')
+        for arm, counts in result['launches'].items():
+            if counts['training']['extra']:
+                print(f'{result["case"]}, {launches.extra_line(arm, counts)}')
     report: dict[str, Any] = {'cases': results, 'versions': versions()}
     if args.benchmark == 'plug' and not args.case:
         report['fold_faster_rcnn_r50_seconds'] = plug.fold_seconds()
         text, report['parameters'] = plug.depth_table()
         print(text)
         print(f'folding Faster R-CNN R50: {report["fold_faster_rcnn_r50_seconds"]:.2f} s')
-    write_json(args.out / f'{args.benchmark}.json', report)
+    write_json(file, report)
 
 
 if __name__ == '__main__':

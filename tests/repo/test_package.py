@@ -137,6 +137,9 @@ def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path
     assert min(saved['ASR(SE), feature maps'], saved['SE, plain'], saved['DIA r=4, plain']) > 1.1
     assert set(case['inference']) == {*saved, 'folded'}
     assert 'feature maps' in done.stdout
+    assert set(case['launches']) == set(case['inference'])
+    over_stock = case['launches']['ASR(SE)']['training']['over_stock']
+    assert f' {over_stock:.3f} / ' in done.stdout
 
 
 @pytest.mark.slow

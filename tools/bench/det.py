@@ -27,7 +27,8 @@ from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
 from asr_downstream.measure.timing import paired_times
 from asr_downstream.plugging.plug import plug
-from bench.plug import SE, SPEC, STOCK, dia, ratios
+from bench.forms import LAYER_SCALE, SE, SPEC, STOCK, dia
+from bench.plug import ratios
 
 __all__ = ['CASES', 'DetectorCase', 'measure_detector', 'table']
 
@@ -36,7 +37,7 @@ ASR = 'ASR(SE)'
 ARMS = {ASR: SPEC, 'SE': SE, 'DIA r=4': dia(4)}
 CONTROLS = {
     'ASR(DIA)': {**dia(4), 'type': 'ASR'},
-    'LayerScale': {'type': 'Attention', 'attention': {'type': 'LayerScale', 'init_value': 0.1}},
+    'LayerScale': LAYER_SCALE,
 }
 
 

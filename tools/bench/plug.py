@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from statistics import median
 from typing import Any
@@ -25,80 +23,25 @@ from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.verify import verify
 from asr_downstream.measure.cost import saved_bytes
 from asr_downstream.measure.timing import Ratio, paired_times, ratio
-from asr_downstream.models import resnet56
-from asr_downstream.plugging.attach import detach
-from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.plug import plug
 from asr_downstream.registry import MODELS
+from bench.forms import (
+    CASES,
+    FOLDED,
+    MAPS,
+    PLAIN,
+    SCALED,
+    SE,
+    SPEC,
+    STOCK,
+    Case,
+    dia,
+    feature_map_form,
+    plain_form,
+    plugged_copy,
+)  # fmt: skip
+from bench.launches import cell, count_arms
 
-__all__ = ['CASES', 'Case', 'depth_table', 'feature_map_form', 'fold_seconds', 'measure', 'table']
-
-SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
-STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
-PLAIN = ', plain'
-SE = {'type': 'Attention', 'attention': {'type': 'SE', 'reduction': 16}}
-
-
-def dia(reduction: int) -> dict[str, Any]:
-    """Spec of DIA."""
-    return {'type': 'DIA', 'attention': {'type': 'DIALSTM', 'reduction': reduction}}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A model, the size of its input ``(batch, 3, side, side)``, and the input-dependent plugs that are tried on it."""
-
-    name: str
-    build: Callable[[], nn.Module]
-    batch: int
-    side: int
-    dynamic: dict[str, dict[str, Any]]
-
-
-def mmdet_resnet50() -> nn.Module:
-    """MMDetection's ResNet-50, all of it trained."""
-    from mmdet.models import ResNet
-
-    return ResNet(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
-
-
-CASES = (
-    Case('ResNet-56, 32 px', resnet56, batch=32, side=32, dynamic={'SE': SE, 'DIA r=4': dia(4)}),
-    Case(
-        'mmdet ResNet-50',
-        mmdet_resnet50,
-        batch=2,
-        side=224,
-        dynamic={'SE': SE, 'DIA r=20': dia(20), 'DIA r=4': dia(4)},
-    ),
-)
-
-
-def plain_form(plugged: nn.Module) -> nn.Module:
-    """Copy a plugged model; the copy multiplies the output of a layer by its input-dependent gates, and keeps it."""
-    model = copy.deepcopy(plugged)
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
-    for layer in layers:
-        layer.fuse = layer.regain = False
-    return model
-
-
-def feature_map_form(plugged: nn.Module) -> nn.Module:
-    """Copy a plugged model into the form that multiplies the output of each site's layer by its gates."""
-    model = copy.deepcopy(plugged)
-    layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
-    for layer in layers:
-        gates, dim = layer.gate, layer.channel_dim
-        detach(layer)
-        layer.register_module('late_gates', gates)
-
-        def scale(module: Any, _: Any, y: Tensor, dim: int = dim) -> Tensor:
-            for gate in module.late_gates:
-                y = y * (gate() if dim == -1 else gate().view(1, -1, 1, 1))
-            return y
-
-        layer.register_forward_hook(scale)
-    return model
+__all__ = ['CASES', 'depth_table', 'fold_seconds', 'measure', 'ratios', 'table']
 
 
 def total(outputs: Any) -> Tensor:
@@ -139,7 +82,8 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
 
     Returns:
         Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
-        (bytes); and ``agreement``, the largest relative difference between the two forms of each plug.
+        (bytes); ``launches``, see `bench.launches.count_arms`; and ``agreement``, the largest relative difference
+        between the two forms of each plug.
     """
     torch.manual_seed(seed)
     stock = case.build()
@@ -150,7 +94,7 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
         'input': [case.batch, 3, case.side, case.side],
         'rounds': rounds,
         'agreement': {},
-        **{kind: {} for kind in ('training', 'inference', 'saved')},
+        **{kind: {} for kind in ('training', 'inference', 'saved', 'launches')},
     }
     for name, spec in {SCALED: SPEC, **case.dynamic}.items():  # apart: all arms at once would not fit caches and memory
         plugged = plugged_copy(stock, spec)
@@ -166,7 +110,7 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
 
 
 def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> dict[str, dict[str, Any]]:
-    """Ratios to stock of paired rounds, and of saved bytes."""
+    """Ratios to stock of paired rounds and of saved bytes, and launches."""
     still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
     inference_times = paired_times(still, rounds, f'{text}: inference')
     trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
@@ -179,17 +123,8 @@ def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> di
         'training': ratios(training_times),
         'inference': ratios(inference_times),
         'saved': {name: count / saved[STOCK] for name, count in saved.items()},
+        'launches': count_arms(arms, x),
     }
-
-
-def plugged_copy(stock: nn.Module, spec: dict[str, Any]) -> nn.Module:
-    """Plug a copy, in eval mode."""
-    model = copy.deepcopy(stock)
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')
-        plug(model, spec)
-    model.eval()
-    return model
 
 
 def ratios(times: dict[str, list[float]]) -> dict[str, Ratio]:
@@ -236,7 +171,13 @@ def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
 def table(results: list[dict[str, Any]]) -> str:
     """Print the measurements as one table."""
     out = Table(
-        'model', 'arm', 'training step', 'saved activations', 'inference', title='ratios to stock, paired rounds'
+        'model',
+        'arm',
+        'training step',
+        'saved activations',
+        'inference',
+        'launches, training / inference, over stock',
+        title='ratios to stock, paired rounds',
     )
     for result in results:
         for arm in result['inference']:
@@ -248,6 +189,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 str(training) if training else '',
                 f'{saved:.4f}' if saved else '',
                 str(result['inference'][arm]),
+                cell(result['launches'][arm]),
             )
         out.add_section()
     return render(out)

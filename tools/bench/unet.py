@@ -8,7 +8,7 @@ import diffusers
 import torch
 from torch import Tensor, nn
 
-from bench.plug import SE, Case, dia
+from bench.forms import SE, Case, dia
 
 __all__ = ['CASES', 'Denoiser']
 

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from asr_downstream import describe, fold
 from asr_downstream.measure.cost import gmacs, parameters
+from asr_downstream.measure.launches import Launches
 
 ROOT = Path(__file__).resolve().parents[2]
 DETECTOR = 'det_configs/retinanet/retinanet_r50{}_fpn_1x_coco.py'
@@ -33,7 +33,7 @@ class Form:
         parameters: their number.
         keys: number of entries of the state dict.
         gmacs: multiply-adds of a forward, in units of 1e9.
-        operators: operators of PyTorch that a forward calls.
+        operators: operators that a forward dispatches, views left out, see `asr_downstream.measure.launches`.
         loads: whether its weights load into the stock class with ``strict=True``.
         difference: largest absolute difference of the outputs from those of the plugged form, float32. The stock form
             has the same weights, so there it is what the gates change.
@@ -67,18 +67,6 @@ class Figures:
     forms: dict[str, Form]
 
 
-class Operators(TorchDispatchMode):
-    """Counts the operators that are called; views and what only describes a tensor count too."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += 1
-        return func(*args, **(kwargs or {}))
-
-
 def measure(
     title: str, size: str, site: tuple[str, str, str], stock: nn.Module, plugged: nn.Module, forward: Forward
 ) -> Figures:
@@ -96,7 +84,7 @@ def measure(
         expected = outputs(forward(plugged))
     forms = {}
     for name, model in models.items():
-        with torch.no_grad(), Operators() as operators:
+        with torch.no_grad(), Launches() as launches:
             found = outputs(forward(model))
         apart = max(float((a - b).abs().max()) for a, b in zip(found, expected, strict=True))
         forms[name] = Form(
@@ -104,7 +92,7 @@ def measure(
             parameters(model),
             len(model.state_dict()),
             gmacs(partial(forward, model)),
-            operators.count,
+            launches.number,
             loads(stock, model),
             apart,
         )

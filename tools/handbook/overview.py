@@ -94,7 +94,7 @@ def rows(forms: dict[str, Any]) -> dict[str, list[str]]:
         'parameters': [f'{form["parameters"]:,}' for form in every],
         'entries of the state dict': [f'{form["keys"]:,}' for form in every],
         'multiply-adds of a forward, millions': [f'{form["gmacs"] * 1e3:,.2f}' for form in every],
-        'operators that a forward calls': [f'{form["operators"]:,}' for form in every],
+        'operators of a forward, views left out': [f'{form["operators"]:,}' for form in every],
         'loads into the stock class, strict': ['yes' if form['loads'] else 'no' for form in every],
         'largest difference of an output from the plugged model': [number(form['difference']) for form in every],
     }
