@@ -51,7 +51,7 @@ class DIALSTM(ChannelAttention):
             nn.init.zeros_(path[2].weight)  # type: ignore[arg-type]
 
     def step(self, y: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Advance by one site.
+        """One step, ``advance(drive(y), state)``.
 
         Args:
             y: descriptor ``(B, C)``.
@@ -60,10 +60,26 @@ class DIALSTM(ChannelAttention):
         Returns:
             The gates h ``(B, C)`` and the new state ``(h, c)``.
         """
+        return self.advance(self.drive(y), state)
+
+    def drive(self, y: Tensor) -> Tensor:
+        """What descriptors ``(B, C)`` contribute to ``[i, f, g, o]``, ``(B, 4 C)``: the half of a step without a state.
+
+        The rows may be those of several sites, whose halves are then computed at once.
+        """
+        weights: Any = self.ih[0].weight
+        return self.ih(y.to(weights.dtype))
+
+    def advance(self, drive: Tensor, state: State | None = None) -> tuple[Tensor, State]:
+        """The rest of a step, see `step`.
+
+        Args:
+            drive: what `drive` returned for the site.
+            state: of the site before.
+        """
         weights: Any = self.ih[0].weight
         h = weights.new_zeros(1, self.channels) if state is None else state[0].to(weights.dtype)
-        full = torch.promote_types(weights.dtype, torch.float32)
-        gates = (self.ih(y.to(weights.dtype)) + self.hh(h)).to(full)
+        gates = (drive + self.hh(h)).to(torch.promote_types(weights.dtype, torch.float32))
         i, f, g, o = gates.chunk(4, 1)
         c = i.sigmoid() * g.tanh()
         if state is not None:

@@ -62,6 +62,16 @@ def test_fresh_cells_gate_near_a_quarter() -> None:
     assert 0.2 < float(gates.detach().mean()) < 0.3
 
 
+def test_the_halves_of_several_steps_at_once_make_the_same_steps() -> None:
+    cell, inputs = randomise(DIALSTM(8, reduction=2)).double(), torch.randn(3, 2, 8, dtype=torch.float64)
+    whole = halves = None
+    for y, drive in zip(inputs, cell.drive(inputs.flatten(0, 1)).view(3, 2, 32), strict=True):
+        gates, whole = cell.step(y, whole)
+        again, halves = cell.advance(drive, halves)
+        torch.testing.assert_close(again, gates, rtol=1e-12, atol=0)
+    assert float(gates.detach().std()) > 0.01
+
+
 @pytest.mark.parametrize('attention', ATTENTIONS)
 @pytest.mark.parametrize('kind', ['DIA', 'ASR'])
 def test_any_attention_can_be_shared(attention: str, kind: str) -> None:
