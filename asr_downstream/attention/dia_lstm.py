@@ -13,17 +13,32 @@ every branch (``preserve=True`` divides that out). Parameters: 2 (5 N m + m + 4 
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import ChannelAttention, hidden_width, pool
+from asr_downstream.attention.kernels.functions import eager
+from asr_downstream.attention.kernels.late_weights import LateWeights
+from asr_downstream.attention.kernels.lstm_cell import lstm_cell
 from asr_downstream.registry import ATTENTIONS
 
 __all__ = ['DIALSTM']
 
-State: TypeAlias = tuple[Tensor, Tensor]
+
+class State(NamedTuple):
+    """What a site hands to the next one.
+
+    Attributes:
+        h: ``(B, C)``.
+        c: ``(B, C)``.
+        late: the weights, where their gradients are computed at the end for all sites.
+    """
+
+    h: Tensor
+    c: Tensor
+    late: LateWeights | None = None
 
 
 @ATTENTIONS.register_module()
@@ -55,20 +70,22 @@ class DIALSTM(ChannelAttention):
 
         Args:
             y: descriptor ``(B, C)``.
-            state: ``(h, c)`` of the site before, each ``(B, C)``; None is the zero state.
+            state: of the site before; None is the zero state.
 
         Returns:
-            The gates h ``(B, C)`` and the new state ``(h, c)``.
+            The gates h ``(B, C)`` and the new state.
         """
-        return self.advance(self.drive(y), state)
+        late = self.late(state)
+        if late is None:
+            return self.advance(self.drive(y), state)
+        return self.continued(late.perceptron(0, y.to(self.dtype)), state, late)
 
     def drive(self, y: Tensor) -> Tensor:
         """What descriptors ``(B, C)`` contribute to ``[i, f, g, o]``, ``(B, 4 C)``: the half of a step without a state.
 
         The rows may be those of several sites, whose halves are then computed at once.
         """
-        weights: Any = self.ih[0].weight
-        return self.ih(y.to(weights.dtype))
+        return self.ih(y.to(self.dtype))
 
     def advance(self, drive: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """The rest of a step, see `step`.
@@ -77,15 +94,44 @@ class DIALSTM(ChannelAttention):
             drive: what `drive` returned for the site.
             state: of the site before.
         """
-        weights: Any = self.ih[0].weight
-        h = weights.new_zeros(1, self.channels) if state is None else state[0].to(weights.dtype)
-        gates = (drive + self.hh(h)).to(torch.promote_types(weights.dtype, torch.float32))
-        i, f, g, o = gates.chunk(4, 1)
-        c = i.sigmoid() * g.tanh()
-        if state is not None:
-            c = c + f.sigmoid() * state[1]
-        h = o.sigmoid() * c.sigmoid()
-        return h, (h, c)
+        return self.continued(drive, state, self.late(state))
+
+    def continued(self, drive: Tensor, state: State | None, late: LateWeights | None) -> tuple[Tensor, State]:
+        """See `advance`."""
+        h, c = (None, None) if state is None else (state.h.to(self.dtype), state.c)
+        if late is None:
+            hidden = self.hh(drive.new_zeros(1, self.channels, dtype=self.dtype) if h is None else h)
+        else:
+            hidden = late.perceptron(2, h)
+        h, c = lstm_cell(drive, hidden, c)
+        return h, State(h, c, late)
+
+    def late(self, state: State | None) -> LateWeights | None:
+        """The weights as all sites of a run use them, from the first on; None: the layers run as they are."""
+        first: Any = self.ih[0]
+        if not eager() or torch.is_autocast_enabled(first.weight.device.type) or not self.bare:
+            return None
+        if state is not None and state.late is not None:
+            return state.late
+        return LateWeights([first, self.ih[2], self.hh[0], self.hh[2]])  # type: ignore[list-item]
+
+    @property
+    def bare(self) -> bool:
+        """Whether nobody has put hooks or other layers into the two paths."""
+        return all(
+            [type(m) for m in path] == [nn.Linear, nn.ReLU, nn.Linear]
+            and not any(
+                m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+                for m in (path, *path)
+            )
+            for path in (self.ih, self.hh)
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """That of the weights."""
+        first: Any = self.ih[0]
+        return first.weight.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         return self.step(pool(x))[0]  # (B, C, *) -> (B, C)

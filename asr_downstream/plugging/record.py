@@ -75,7 +75,7 @@ def record(model: nn.Module) -> Iterator[Recording]:
 
     def watch(place: Place, state: Any) -> None:
         if spot(place) in places:
-            found.states[places[spot(place)]].append(tuple(t.detach() for t in state))
+            found.states[places[spot(place)]].append(tuple(t.detach() for t in state if isinstance(t, Tensor)))
 
     for slot in watched:
         slot.watchers += (watch,)

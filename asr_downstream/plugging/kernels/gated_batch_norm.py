@@ -24,12 +24,13 @@ while it synchronises, torch.compile (which fuses by itself), torch.func transfo
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from asr_downstream.attention.kernels.functions import derivatives, eager
 
 __all__ = ['can_fuse', 'gated_batch_norm']
 
@@ -107,7 +108,7 @@ def can_fuse(layer: Any, x: Tensor) -> bool:
     return (
         layer.fuse
         and layer.bias is not None
-        and not torch.compiler.is_compiling()
+        and eager()
         and x.device.type in DEVICES
         and x.dim() > 2
         and x.dtype == layer.weight.dtype
@@ -116,9 +117,6 @@ def can_fuse(layer: Any, x: Tensor) -> bool:
         and x.numel() > x.shape[0] * x.shape[1]  # more than one position, and an image at all
         and (torch.is_grad_enabled() or x.numel() >= SMALLEST)
         and all(gate.of_mean for gate in layer.dynamic)
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and torch.autograd.forward_ad._current_level < 0
     )
 
 
@@ -252,14 +250,6 @@ class Affine(torch.autograd.Function):
         ctx.link.send(dz, h, d_weight, d_bias)
         # Zeros, so that it comes later even if no gate leads there.
         return None, torch.zeros_like(h), dh, None, None, None
-
-
-def derivatives(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``inputs`` under ``f``, by torch's functions and with graphs of their own; None where unwanted."""
-    aliases = [t.view_as(t) for t in inputs]  # of each only what goes through f: gates depend on the map as well
-    wanted = [t for t in aliases if t.requires_grad]
-    found = iter(torch.autograd.grad(f(*aliases), wanted, dy, create_graph=True))
-    return tuple(next(found) if t.requires_grad else None for t in aliases)
 
 
 def spread(v: Tensor, x: Tensor) -> Tensor:

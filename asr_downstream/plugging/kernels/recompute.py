@@ -19,18 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asr_downstream.attention.kernels.functions import ordinary
+
 __all__ = ['can_regain', 'can_rescale', 'regained_scale', 'rescaled_layer']
-
-
-def ordinary() -> bool:
-    """Whether autograd records as usual: no compiler, no transform, no tracing, no forward-mode derivatives."""
-    return (
-        torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def can_regain(layer: Any, y: Tensor) -> bool:
