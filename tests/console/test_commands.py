@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -26,15 +27,14 @@ NOT_COMMANDS = {'backbones', 'benchmark', 'demo', 'sample_stock', 'setup_env', '
 IMPORTED = re.compile(r'^import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)$', re.MULTILINE)
 
 
-def installed(name: str) -> None:
-    """Skip what needs an extra that is not there."""
-    for room, package in (('detection', 'mmdet'), ('diffusion', 'diffusers')):
-        if f'.{room}.' in COMMANDS[name].module:
-            pytest.importorskip(package)
+def marked(names: Iterable[str]) -> list[object]:
+    """Commands as parameters, those of detection marked."""
+    return [pytest.param(n, marks=pytest.mark.det if '.detection.' in COMMANDS[n].module else ()) for n in names]
 
 
 def help_of(name: str, script: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
-    installed(name)
+    if '.diffusion.' in COMMANDS[name].module:
+        pytest.importorskip('diffusers')
     monkeypatch.setenv('COLUMNS', '120')
     main = console.script(name) if script else lambda argv: console.main([name, *argv])
     with pytest.raises(SystemExit) as done:
@@ -70,7 +70,7 @@ def test_the_table_of_the_document_is_the_table_of_the_program() -> None:
     assert rows == [(name, command.line, command.script or '') for name, command in COMMANDS.items()]
 
 
-@pytest.mark.parametrize('name', COMMANDS)
+@pytest.mark.parametrize('name', marked(COMMANDS))
 def test_help_says_what_was_called_and_has_examples(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -85,7 +85,7 @@ def test_help_says_what_was_called_and_has_examples(
             parse(script, arguments)
 
 
-@pytest.mark.parametrize('name', SCRIPTED)
+@pytest.mark.parametrize('name', marked(SCRIPTED))
 def test_a_script_is_its_command(
     name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

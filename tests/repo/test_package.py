@@ -1,8 +1,7 @@
-"""The package as such: what it imports, what it says without its extras, its set-up and its benchmark."""
+"""The package as such: what it imports, what it says without its extras, and its benchmark."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -10,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import ROOT
 
 BLOCK = """
@@ -52,7 +50,7 @@ def test_attention_is_replaced_and_pruned_without_the_extras() -> None:
     assert done.stdout == 'torch.Size([1, 5, 16]) 32\n', done.stderr
 
 
-@pytest.mark.parametrize('missing', ['mmdet', 'mmcv'])
+@pytest.mark.parametrize('missing', ['mmdet', pytest.param('mmcv', marks=pytest.mark.det)])
 def test_a_missing_extra_prints_how_to_install_it(missing: str) -> None:
     done = python('import asr_downstream.detection', {missing})
     assert done.returncode != 0
@@ -85,45 +83,6 @@ def test_importing_reaches_no_network() -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.fixture(scope='module')
-def setup_env() -> object:
-    spec = importlib.util.spec_from_file_location('setup_env', ROOT / 'tools/setup_env.py')
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_a_failed_setup_step_names_itself_and_the_next_run_continues(
-    setup_env: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    setup = setup_env.Setup(tmp_path)
-    done: list[str] = []
-    setup.once('first', '1', lambda: done.append('first'), 'nothing')
-
-    def broken() -> None:
-        setup.run('second', [sys.executable, '-c', 'print("[1/2] c++ a.o"); print("no compiler"); raise SystemExit(3)'])
-
-    with pytest.raises(
-        SystemExit, match=r'(?s)step "second".*no compiler.*exit code 3.*What to do: install a compiler'
-    ):
-        setup.once('second', '1', broken, 'install a compiler')
-    for name in ('first', 'second'):
-        setup.once(name, '1', lambda name=name: done.append(name), 'nothing')
-    assert done == ['first', 'second']
-    setup.once('second', '2', lambda: done.append('again'), 'nothing')
-    assert done[-1] == 'again'
-    assert 'no compiler' in (tmp_path / 'setup.log').read_text()
-
-
-def test_constraints_pin_what_the_setup_needs(setup_env: object, tmp_path: Path) -> None:
-    setup = setup_env.Setup(tmp_path)
-    assert setup.pin('torch') == 'torch==' + torch.__version__.split('+')[0]
-    assert setup.pin('onedl-mmcv').startswith('onedl-mmcv==')
-    with pytest.raises(setup_env.StepFailed, match='does not pin torchvision'):
-        setup.pin('torchvision')
-
-
 @pytest.mark.slow
 def test_benchmark_measures_all_arms(tool: Callable[..., object], tmp_path: Path) -> None:
     done = tool('benchmark', 'plug', '--rounds', '1', '--case', '56', '--out', tmp_path)
@@ -154,6 +113,7 @@ def test_benchmark_of_unets(tool: Callable[..., object], tmp_path: Path) -> None
     assert min(saved['ASR(SE), feature maps'], saved['SE, plain'], saved['DIA r=4, plain']) > 1.1
 
 
+@pytest.mark.det
 def test_parameters_by_depth() -> None:
     pytest.importorskip('mmdet')
     from bench.plug import depth_table

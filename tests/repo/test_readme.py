@@ -89,6 +89,7 @@ def test_the_tables_of_sites_are_the_data() -> None:
     assert sites_table() in (ROOT / 'docs/sites.md').read_text()
 
 
+@pytest.mark.det
 def test_commands_name_tools_and_options_that_exist() -> None:
     pytest.importorskip('mmdet')
     assert len(COMMANDS) >= 50
@@ -143,6 +144,7 @@ def test_ready_configs_of_commands_exist() -> None:
     assert named > 3
 
 
+@pytest.mark.det
 def test_a_wrong_command_is_noticed() -> None:
     pytest.importorskip('mmdet')
     [(script, arguments)] = commands('python tools/results_det.py RUN [RUN ...] --output x  # a table')

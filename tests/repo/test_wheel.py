@@ -112,6 +112,7 @@ def test_a_ready_config_by_name(program: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.det
 @pytest.mark.slow
 def test_every_adapter_reads_configs_that_inherit(program: Path, tmp_path: Path) -> None:
     for name, words in (
@@ -120,8 +121,6 @@ def test_every_adapter_reads_configs_that_inherit(program: Path, tmp_path: Path)
         ('prepare-data', ['digits', tmp_path / 'digits']),
         ('train-det', ['retinanet_r18-w16-asr-se_fpn_digits', '--dry-run', '--data-root', tmp_path / 'digits']),
     ):
-        if 'det' in name or 'data' in name:
-            pytest.importorskip('mmdet')
         done = run(program, name, *words, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert 'backbone.layer1.0.bn2' in done.stdout
