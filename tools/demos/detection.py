@@ -1,4 +1,4 @@
-"""The demo: three detectors of one seed, stock, ASR(SE) and DIA, trained on digits, folded, and evaluated side by side.
+"""The last part of the demo: three detectors of one seed, stock, ASR(SE) and DIA, trained on digits, folded, compared.
 
 ASR folds exactly, and is evaluated in a process that refuses this package; DIA folds by calibration.
 """

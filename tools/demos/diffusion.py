@@ -1,4 +1,6 @@
-"""The second half of the demo: two UNets of one seed, stock and ASR(SE), trained on digits, folded, compared.
+"""The first part of the demo: two UNets of one seed, stock and ASR(SE), trained on digits, folded, compared.
+
+Before any training a table shows what folding does, with gates drawn at random.
 
 The folded pipeline is loaded and sampled by plain diffusers, in a process that refuses this package.
 """
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from handbook.figures import Figures, measure
 from mmengine.config import Config
 from rich.table import Table
 from safetensors.torch import load_file
@@ -27,6 +30,7 @@ from asr_downstream.diffusion.evaluation.fold import stock_of
 from asr_downstream.diffusion.evaluation.metrics import Distances, features_of
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
+from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.config import CONFIG_FILE
@@ -60,6 +64,7 @@ def run_demo(out: Path, configs: Path, tools: Path, steps: int = STEPS) -> dict[
         The summary; ``summary['checks']`` says what held.
     """
     begin = time.perf_counter()
+    print(forms_table(three_forms(configs)), flush=True)
     for name in ARMS.values():
         if (out / name / CONFIG_FILE).is_file():
             shutil.rmtree(out / name)  # of an earlier demo
@@ -125,6 +130,32 @@ def run_demo(out: Path, configs: Path, tools: Path, steps: int = STEPS) -> dict[
         f'{out / "summary.json"}: all numbers\n{summary["wall_seconds"]:.0f} s in all'
     )
     return summary
+
+
+def three_forms(configs: Path) -> Figures:
+    """The UNet of the demo, stock, plugged with gates drawn at random, and folded: the same weights three times."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        noisy = torch.randn(8, 1, 8, 8)
+        stock, plugged = (build_model(load_config(configs / f'{name}.py', {}, None)) for name in ARMS.values())
+        plugged.load_state_dict(stock.state_dict(), strict=False)
+        steps = torch.full((8,), 100)
+        site = ('', '', '')
+        return measure('UNet', '8 x 8 pixels', site, stock, plugged, lambda model: model(noisy, steps).sample)
+
+
+def forms_table(figures: Figures) -> str:
+    """One column a form."""
+    found = Table('', *figures.forms, title='before training: the same weights three times, random gates')
+    for column in found.columns[1:]:
+        column.justify = 'right'
+    forms = list(figures.forms.values())
+    found.add_row('parameters', *(f'{form.parameters:,}' for form in forms))
+    found.add_row('GMACs', *(f'{form.gmacs:.4f}' for form in forms))
+    found.add_row('operators of a forward', *(f'{form.operators}' for form in forms))
+    found.add_row('stock class loads its weights', *('yes' if form.loads else 'no' for form in forms))
+    found.add_row('output differs from plugged by', *(f'{form.difference:.1e}' for form in forms))
+    return render(found)
 
 
 def demo_config(path: Path, out: Path, steps: int) -> Config:

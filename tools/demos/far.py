@@ -1,4 +1,4 @@
-"""The third part of the demo: a ViT learns digits, LSTMs replace all its attention, half of their units are pruned."""
+"""The second part of the demo: a ViT learns digits, LSTMs replace all its attention, half of their units are pruned."""
 
 from __future__ import annotations
 
