@@ -28,7 +28,8 @@ from environment.steps import Setup, Step, StepFailed
 NETWORK = 'check the network and the package index (pip config list), then run the same command again'
 COMPILER = (
     'a C++ compiler is needed (Debian: apt-get install g++ python3-dev) and 2 GB of memory a job (export MAX_JOBS=1 if '
-    'the compiler is killed); what needs no mmcv: make demo PART="diffusion far"'
+    'the compiler is killed); if the download failed, check the network and the package index (pip config list); '
+    'what needs no mmcv: make demo PART="diffusion far"'
 )
 PIP = ('{python}', '-m', 'pip', '--disable-pip-version-check', 'install', '-c', '{constraints}')
 FILES = ('constraints.txt', 'pyproject.toml')

@@ -18,7 +18,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from environment.steps import CONSTRAINTS, ROOT, Setup, Step, StepFailed, pin
+from environment.steps import ROOT, Setup, Step, StepFailed, pin
 
 PACKAGE = 'onedl-mmcv'
 SHIM = Path(__file__).with_name('ninja.py')
@@ -205,7 +205,7 @@ def build_variables(setup: Setup, work: Path) -> dict[str, str]:
 
 
 def pip(setup: Setup, command: str, *options: str) -> list[str]:
-    """Command line of pip for mmcv alone, built with what the environment has."""
+    """Command line of pip for mmcv alone, at its pinned version, built with what the environment has."""
     words = [
         str(setup.python),
         '-m',
@@ -215,4 +215,4 @@ def pip(setup: Setup, command: str, *options: str) -> list[str]:
         '--no-deps',
         '--no-build-isolation',
     ]
-    return [*words, '-c', str(CONSTRAINTS), *options]
+    return [*words, *options]
