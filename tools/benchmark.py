@@ -4,7 +4,8 @@
     python tools/benchmark.py unet                 # the same on UNets of diffusers
     python tools/benchmark.py det                  # detectors, folded and fused; scoring of 5,000 images
     python tools/benchmark.py det --case Faster    # or RetinaNet, or scoring
-    python tools/benchmark.py far                  # multi-head LSTMs: ways to run them, and against attention
+    python tools/benchmark.py far --rounds 15      # multi-head LSTMs against attention: bars, ways to run, tokens
+    python tools/benchmark.py far --rounds 15 --page docs/benchmarks.md     # and writes the figures into that page
     python tools/benchmark.py launches             # operators dispatched, counted: the same on every machine
     python tools/benchmark.py plug --rounds 100 --out work_dirs/benchmark
 
@@ -28,6 +29,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
     parser.add_argument('--json', type=Path, metavar='FILE', help='file for the JSON (default: OUT/BENCHMARK.json)')
+    parser.add_argument('--part', nargs='+', choices=['bars', 'execution', 'tokens'], help='far: only these parts')
+    parser.add_argument('--page', type=Path, metavar='FILE', help='far: a page whose figures are written anew')
     args = parser.parse_args(argv)
 
     from bench import launches, plug
@@ -48,16 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         write_json(file, {'cases': counted, 'versions': versions()})
         return
     if args.benchmark == 'far':
-        from bench import far
+        from bench import far_report
 
-        sizes = [case for case in far.CASES if not args.case or any(n.lower() in case.name.lower() for n in args.case)]
+        known_sizes = far_report.CASES
+        sizes = [
+            case for case in known_sizes if not args.case or any(n.lower() in case.name.lower() for n in args.case)
+        ]
         if not sizes:
-            parser.error(f'--case matches none of: {", ".join(case.name for case in far.CASES)}')
-        runs = [far.measure_execution(case, batch, args.rounds) for case in sizes for batch in (1, 16)]
-        print(far.execution_table(runs), flush=True)
-        shapes = [row for case in sizes for row in far.measure_tokens(case, max(3, args.rounds // 8))]
-        print(far.token_table(shapes))
-        write_json(file, {'execution': runs, 'tokens': shapes, 'versions': versions()})
+            parser.error(f'--case matches none of: {", ".join(case.name for case in known_sizes)}')
+        measured, texts = far_report.measure(sizes, args.rounds, args.part or far_report.PARTS)
+        if args.page:
+            far_report.write(args.page, texts)
+        write_json(file, {**measured, 'versions': versions()})
         return
     if args.benchmark == 'det':
         from bench import coco, det

@@ -67,6 +67,15 @@ STEPS = {
         Step('mmcv', ('torch',), provide_wheel, COMPILER, title="mmcv's ops", pins=('onedl-mmcv',), beside=True),
         extra('diffusion'),
         extra('far'),
+        Step(
+            'operator',
+            ('far',),
+            ('{python}', '-m', 'asr_downstream', 'build-ops'),
+            'install a C++ compiler (Debian: apt-get install g++); without the operator FAR is slower on the CPU',
+            title='operator of the LSTMs',
+            files=tuple(f'asr_downstream/far/model/ops/lstm.{kind}' for kind in ('cpp', 'h')),
+            optional=True,
+        ),
         extra('dev'),
         Step(
             'detection',

@@ -92,6 +92,9 @@ COMMANDS = {
         'tools/fold.py',
         'turn a trained detector or diffusion model into the stock model',
     ),
+    'build-ops': Command(
+        'asr_downstream.commands.build_ops', None, 'compile the operator that makes LSTMs fast on the CPU'
+    ),
     'configs': Command('asr_downstream.commands.configs', None, 'list the ready configs, which are found by name'),
 }
 SCRIPTS = {command.script: name for name, command in COMMANDS.items() if command.script}

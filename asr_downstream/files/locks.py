@@ -23,18 +23,22 @@ TRY_SECONDS = 1.0  # another process may hold it for a moment, to see whether it
 
 
 @contextmanager
-def occupied(folder: Path) -> Iterator[None]:
+def occupied(folder: Path, seconds: float = TRY_SECONDS) -> Iterator[None]:
     """Keep a folder to this process inside the block: two that wrote to one would mix their results.
 
     The lock is the kernel's and ends with the process, however that ends; a file beside it says whose it is. Workers
     of a killed process hold its lock until they notice, so the lock of a process that is gone is waited for.
+
+    Args:
+        folder: the folder.
+        seconds: how long to wait for a process that has it.
 
     Raises:
         AsrError: another process has it, or it cannot be written.
     """
     owner = folder / '.lock_owner.json'
     check_writable(folder)
-    lock = acquire(folder / '.lock', folder, ORPHANS_SECONDS if owner_is_gone(owner) else TRY_SECONDS)
+    lock = acquire(folder / '.lock', folder, max(seconds, ORPHANS_SECONDS) if owner_is_gone(owner) else seconds)
     try:
         now = time.strftime('%Y-%m-%d %H:%M:%S')
         write_json(owner, {'process': os.getpid(), 'host': socket.gethostname(), 'since': now})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -16,10 +17,20 @@ from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.far.prune.budgets import forward
 from asr_downstream.measure.timing import faster_from, paired_times, ratio
 
-__all__ = ['CASES', 'Attention', 'crossovers', 'execution_table', 'measure_execution', 'measure_tokens', 'token_table']
+__all__ = [
+    'CASES',
+    'MEMBERS',
+    'Attention',
+    'crossovers',
+    'execution_table',
+    'measure_execution',
+    'measure_tokens',
+    'token_table',
+]
 
 LOOP, AUTO, SINGLE = 'loop', 'auto', 'loop, one thread'
 EXECUTED = (LOOP, AUTO, 'threads', 'scan', 'dense')
+MEMBERS = {'FAR-100': 64, 'FAR-50': 32, 'FAR-25': 16}  # hidden units of a head and direction
 TOKENS, BATCHES = (64, 128, 197, 256, 512, 1024, 2048, 4096), (1, 16, 32)
 MOST = 1 << 14  # tokens in a batch
 
@@ -51,10 +62,10 @@ class Attention(nn.Module):
         return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
 
-def build(case: FarCase, execution: str = AUTO) -> nn.Module:
+def build(case: FarCase, execution: str = AUTO, widths: Sequence[tuple[int, int]] | None = None) -> nn.Module:
     """Form M3 with an output projection of the teacher's size, from one seed."""
     torch.manual_seed(0)
-    mixer = MultiHeadLSTM(case.channels, case.heads, execution=execution)
+    mixer = MultiHeadLSTM(case.channels, case.heads, execution=execution, widths=widths)
     return nn.Sequential(mixer, nn.Linear(case.channels, case.channels)).eval()
 
 
@@ -97,24 +108,28 @@ def on_one_thread(call: Callable[[], Any]) -> Callable[[], Any]:
 
 
 def measure_tokens(case: FarCase, rounds: int) -> list[dict[str, Any]]:
-    """Time a forward of the multi-head LSTM against attention over numbers of tokens.
+    """Time a forward of the members of a family against attention over numbers of tokens, on one thread.
 
     Returns:
-        A row a shape, with ``ratio``: of the LSTM's time to that of attention.
+        A row a shape, with ``ratio``: member -> of its time to that of attention, and ``attention``: its milliseconds.
     """
     torch.manual_seed(0)
-    attention, lstm = Attention(case.channels, case.heads).eval(), build(case)
+    attention = Attention(case.channels, case.heads).eval()
+    members = {name: build(case, widths=[(units, units)] * case.heads) for name, units in MEMBERS.items()}
     rows = []
     for batch in BATCHES:
         for tokens in TOKENS:
             if batch * tokens > MOST:
                 continue
             x = torch.randn(batch, tokens, case.channels)
-            calls = {'attention': forward(attention, {'x': x}), 'lstm': forward(lstm, {'input': x})}
-            text = f'{case.name}, batch {batch}, {tokens} tokens'
-            times = paired_times(calls, rounds, text, warmup=1, threads=torch.get_num_threads())
-            found = ratio(times['lstm'], times['attention'])
-            rows.append({'case': case.name, 'batch': batch, 'tokens': tokens, 'ratio': found})
+            calls = {'attention': forward(attention, {'x': x})}
+            calls |= {name: forward(module, {'input': x}) for name, module in members.items()}
+            times = paired_times(calls, rounds, f'{case.name}, batch {batch}, {tokens} tokens', warmup=1)
+            found = {name: ratio(times[name], times['attention']) for name in members}
+            milliseconds = median(times['attention'])
+            rows.append(
+                {'case': case.name, 'batch': batch, 'tokens': tokens, 'ratio': found, 'attention': milliseconds}
+            )
     return rows
 
 
@@ -133,20 +148,28 @@ def execution_table(results: list[dict[str, Any]]) -> str:
 
 def token_table(rows: list[dict[str, Any]]) -> str:
     """Print the ratios, and where they cross 1."""
-    cases = list(dict.fromkeys(row['case'] for row in rows))
-    out = Table('batch', 'tokens', *cases, title='time of the multi-head LSTM, ratio to attention (SDPA)')
-    found = {(row['case'], row['batch'], row['tokens']): row['ratio'] for row in rows}
-    for batch, tokens in dict.fromkeys((row['batch'], row['tokens']) for row in rows):
-        out.add_row(str(batch), str(tokens), *(str(found.get((case, batch, tokens), '')) for case in cases))
+    columns = ('module', 'batch', 'tokens', 'attention, ms', *MEMBERS)
+    out = Table(*columns, title='time of the LSTMs, ratio to attention (SDPA) with its projections, one thread')
+    for column in out.columns[1:4]:
+        column.justify = 'right'
+    before = None
+    for row in rows:
+        if before not in (None, row['case']):
+            out.add_section()
+        before = row['case']
+        ratios = (str(row['ratio'][name]) for name in MEMBERS)
+        out.add_row(row['case'], str(row['batch']), str(row['tokens']), f'{row["attention"]:.2f}', *ratios)
     return '\n'.join([render(out), *crossovers(rows)])
 
 
 def crossovers(rows: list[dict[str, Any]]) -> list[str]:
-    """Say, for each module and batch, from how many tokens on the LSTM is faster in all longer rows."""
+    """Say, for each module, batch and member, from how many tokens on the LSTMs are faster in all longer rows."""
     lines = []
     for case, batch in dict.fromkeys((row['case'], row['batch']) for row in rows):
-        own = {r['tokens']: r['ratio'] for r in rows if (r['case'], r['batch']) == (case, batch)}
-        start = faster_from(own)
-        what = f'faster from {start} tokens on' if start is not None else f'not faster at {max(own)} tokens'
-        lines.append(f'{case}, batch {batch}: the LSTM is {what}')
+        parts = []
+        for name in MEMBERS:
+            own = {r['tokens']: r['ratio'][name] for r in rows if (r['case'], r['batch']) == (case, batch)}
+            start = faster_from(own)
+            parts.append(f'{name} {f"from {start} tokens on" if start is not None else f"not at {max(own)} tokens"}')
+        lines.append(f'{case}, batch {batch}, faster than attention: {", ".join(parts)}')
     return lines

@@ -80,8 +80,8 @@ def docs(parts: Sequence[str]) -> list[Command]:
     return [Command(('{python}', '-m', 'mkdocs', 'build', '--strict'), {'NO_MKDOCS_2_WARNING': '1'})]
 
 
-WORK = ('dev', 'diffusion', 'far')
-DEMO: dict[str, tuple[str, ...]] = {name: (name,) for name in PARTS}
+WORK = ('dev', 'diffusion', 'far', 'operator')
+DEMO: dict[str, tuple[str, ...]] = {**{name: (name,) for name in PARTS}, 'far': ('far', 'operator')}
 GOALS = {
     'setup': Goal({**DEMO, 'dev': ('dev',)}, nothing),
     'demo': Goal(DEMO, demo),

@@ -12,6 +12,7 @@ from torch import nn
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.backends import EXECUTIONS
 from asr_downstream.far.model.describe import mixers
+from asr_downstream.far.model.ops.lstm import operator
 from asr_downstream.measure.timing import paired_times
 
 __all__ = ['tune']
@@ -25,7 +26,7 @@ def tune(model: nn.Module, call: Callable[[], Any], rounds: int = 5, names: tupl
             `torch.inference_mode` for inference.
         call: a forward, or forward and backward; on an accelerator it should synchronise.
         rounds: paired rounds.
-        names: of `EXECUTIONS`, to try; default: all.
+        names: of `EXECUTIONS`, to try; default: all that there are here.
 
     Returns:
         Median milliseconds of each; the fastest is kept in ``execution`` of the modules, and not in the spec of the
@@ -45,12 +46,17 @@ def tune(model: nn.Module, call: Callable[[], Any], rounds: int = 5, names: tupl
 
         return once
 
-    times = paired_times({name: run(name) for name in names or tuple(EXECUTIONS)}, rounds, 'tuning', warmup=1)
+    times = paired_times({name: run(name) for name in names or available()}, rounds, 'tuning', warmup=1)
     medians = {name: median(values) for name, values in times.items()}
     best = min(medians, key=lambda name: medians[name])
     for mixer in found:
         mixer.execution = best
     return medians
+
+
+def available() -> tuple[str, ...]:
+    """Ways to run the heads, without the operator where it is not built."""
+    return tuple(name for name in EXECUTIONS if name != 'fused' or operator().there)
 
 
 @contextmanager

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from asr_downstream.far.model.head import Direction, HeadLSTM, run_direction, to_dense
+from asr_downstream.far.model.ops.lstm import DTYPES, lstm_heads, operator
 
-__all__ = ['ENOUGH', 'EXECUTIONS', 'RULES', 'multiply_adds', 'pick']
+__all__ = ['ENOUGH', 'EXECUTIONS', 'choose', 'multiply_adds', 'pick', 'rules']
 
 Run = Callable[[Sequence[HeadLSTM], Sequence[Tensor]], list[Tensor]]
 
@@ -118,6 +119,34 @@ def run_scan(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Tensor
     return joined(heads, tokens, parts)
 
 
+def run_fused(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> list[Tensor]:
+    """All heads, directions and sequences in one operator in C++; where it cannot be used, one after the other."""
+    weights = [weight for head in heads for weight in head.weights()]
+    owners, reverse = plan(tuple(head.widths for head in heads))
+    plain = weights and len(weights) == 4 * len(owners) and weights[0].dtype == tokens[0].dtype
+    if not plain or not fits(tokens):
+        return run_loop(heads, tokens)
+    return lstm_heads(tokens, weights, owners, reverse)
+
+
+@cache
+def plan(widths: tuple[tuple[int, int], ...]) -> tuple[tuple[int, ...], tuple[bool, ...]]:
+    """Heads and directions of the LSTMs that have units."""
+    found = [(n, bool(back)) for n, pair in enumerate(widths) for back, width in enumerate(pair) if width]
+    return tuple(n for n, _ in found), tuple(back for _, back in found)
+
+
+def fits(tokens: Sequence[Tensor]) -> bool:
+    """Whether the operator can run here: on the CPU, without gradients, where nothing is `watched`."""
+    return (
+        tokens[0].device.type == 'cpu'
+        and not torch.is_grad_enabled()
+        and tokens[0].dtype in DTYPES
+        and not watched()
+        and operator().there
+    )
+
+
 def padded(weight: Tensor, width: int, target: int) -> Tensor:
     """Fill each of the four gates up to ``target`` rows with zeros."""
     if width == target:
@@ -135,13 +164,27 @@ def joined(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor], parts: list[Tens
     return found
 
 
-EXECUTIONS: dict[str, Run] = {'loop': run_loop, 'threads': run_threads, 'dense': run_dense, 'scan': run_scan}
+EXECUTIONS: dict[str, Run] = {
+    'loop': run_loop,
+    'threads': run_threads,
+    'dense': run_dense,
+    'scan': run_scan,
+    'fused': run_fused,
+}
 # Which one 'auto' means, by device. CPU: measured, see `tools/benchmark.py far`; elsewhere nothing was measured.
 ENOUGH = 50_000_000  # multiply-adds of a forward, below which threads cost more than they save
-RULES = {
-    'cpu': 'threads without gradients from 50 million multiply-adds on, where torch has several threads; else loop',
-    'other devices': 'loop; not measured: far.tune(model, call) measures',
-}
+
+
+def rules() -> dict[str, str]:
+    """Say what ``execution='auto'`` means here, device by device."""
+    plain = 'threads without gradients from 50 million multiply-adds on, where torch has several threads; else loop'
+    found = operator()
+    return {
+        'cpu': f'fused without gradients in float32, bfloat16 and float16; else {plain}'
+        if found.there
+        else f'{plain}. Slower than fused, {found.reason}',
+        'other devices': 'loop; not measured: far.tune(model, call) measures',
+    }
 
 
 def multiply_adds(heads: Sequence[HeadLSTM], tokens: int) -> int:
@@ -149,8 +192,15 @@ def multiply_adds(heads: Sequence[HeadLSTM], tokens: int) -> int:
     return tokens * sum(4 * width * (head.inputs + width) for head in heads for width in head.widths)
 
 
+def choose(heads: Sequence[HeadLSTM], tokens: Sequence[Tensor]) -> str:
+    """What ``execution='auto'`` means for these tokens of each head; see `rules`."""
+    if fits(tokens):
+        return 'fused'
+    return pick(tokens[0].device, multiply_adds(heads, tokens[0].shape[0] * tokens[0].shape[1]))
+
+
 def pick(device: torch.device, work: int) -> str:
-    """What ``execution='auto'`` means here; see `RULES`.
+    """Choose among the forms that need no operator.
 
     Args:
         device: of the tokens.

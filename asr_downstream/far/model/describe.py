@@ -10,7 +10,7 @@ from torch import nn
 
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import PlugError
-from asr_downstream.far.model.backends import RULES
+from asr_downstream.far.model.backends import rules
 from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.measure.cost import parameters
 
@@ -27,7 +27,7 @@ class Row:
         channels: of a token.
         widths: hidden units of each head, (ahead, back).
         parameters: of the LSTMs and their projections, without a projection that is the teacher's.
-        execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `RULES`.
+        execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `rules`.
     """
 
     path: str
@@ -67,7 +67,7 @@ class Description(Printed):
         for row in self.rows:
             count = f'{row.units:,} of {row.full:,}'
             table.add_row(row.path, row.variant, str(len(row.widths)), count, f'{row.parameters:,}', row.execution)
-        return [table, *(f'auto on {device}: {rule}' for device, rule in RULES.items())]
+        return [table, *(f'auto on {device}: {rule}' for device, rule in rules().items())]
 
 
 def mixers(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:

@@ -74,6 +74,11 @@ class HeadLSTM(nn.Module):
                 found.append(Direction(w_ih, w_hh, b_ih, b_hh, bool(number)))
         return found
 
+    def weights(self) -> list[Tensor]:
+        """Read the weights of all `directions` in a row, in the shortest way; a wrapped LSTM has others."""
+        lstms = [lstm for lstm in self._modules.values() if lstm is not None]
+        return [weight for lstm in lstms for weight in lstm._parameters.values() if weight is not None]
+
     def forward(self, x: Tensor) -> Tensor:
         """Run both directions, with `torch.nn.LSTM`."""
         if self.both is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError, did_you_mean
-from asr_downstream.far.model.backends import EXECUTIONS, multiply_adds, pick
+from asr_downstream.far.model.backends import EXECUTIONS, choose
 from asr_downstream.far.model.head import HeadLSTM
 
 __all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
@@ -48,6 +49,11 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', 'Initializing zero-element')
         return nn.Linear(inputs, outputs)
+
+
+def uncast(device: str) -> AbstractContextManager[Any]:
+    """Suspend autocast, where it is on: the context is slow to enter."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class MultiHeadLSTM(nn.Module):
@@ -114,13 +120,11 @@ class MultiHeadLSTM(nn.Module):
 
     def states(self, tokens: Tensor) -> list[Tensor]:
         """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens."""
-        dtype = next(self.heads.parameters(), tokens).dtype
-        with torch.autocast(tokens.device.type, enabled=False):
-            pieces = tokens.to(dtype).chunk(len(self.heads), -1)
-            heads: Any = self.heads
-            name = self.execution
-            if name == 'auto':
-                name = pick(tokens.device, multiply_adds(heads, tokens.shape[0] * tokens.shape[1]))
+        heads: Any = self.heads
+        dtype = next(heads.parameters(), tokens).dtype
+        with uncast(tokens.device.type):
+            pieces = tokens.to(dtype).chunk(len(heads), -1)
+            name = choose(heads, pieces) if self.execution == 'auto' else self.execution
             return EXECUTIONS[name](heads, pieces)
 
     def forward(self, x: Tensor) -> Tensor:
