@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 
-__all__ = ['ChannelAttention', 'gates_of_mean', 'hidden_width', 'is_norm', 'pool']
+__all__ = ['ChannelAttention', 'gates_of_mean', 'hidden_width', 'is_norm', 'pool', 'said_with', 'says_batched']
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -28,6 +28,9 @@ class ChannelAttention(nn.Module):
         confined: the gates lie in (0, 1), as those of a sigmoid do; False for free scales (LayerScale).
         of_mean: the gates depend on a map only through its mean over the positions: ``self(x) == self(pool(x))``. The
             mean may then be computed in another way (`asr_downstream.plugging.kernels.gated_batch_norm`).
+        batched: optional, a method ``batched(parameters, psi) -> gates (sites, C)`` for many sites at once on learned
+            inputs: parameters by name, stacked ``(sites, *shape)``, and psi ``(sites, 1, C)``, None for an attention
+            without input. In few operators what `torch.vmap` does, which runs where this is missing.
         recurrent: has ``step(y, state) -> (gates, state)``, which carries a state along the sites that share it.
     """
 
@@ -69,9 +72,19 @@ def is_norm(module: nn.Module) -> bool:
 
 def gates_of_mean(attention: nn.Module) -> bool:
     """Whether ``of_mean`` holds: said by the class that defines ``forward``, or by one derived from it."""
+    return bool(said_with('forward', attention, 'of_mean'))
+
+
+def says_batched(attention: nn.Module) -> bool:
+    """Whether there is a method ``batched``, of the class that defines ``forward``, or of one derived from it."""
+    return said_with('forward', attention, 'batched') is not None
+
+
+def said_with(method: str, attention: nn.Module, name: str) -> Any:
+    """An attribute of a class that speaks of a method of it; None where a derived class has replaced the method."""
     for cls in type(attention).__mro__:
-        if 'of_mean' in vars(cls):
-            return bool(vars(cls)['of_mean'])
-        if 'forward' in vars(cls):
-            return False
-    return False
+        if name in vars(cls):
+            return vars(cls)[name]
+        if method in vars(cls):
+            return None
+    return None

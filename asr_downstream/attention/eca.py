@@ -9,8 +9,9 @@ the zero padding), so only psi tells channels apart: it needs its gradient. Fres
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import ChannelAttention, pool
@@ -44,3 +45,9 @@ class ECA(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(pool(x)[:, None]).squeeze(1).sigmoid()  # (B, C) -> (B, 1, C) -> (B, C)
+
+    def batched(self, parameters: dict[str, Tensor], psi: Tensor) -> Tensor:
+        """See `ChannelAttention`: the sites are the groups of one convolution."""
+        kernels = parameters['conv.weight'].squeeze(1)  # (sites, 1, k)
+        padding: Any = self.conv.padding
+        return F.conv1d(psi.transpose(0, 1), kernels, padding=padding, groups=len(psi)).squeeze(0).sigmoid()

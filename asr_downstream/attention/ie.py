@@ -43,3 +43,7 @@ class IE(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return (self.weight * pool(x) + self.bias).sigmoid()  # (B, C, *) -> (B, C)
+
+    def batched(self, parameters: dict[str, Tensor], psi: Tensor) -> Tensor:
+        """See `ChannelAttention`."""
+        return torch.addcmul(parameters['bias'], parameters['weight'], psi.squeeze(1)).sigmoid()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import ChannelAttention, hidden_width, pool
@@ -43,3 +44,14 @@ class SE(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.relu(self.fc1(pool(x)))).sigmoid()  # (B, C, *) -> (B, C)
+
+    def batched(self, parameters: dict[str, Tensor], psi: Tensor) -> Tensor:
+        """See `ChannelAttention`. Weights stand on the left, so that their gradients come in their own layout."""
+        h = affine(parameters, 'fc1', psi.transpose(1, 2)).relu()  # (sites, C, 1) -> (sites, C/r, 1)
+        return affine(parameters, 'fc2', h).sigmoid().squeeze(2)
+
+
+def affine(parameters: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
+    """A linear layer a site: ``(sites, in, 1) -> (sites, out, 1)``."""
+    weight, bias = parameters[f'{name}.weight'], parameters.get(f'{name}.bias')
+    return torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x)

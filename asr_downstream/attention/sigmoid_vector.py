@@ -39,3 +39,7 @@ class SigmoidVector(ChannelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.vector.sigmoid().expand(x.shape[0], -1)  # (B, C)
+
+    def batched(self, parameters: dict[str, Tensor], psi: None) -> Tensor:
+        """See `ChannelAttention`."""
+        return parameters['vector'].sigmoid()

@@ -24,7 +24,7 @@ from asr_downstream.folding.verify import Verification, tensors
 from asr_downstream.modules.check import check_bare, check_module
 from asr_downstream.modules.copies import batch_of, copy_of
 from asr_downstream.plugging.describe import check_connected
-from asr_downstream.plugging.gates import ConstantGate, Gate
+from asr_downstream.plugging.gating.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
 
 __all__ = ['Metric', 'fold_calibrated']

@@ -21,11 +21,13 @@ from asr_downstream.folding.verify import Verification, beyond_rounding, check_i
 from asr_downstream.modules.check import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.attach import detach
+from asr_downstream.plugging.bank.hooks import uninstall
 from asr_downstream.plugging.describe import attention_name, check_connected
-from asr_downstream.plugging.gates import Gate, saturation
+from asr_downstream.plugging.gating.gates import Gate, saturation
+from asr_downstream.plugging.gating.shared_unit import unregister
+from asr_downstream.plugging.gating.shelf import Ready
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.save import forget, keep_dynamic
-from asr_downstream.plugging.shared_unit import unregister
 
 __all__ = ['Comparison', 'check_dynamic', 'check_mode', 'comparison', 'fold_exactly', 'fold_gates', 'make_stock_']
 
@@ -127,6 +129,8 @@ def fold_gates(
             layer.gate = None
         else:
             detach(layer)
+    for module in folded.modules():
+        uninstall(module)
     unregister(folded, units_in_use(folded))
     sites = tuple(new.site for new in scaled.values())
     left = [path for path, layer in layers.items() if layer.dynamic is not None]
@@ -211,13 +215,13 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
             f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
             f'take an earlier one'
         )
-    weight, bias = layer.scale(layer, v)  # float32 times float64 is computed in float64
+    weight, bias = Ready(v).parameters(layer)  # float32 times float64 is computed in float64
     rounded = {'weight': weight.to(layer.weight.dtype)}
     if bias is not None:
         rounded['bias'] = bias.to(layer.bias.dtype)
     rounding = 0.0
     for name, value in rounded.items():
-        target = weight if name == 'weight' else bias
+        target = weight if name == 'weight' or bias is None else bias
         if not value.isfinite().all():
             raise FoldError(
                 f'{path}: the folded {name} is not finite in {value.dtype}; '

@@ -108,7 +108,7 @@ class FoldedSite:
             magnitude; half a unit in the last place of the dtype, or less.
         kept: input-dependent gates stay at this site (``dynamic='keep'``).
         saturated: what is odd about the gates, if all of them are at one end, see
-            `asr_downstream.plugging.gates.saturation`.
+            `asr_downstream.plugging.gating.gates.saturation`.
     """
 
     path: str

@@ -9,7 +9,8 @@ from torch import nn
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.slots import DYNAMIC, GATE, SLOTS
-from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.bank import hooks as bank
+from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.layers import Plugged, plugged_class
 
 __all__ = ['attach', 'detach', 'orphans', 'rebind']
@@ -28,6 +29,7 @@ def attach(layer: Any, gates: list[ConstantGate], dynamic: list[DynamicGate]) ->
 def detach(layer: Any) -> None:
     """Turn a plugged ``layer`` back into its stock class, in place; its gates are dropped."""
     del layer.gate, layer.dynamic
+    layer.__dict__.pop('shelf', None)
     layer.__class__ = layer.stock
 
 
@@ -44,6 +46,9 @@ def rebind(model: nn.Module) -> list[str]:
         if plugged_class(type(layer)) is None:
             raise PlugError(f'{path}: was converted to {type(layer).__name__}, which cannot be plugged')
         attach(layer, *(list(layer._modules.pop(slot, None) or ()) for slot in SLOTS))  # type: ignore[arg-type]
+    for module in model.modules():
+        if bank.BANK in vars(module):
+            bank.install(module)
     return paths
 
 

@@ -11,9 +11,9 @@ from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
-from asr_downstream.plugging.gates import ConstantGate, Gate
+from asr_downstream.plugging.gating.gates import ConstantGate, Gate
+from asr_downstream.plugging.gating.shared_unit import SharedUnit
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.shared_unit import SharedUnit
 from asr_downstream.plugging.sites import find_sites
 
 __all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe']

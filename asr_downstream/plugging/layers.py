@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.slots import HasGates
+from asr_downstream.plugging.gating.shelf import Ready, Shelf
 from asr_downstream.plugging.kernels.gated_batch_norm import can_fuse, gated_batch_norm
 from asr_downstream.plugging.kernels.recompute import can_regain, can_rescale, regained_scale, rescaled_layer
 from asr_downstream.registry import FRAMEWORKS, framework_data
@@ -35,12 +36,14 @@ class Plugged(HasGates):
         positions: axes of the output besides batch and channels, at a size to try an attention on.
         regain: whether the backward pass computes again what gates would keep, see
             `asr_downstream.plugging.kernels.recompute`.
+        shelf: where the forward of the model leaves the gates of this site; None: the layer computes its own.
     """
 
     stock: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int] = 1
     positions: ClassVar[tuple[int, ...]] = (2, 2)
     regain: ClassVar[bool] = False
+    shelf: Shelf | None = None
 
     @classmethod
     def channels_of(cls, layer: Any) -> int:
@@ -48,10 +51,9 @@ class Plugged(HasGates):
         return layer.weight.shape[0]
 
     @classmethod
-    def scale(cls, layer: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return weight and bias with the output channels scaled by ``v`` ``(C,)``; changes nothing."""
-        weight = layer.weight * v.view(-1, *(1,) * (layer.weight.dim() - 1))
-        return weight, None if layer.bias is None else layer.bias * v
+    def scale_weight(cls, layer: Any, v: Tensor) -> Tensor:
+        """Return the weight with the output channels scaled by ``v`` ``(C,)``; changes nothing."""
+        return layer.weight * v.view(-1, *(1,) * (layer.weight.dim() - 1))
 
     def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Stock forward with the parameters given."""
@@ -64,13 +66,25 @@ class Plugged(HasGates):
             v = gate(anchor) if v is None else v * gate(anchor)
         return v
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        v = self.constant(input)
-        if v is not None and self.dynamic is None and can_rescale(self, input):  # type: ignore[attr-defined]
-            return rescaled_layer(self, input, v)
-        weight, bias = (self.weight, self.bias) if v is None else self.scale(self, v)  # type: ignore[attr-defined]
+    def ready(self, anchor: Tensor) -> Ready | None:
+        """Constant gates in a forward, from the bank of the model or computed here; None without any."""
+        if self.gate is None:  # type: ignore[attr-defined]
+            return None
+        found = None if self.shelf is None else self.shelf.take(self)  # type: ignore[arg-type]
+        return found or Ready(self.constant(anchor))  # type: ignore[arg-type]
+
+    def parameters_now(self: Any, anchor: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias in a forward, scaled by the constant gates if there are any."""
+        ready = self.ready(anchor)
+        return (self.weight, self.bias) if ready is None else ready.parameters(self)
+
+    def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        ready = self.ready(input)
+        if ready is not None and self.dynamic is None and can_rescale(self, input):
+            return rescaled_layer(self, input, ready)
+        weight, bias = (self.weight, self.bias) if ready is None else ready.parameters(self)
         y = self.stock_forward(input, weight, bias, *args, **kwargs)
-        if self.dynamic is None:  # type: ignore[attr-defined]
+        if self.dynamic is None:
             return y
         return regained_scale(self, input, weight, bias, y) if can_regain(self, y) else self.scale_output(y)
 
@@ -91,8 +105,7 @@ class _BatchNorm(Plugged):
         if self.dynamic is None or not can_fuse(self, input):
             return super().forward(input)
         self._check_input_dim(input)
-        v = self.constant(input)
-        return gated_batch_norm(self, input, *((self.weight, self.bias) if v is None else self.scale(self, v)))
+        return gated_batch_norm(self, input, *self.parameters_now(input))
 
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._check_input_dim(x)
@@ -136,9 +149,9 @@ class _SyncBatchNorm(_BatchNorm):
         if not synchronised:
             return super().forward(input)
         y = nn.SyncBatchNorm.forward(self, input)
-        v = self.constant(input)
-        if v is not None:
-            y = y * v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
+        ready = self.ready(input)
+        if ready is not None:
+            y = y * ready.v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
         return y if self.dynamic is None else self.scale_output(y)
 
 
@@ -241,11 +254,11 @@ class _ConvTranspose(Plugged):
         return layer.out_channels
 
     @classmethod
-    def scale(cls, layer: Any, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    def scale_weight(cls, layer: Any, v: Tensor) -> Tensor:
         # weight (C_in, C_out / groups, *k): output channel g * C_out/groups + j is column j of input group g.
         w = layer.weight.unflatten(0, (layer.groups, -1))
         weight = w * v.view(layer.groups, 1, -1, *(1,) * (w.dim() - 3))
-        return weight.flatten(0, 1), None if layer.bias is None else layer.bias * v
+        return weight.flatten(0, 1)
 
     def stock_forward(
         self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None

@@ -18,12 +18,13 @@ from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.plugging.attach import attach
+from asr_downstream.plugging.bank import hooks as bank
 from asr_downstream.plugging.describe import Description, describe
-from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.gating.shared_unit import SharedUnit, check_free, register
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plugs import Plug
 from asr_downstream.plugging.save import Attached, attached, watch
-from asr_downstream.plugging.shared_unit import SharedUnit, check_free, register
 from asr_downstream.plugging.sites import Site, find_sites
 from asr_downstream.registry import PLUGS, REBUILDERS, build
 
@@ -93,6 +94,7 @@ def plug(model: nn.Module, spec: Spec) -> Description:
             [g for g in gates[path] if isinstance(g, ConstantGate)],
             [g for g in gates[path] if isinstance(g, DynamicGate)],
         )
+    bank.install(model, [g for of_site in gates.values() for g in of_site if isinstance(g, ConstantGate)])
     model.plug_sites = [*getattr(model, 'plug_sites', []), *records]  # type: ignore[assignment]
     model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
     watch(model)

@@ -17,10 +17,10 @@ from torch import nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
-from asr_downstream.plugging.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
+from asr_downstream.plugging.gating.shared_unit import SharedUnit
+from asr_downstream.plugging.gating.site_attention import LearnedInput, Member, Run
 from asr_downstream.plugging.layers import plugged_class
-from asr_downstream.plugging.shared_unit import SharedUnit
-from asr_downstream.plugging.site_attention import LearnedInput, Member, Run
 from asr_downstream.plugging.sites import Site
 from asr_downstream.plugging.stages import Share, group_sites
 from asr_downstream.registry import ATTENTIONS, PLUGS, build, check_arguments, find

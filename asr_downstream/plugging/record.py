@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import Printed
 from asr_downstream.modules.check import check_module
-from asr_downstream.plugging.gates import Gate
+from asr_downstream.plugging.gating.gates import Gate
+from asr_downstream.plugging.gating.recurrence import Place, Slot
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.recurrence import Place, Slot
 
 __all__ = ['Recording', 'record']
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from asr_downstream import AsrError, record
-from asr_downstream.plugging import recurrence as state
+from asr_downstream.plugging.gating import recurrence as state
 
 
 def cell(unit: Any, y: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from asr_downstream import ATTENTIONS, fold, plug, verify
 from asr_downstream.attention import DIALSTM
-from asr_downstream.plugging.gates import Gate
+from asr_downstream.plugging.gating.gates import Gate
 
 SE = dict(type='SE', reduction=4)
 

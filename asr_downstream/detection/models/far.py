@@ -19,7 +19,7 @@ from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.lstm import VARIANTS
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.configs import plain
-from asr_downstream.plugging.gates import Gate
+from asr_downstream.plugging.gating.gates import Gate
 
 __all__ = ['keep_fresh', 'put_lstms', 'report_load']
 

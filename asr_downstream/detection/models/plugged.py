@@ -25,11 +25,11 @@ from asr_downstream.detection.types import PRETRAINED, kind_of
 from asr_downstream.far.model.lstm import MultiHeadLSTM
 from asr_downstream.modules.slots import SHARED, SLOTS, SharedAttentions
 from asr_downstream.plugging.attach import rebind
-from asr_downstream.plugging.gates import Gate
+from asr_downstream.plugging.gating.gates import Gate
+from asr_downstream.plugging.gating.shared_unit import SharedUnit
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import Spec
 from asr_downstream.plugging.plug import plug as attach_plug
-from asr_downstream.plugging.shared_unit import SharedUnit
 from asr_downstream.registry import MODELS
 
 __all__ = ['PluggedModel', 'plugged_class']

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from asr_downstream.attention.kernels.functions import ordinary
+from asr_downstream.plugging.gating.shelf import Ready
 
 __all__ = ['can_regain', 'can_rescale', 'regained_scale', 'rescaled_layer']
 
@@ -92,33 +93,37 @@ def can_rescale(layer: Any, x: Tensor) -> bool:
     )
 
 
-def rescaled_layer(layer: Any, x: Tensor, v: Tensor) -> Tensor:
+def rescaled_layer(layer: Any, x: Tensor, ready: Ready) -> Tensor:
     """Output of a layer with constant gates.
 
     Args:
         layer: plugged; its ``stock_backward`` gives the gradients of ``stock_forward``.
         x: input of the layer.
-        v: gates ``(C,)``.
+        ready: its gates.
     """
-    return Rescaled.apply(x, layer.weight, layer.bias, v, layer)
+    return Rescaled.apply(x, layer.weight, ready.scaled_bias(layer), ready.v, layer)
 
 
 class Rescaled(torch.autograd.Function):
-    """``stock_forward(x, W v, b v)``; keeps W, b and v."""
+    """``stock_forward(x, W v, b)``; keeps W and v."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, bias, v)
+        ctx.save_for_backward(x, weight, v)
         ctx.layer = layer
-        rows = v.view(-1, *(1,) * (weight.dim() - 1))
-        return layer.stock_forward(x, weight * rows, None if bias is None else bias * v)
+        ctx.bias = bias is not None
+        return layer.stock_forward(x, weight * v.view(-1, *(1,) * (weight.dim() - 1)), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, v = ctx.saved_tensors
+        x, weight, v = ctx.saved_tensors
         rows = v.view(-1, *(1,) * (weight.dim() - 1))
-        dx, dw, db = ctx.layer.stock_backward(dy, x, weight * rows, bias is not None, ctx.needs_input_grad[0])
-        dv = (dw * weight).flatten(1).sum(1)
-        if bias is None:
-            return dx, dw * rows, None, dv, None
-        return dx, dw * rows, db * v, dv + db * bias, None
+        dx, dw, db = ctx.layer.stock_backward(dy, x, weight * rows, ctx.bias, ctx.needs_input_grad[0])
+        return dx, dw * rows, db, products(dw, weight), None
+
+
+def products(a: Tensor, b: Tensor) -> Tensor:
+    """Inner products of the rows of ``a`` and ``b`` ``(C, *)``: in one operator, where no copy is needed for that."""
+    if not (a.is_contiguous() and b.is_contiguous()):
+        return (a * b).flatten(1).sum(1)
+    return torch.bmm(a.flatten(1).unsqueeze(1), b.flatten(1).unsqueeze(2)).flatten()

@@ -1,8 +1,8 @@
 """The attention of one site: its own, or one that sites share (DIA). Gates use both through `SiteAttention`.
 
-A shared attention is registered once, at the root of the plugged model (`asr_downstream.plugging.shared_unit`); each of
-its sites holds a `Member`, which refers to it without registering it again. A recurrent one hands a state from site to
-site (`asr_downstream.plugging.recurrence`).
+A shared attention is registered once, at the root of the plugged model
+(`asr_downstream.plugging.gating.shared_unit`); each of its sites holds a `Member`, which refers to it without
+registering it again. A recurrent one hands a state from site to site (`asr_downstream.plugging.gating.recurrence`).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import pool
-from asr_downstream.plugging import recurrence
-from asr_downstream.plugging.recurrence import Place
-from asr_downstream.plugging.shared_unit import SharedUnit
+from asr_downstream.plugging.gating import recurrence
+from asr_downstream.plugging.gating.recurrence import Place
+from asr_downstream.plugging.gating.shared_unit import SharedUnit
 
 __all__ = ['LearnedInput', 'Member', 'OwnAttention', 'Run', 'SiteAttention', 'site_attention']
 
@@ -168,7 +168,7 @@ class Member(SiteAttention, nn.Module):
             anchor: for learned inputs, a tensor that depends on the sites before.
 
         Raises:
-            AsrError: see `asr_downstream.plugging.recurrence.before`.
+            AsrError: see `asr_downstream.plugging.gating.recurrence.before`.
         """
         place = self.place
         if place is None:

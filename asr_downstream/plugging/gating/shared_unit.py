@@ -9,7 +9,7 @@ from torch import nn
 from asr_downstream.attention.base import is_norm
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.slots import SHARED, SharedAttentions
-from asr_downstream.plugging.recurrence import Slot
+from asr_downstream.plugging.gating.recurrence import Slot
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asr_downstream.attention.base import gates_of_mean
 from asr_downstream.errors import PlugError
-from asr_downstream.plugging.site_attention import LearnedInput, SiteAttention, site_attention
+from asr_downstream.plugging.gating.site_attention import LearnedInput, SiteAttention, site_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -32,7 +32,7 @@ class Gate(nn.Module):
 
     Args:
         attention: maps ``(B, C, *)`` to gates ``(B, C)``; the site's own, or a
-            `asr_downstream.plugging.site_attention.Member` of a shared one.
+            `asr_downstream.plugging.gating.site_attention.Member` of a shared one.
         channels: C of the site.
     """
 

@@ -1,0 +1,104 @@
+"""The shelf between a bank of gates and the layers: what was computed for the sites of a forward, for each thread.
+
+A layer takes what the forward of its model has put there (`asr_downstream.plugging.bank.hooks`). Outside of one it
+finds nothing and computes its own gates, as the weights may have changed since. The rule that keeps gradients right is
+that both sides must agree on them: values with a graph are taken where gradients are recorded, values without where
+they are not. So a block under ``no_grad`` (reentrant checkpointing runs its first pass so) and a block under
+``enable_grad`` in a forward without gradients compute their own.
+
+Non-reentrant checkpointing runs a block again in the backward pass, and must meet the tensors it met before. There a
+layer does as it did in the last forward with gradients: it takes the same values, or computes its own again.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.plugging.gating.recurrence import recomputing
+
+__all__ = ['Ready', 'Shelf']
+
+
+class Ready(NamedTuple):
+    """The constant gates of a site, and what is already scaled by them.
+
+    Attributes:
+        v: gates ``(C,)``.
+        weight: weight of a norm times v; None: the layer scales its weight itself.
+        bias: bias of the layer times v; None likewise, or where the layer has no bias.
+    """
+
+    v: Tensor
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def parameters(self, layer: Any) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of ``layer``, scaled."""
+        return layer.scale_weight(layer, self.v) if self.weight is None else self.weight, self.scaled_bias(layer)
+
+    def scaled_bias(self, layer: Any) -> Tensor | None:
+        """Bias of ``layer``, scaled; None where it has none."""
+        return layer.bias * self.v if self.bias is None and layer.bias is not None else self.bias
+
+
+class Forward:
+    """What one forward put on the shelf.
+
+    Attributes:
+        ready: by layer; empty where the layers are to compute their own.
+        graph: whether gradients were recorded.
+    """
+
+    def __init__(self, ready: dict[nn.Module, Ready]) -> None:
+        self.ready = ready
+        self.graph = torch.is_grad_enabled()
+
+
+class Shelf:
+    """One for the layers of a plugged model. Copies and pickles are empty: what is on it belongs to a forward."""
+
+    def __init__(self) -> None:
+        self.local = threading.local()
+        self.latest: Forward | None = None  # with gradients, of any thread
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Shelf:
+        return Shelf()
+
+    def __reduce__(self) -> tuple[type[Shelf], tuple[()]]:
+        return Shelf, ()
+
+    @property
+    def opened(self) -> list[Forward]:
+        """The forwards of this thread that have not ended, the innermost last."""
+        return self.local.__dict__.setdefault('opened', [])
+
+    def open(self, ready: dict[nn.Module, Ready]) -> None:
+        """A forward begins."""
+        forward = Forward(ready)
+        self.opened.append(forward)
+        if forward.graph:
+            self.local.kept = self.latest = forward
+
+    def close(self) -> None:
+        """A forward has ended; one with gradients is kept until the next one, for recomputation."""
+        if self.opened:
+            self.opened.pop()
+
+    def take(self, layer: nn.Module) -> Ready | None:
+        """Return what there is for ``layer`` here and now; None: it is to compute its own."""
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return None
+        if opened := self.opened:
+            if opened[-1].graph == torch.is_grad_enabled() and (ready := opened[-1].ready.get(layer)):
+                return ready
+        elif recomputing():
+            # Devices have threads of their own for the backward pass: those find the last forward of any thread.
+            kept = getattr(self.local, 'kept', self.latest)
+            return None if kept is None else kept.ready.get(layer)
+        if (kept := getattr(self.local, 'kept', None)) is not None:
+            kept.ready.pop(layer, None)
+        return None
