@@ -77,8 +77,8 @@ class Gather(torch.autograd.Function):
         found: list[Tensor | None] = []
         used = [ctx.marks.used(number, ctx.chained) for number in range(ctx.sites)]
         for stack in stacks:
-            # Contiguous, or every optimiser would be given a copy of each.
-            rows = [None] * ctx.sites if stack is None else stack.contiguous().unbind()
+            # In the layout of the parameters, or each would be copied into it; a line has none, for axes of 1 either.
+            rows = [None] * ctx.sites if stack is None else stack.reshape(-1).view(stack.shape).unbind()
             found += [row if met else None for row, met in zip(rows, used, strict=True)]
         return None, None, None, *found
 

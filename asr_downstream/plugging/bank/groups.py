@@ -7,8 +7,7 @@ A group is a plan: the sites, and where their parameters lie. It reads the param
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -140,33 +139,73 @@ def groups_of(sites: dict[str, Any], forms: Forms) -> list[Group]:
         forms: of the attentions that were met before; new ones are added.
     """
     met: dict[Hashable, Any] = {}
-    alike: defaultdict[tuple[str, tuple[Hashable, ...]], list[Any]] = defaultdict(list)
+    kinds: dict[str, tuple[Hashable, ...]] = {}
     for path, layer in sites.items():
-        keys = [key(gate) for gate in layer.gate]
-        for gate, found in zip(layer.gate, keys, strict=True):
-            if found in met:
-                continue
-            if isinstance(gate.site_attention, Member):
-                met[found] = shared_form(gate)
-            else:
-                if found not in forms:
-                    forms[found] = batched_form(gate)
-                met[found] = forms[found]
-        if all(met[found] is not None for found in keys):
-            alike[stage(path), tuple(keys)].append(layer)
-    return [
-        Group(part, [Column([layer.gate[i] for layer in part], met[k]) for i, k in enumerate(kinds)])
-        for (_, kinds), layers in alike.items()
-        for part in parts(layers, whole=any(met[k].chained for k in kinds))
-    ]
+        kinds[path] = tuple(map(kind, layer.gate))
+        for gate, found in zip(layer.gate, kinds[path], strict=True):
+            if found not in met:
+                met[found] = form_of(gate, found, forms)
+    able = {path: kinds[path] for path in in_order(sites) if all(met[found] is not None for found in kinds[path])}
+    groups = []
+    for paths in stages(able):
+        columns = [met[found] for found in able[paths[0]]]
+        for part in parts([sites[path] for path in paths], whole=any(form.chained for form in columns)):
+            groups.append(
+                Group(part, [Column([layer.gate[i] for layer in part], form) for i, form in enumerate(columns)])
+            )
+    return groups
 
 
-def key(gate: ConstantGate) -> Hashable:
+def kind(gate: ConstantGate) -> Hashable:
     """What gates of a column have in common."""
     attention = gate.site_attention
+    like = next(gate.parameters(), None)
+    place = None if like is None else (like.dtype, like.device)
     if isinstance(attention, Member):
-        return id(attention.unit), id(attention.run), gate.reference is None
-    return signature(gate)
+        return id(attention.unit), id(attention.run), gate.reference is None, place
+    found = signature(gate)
+    return None if found is None else (found, place)
+
+
+def form_of(gate: ConstantGate, found: Hashable, forms: Forms) -> Form | None:
+    """The form of gates of a kind, from ``forms`` if it was met before."""
+    if isinstance(gate.site_attention, Member):
+        return shared_form(gate)
+    if found not in forms:
+        forms[found] = None if found is None else batched_form(gate)
+    return forms[found]
+
+
+def in_order(paths: Iterable[str]) -> list[str]:
+    """Paths in the order in which their layers run, as far as names tell: diffusers registers the middle last."""
+    return sorted(paths, key=lambda path: 'up_blocks' in path.split('.'))
+
+
+def stages(kinds: Mapping[str, Hashable]) -> Iterable[list[str]]:
+    """Gather sites of one kind that run close to each other.
+
+    A site continues the group of its kind if it is the next one, or if both are in one numbered sequence (``layer1`` of
+    ``layer1.0.bn2``). So widths may alternate within a stage, and a width that comes again later is another group.
+
+    Args:
+        kinds: path -> kind, in the order in which the sites run.
+    """
+    last: dict[Hashable, list[str]] = {}
+    before: list[str] = []
+    for path, found in kinds.items():
+        group = last.get(found)
+        if group is None or (group is not before and sequence(group[-1]) != sequence(path)):
+            if group is not None:
+                yield group
+            group = last[found] = []
+        group.append(path)
+        before = group
+    yield from last.values()
+
+
+def sequence(path: str) -> str:
+    """What a path has before its first number: ``backbone.layer1`` of ``backbone.layer1.0.bn2``."""
+    return re.split(r'\.\d+\.', path, maxsplit=1)[0]
 
 
 def parts(layers: list[Any], whole: bool) -> Iterable[list[Any]]:
@@ -174,11 +213,6 @@ def parts(layers: list[Any], whole: bool) -> Iterable[list[Any]]:
     number = 1 if whole else -(-len(layers) // LONGEST)
     for i in range(number):
         yield layers[i * len(layers) // number : (i + 1) * len(layers) // number]
-
-
-def stage(path: str) -> str:
-    """What a site's path has before its first number: ``backbone.layer1.0.bn2`` is in ``backbone.layer1``."""
-    return re.split(r'\.\d+\.', path, maxsplit=1)[0]
 
 
 def able(state: list[Any]) -> bool:
