@@ -73,11 +73,6 @@ class Plugged(HasGates):
         found = None if self.shelf is None else self.shelf.take(self)  # type: ignore[arg-type]
         return found or Ready(self.constant(anchor))  # type: ignore[arg-type]
 
-    def parameters_now(self: Any, anchor: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias in a forward, scaled by the constant gates if there are any."""
-        ready = self.ready(anchor)
-        return (self.weight, self.bias) if ready is None else ready.parameters(self)
-
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ready = self.ready(input)
         if ready is not None and self.dynamic is None and can_rescale(self, input):
@@ -105,7 +100,8 @@ class _BatchNorm(Plugged):
         if self.dynamic is None or not can_fuse(self, input):
             return super().forward(input)
         self._check_input_dim(input)
-        return gated_batch_norm(self, input, *self.parameters_now(input))
+        ready = self.ready(input)
+        return gated_batch_norm(self, input, *((self.weight, self.bias) if ready is None else ready.parameters(self)))
 
     def stock_forward(self: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         self._check_input_dim(x)

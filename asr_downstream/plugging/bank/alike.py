@@ -8,6 +8,7 @@ its forward over stacked parameters, and the result is taken only if it equals t
 from __future__ import annotations
 
 import copy
+import numbers
 import threading
 from collections.abc import Hashable, Iterable, Iterator
 from typing import Any, TypeAlias
@@ -23,7 +24,7 @@ from asr_downstream.plugging.gating.site_attention import OwnAttention
 __all__ = ['Form', 'Forms', 'batched_form', 'hooked', 'links', 'signature']
 
 OF_MODULES = frozenset(nn.Module().__dict__)  # attributes that every module has
-SIMPLE = (int, float, str, bool, type(None), torch.dtype, torch.Size)
+SIMPLE = (numbers.Number, str, bool, type(None), torch.dtype, torch.Size)
 HOOKS = ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
 TOLERANCE = 1e-10  # of a trial in float64
 
