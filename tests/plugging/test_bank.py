@@ -17,10 +17,12 @@ from torch.utils.checkpoint import checkpoint
 
 from asr_downstream import fold, plug, rebind
 from asr_downstream.attention.base import ChannelAttention, pool
+from asr_downstream.measure.cost import saved_bytes
 from asr_downstream.measure.launches import Launches
 from asr_downstream.models.resnet_cifar import BasicBlock, ResNet
 from asr_downstream.plugging.bank import groups as planning
 from asr_downstream.plugging.bank import hooks as bank
+from asr_downstream.plugging.bank import regained as regaining
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.registry import ATTENTIONS as REGISTRY
 
@@ -440,6 +442,35 @@ def test_gradients_take_no_copy() -> None:
         model(maps(torch.float32)).square().mean().backward()
     assert 'clone' not in found.of
     assert all(p.grad.stride() == p.stride() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize('name', ['SE', 'SPA', 'CBAM', 'SRM', 'repeat', 'recurrent'])
+def test_large_stacks_are_made_again_and_not_kept(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = plugged(SPECS[name])
+    model.eval()
+    expected = step(model, maps())
+    size = saved_bytes(model, lambda: model(maps()).square().mean())
+    monkeypatch.setattr(regaining, 'KEPT', 0)
+    assert_same(step(model, maps()), expected)
+    stacked = sum(p.numel() * 8 for name, p in model.named_parameters() if '.gate.' in name)
+    assert size - saved_bytes(model, lambda: model(maps()).square().mean()) >= (0.3 if name == 'SRM' else 0.5) * stacked
+    loss = model(maps()).square().mean()
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        loss.backward(retain_graph=True)
+        for key, parameter in model.named_parameters():
+            grad = expected[f'gradient of {key}']
+            assert (grad is None) == (parameter.grad is None)
+            assert grad is None or torch.allclose(parameter.grad, grad, ATOL, ATOL)
+    with torch.no_grad():
+        model.layer1[0].bn2.gate[0].psi.mul_(2)
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'):
+        loss.backward()
+
+
+def test_second_derivatives_of_large_stacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(regaining, 'KEPT', 0)
+    test_second_derivatives()
 
 
 def test_accumulated_gradients_and_two_forwards() -> None:

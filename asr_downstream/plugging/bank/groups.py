@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from asr_downstream.plugging.bank.alike import Form, Forms, batched_form, hooked, links, signature
 from asr_downstream.plugging.bank.batched_gates import Marks, gather, scaled
+from asr_downstream.plugging.bank.regained import regained
 from asr_downstream.plugging.bank.shared_form import shared_form
 from asr_downstream.plugging.gating.gates import ConstantGate
 from asr_downstream.plugging.gating.shelf import Ready
@@ -66,8 +67,9 @@ class Column:
     def gates_of(self, parameters: list[list[Tensor]], marks: Marks) -> Tensor:
         """The gates ``(sites, C)``, before they are divided by the references."""
         stacks = gather(parameters, marks, self.form.chained)
-        psi = stacks.pop(0) if self.gates[0].psi is not None else None
-        return self.form(self.gates, dict(zip(self.names, stacks, strict=True)), psi)
+        psi, own = (stacks[0], stacks[1:]) if self.gates[0].psi is not None else (None, stacks)
+        with regained(parameters, stacks):
+            return self.form(self.gates, dict(zip(self.names, own, strict=True)), psi)
 
 
 class Group:
