@@ -78,6 +78,7 @@ def test_what_the_distributions_hold(built: tuple[Path, Path]) -> None:
         packed = {name.partition('/')[2] for name in archive.getnames()}
     assert {'LICENSE', 'setup.py', 'pyproject.toml', *ready} <= packed
     names = set(zipfile.ZipFile(wheel).namelist())
+    assert {f'asr_downstream/far/model/ops/lstm.{kind}' for kind in ('cpp', 'h', 'py')} <= names & packed
     held = {name.removeprefix('asr_downstream/_configs/') for name in names if '/_configs/' in name}
     assert held == ready
     assert any(re.fullmatch(r'asr_downstream-[^/]*\.dist-info/licenses/LICENSE', name) for name in names)
