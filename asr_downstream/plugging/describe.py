@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from rich.table import Table
 from torch import nn
@@ -13,6 +14,9 @@ from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
 from asr_downstream.plugging.gating.gates import ConstantGate, Gate
 from asr_downstream.plugging.gating.shared_unit import SharedUnit
+from asr_downstream.plugging.kernels.gated_batch_norm import fusible
+from asr_downstream.plugging.kernels.memory import LOW, PLAIN, chosen
+from asr_downstream.plugging.kernels.recompute import regainable
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.sites import find_sites
 
@@ -30,6 +34,7 @@ class SiteRow:
         plug: such as ``'ASR(SE) + Attention(SE)'``.
         parameters: number of parameters that the plug added here, without shared ones.
         folds: whether all its gates are constant.
+        memory: form of its input-dependent gates in training, ``'plain'`` or ``'low'``; ``''`` without such.
     """
 
     path: str
@@ -38,6 +43,7 @@ class SiteRow:
     plug: str
     parameters: int
     folds: bool
+    memory: str = ''
 
 
 @dataclass(frozen=True)
@@ -87,9 +93,13 @@ class Description(Printed):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         table.add_column('parameters', justify='right')
         table.add_column('folds')
+        forms = any(row.memory for row in self.sites)
+        if forms:
+            table.add_column('memory')
         for row in self.sites:
             folds = 'exactly' if row.folds else 'no: depends on the input'
-            table.add_row(row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds)
+            cells = row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds
+            table.add_row(*cells, *([row.memory] if forms else []))
         for unit in self.shared:
             if unit is self.shared[0]:
                 table.add_section()
@@ -121,6 +131,7 @@ def describe(model: nn.Module) -> Description:
                 plug=' + '.join(label(gates)),
                 parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
                 folds=all(isinstance(gate, ConstantGate) for gate in gates),
+                memory=training_form(layer),
             )
         )
     check_connected(model)
@@ -132,6 +143,15 @@ def shared_row(unit: SharedUnit, paths: list[str]) -> SharedRow:
     """Row of an attention that the sites of these paths share."""
     parameters = sum(p.numel() for p in unit.parameters())
     return SharedRow(unit.name, type(unit.attention).__name__, tuple(paths), parameters)
+
+
+def training_form(layer: Any) -> str:
+    """Which form a plugged layer trains in: ``'plain'`` or ``'low'``; ``''`` without input-dependent gates."""
+    if layer.dynamic is None:
+        return ''
+    batch_norm = isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    has_low = fusible(layer) if batch_norm else layer.recomputes and regainable(layer)
+    return LOW if has_low and chosen(layer) == LOW else PLAIN
 
 
 def candidates(model: nn.Module) -> tuple[str, ...]:

@@ -34,7 +34,7 @@ class Plugged(HasGates):
         stock: the class that the layer had and gets back.
         channel_dim: axis of the channels in the output.
         positions: axes of the output besides batch and channels, at a size to try an attention on.
-        regain: whether the backward pass computes again what gates would keep, see
+        recomputes: whether the backward pass can compute again what gates would keep, see
             `asr_downstream.plugging.kernels.recompute`.
         shelf: where the forward of the model leaves the gates of this site; None: the layer computes its own.
     """
@@ -42,7 +42,7 @@ class Plugged(HasGates):
     stock: ClassVar[type[nn.Module]]
     channel_dim: ClassVar[int] = 1
     positions: ClassVar[tuple[int, ...]] = (2, 2)
-    regain: ClassVar[bool] = False
+    recomputes: ClassVar[bool] = False
     shelf: Shelf | None = None
 
     @classmethod
@@ -94,8 +94,6 @@ class Plugged(HasGates):
 
 class _BatchNorm(Plugged):
     # The name is torch's own: mmengine's initialisers choose layers by the names of their bases.
-    fuse: ClassVar[bool] = True  # False, on a class or a layer: the plain form, for comparison
-
     def forward(self: Any, input: Tensor) -> Tensor:
         if self.dynamic is None or not can_fuse(self, input):
             return super().forward(input)
@@ -211,7 +209,7 @@ class PluggedInstanceNorm3d(_InstanceNorm, nn.InstanceNorm3d):
 
 
 class _Conv(Plugged):
-    regain = True
+    recomputes = True
 
     def has_backward(self: Any, x: Tensor) -> bool:
         """Whether `stock_backward` is the gradient: other paddings are made by other functions."""
@@ -284,7 +282,7 @@ class PluggedLinear(Plugged, nn.Linear):
     stock = nn.Linear
     channel_dim = -1
     positions = (2,)
-    regain = True
+    recomputes = True
 
     def has_backward(self, x: Tensor) -> bool:
         """See `_Conv`."""

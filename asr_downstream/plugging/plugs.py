@@ -20,6 +20,7 @@ from asr_downstream.errors import PlugError
 from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.gating.shared_unit import SharedUnit
 from asr_downstream.plugging.gating.site_attention import LearnedInput, Member, Run
+from asr_downstream.plugging.kernels.memory import check_memory
 from asr_downstream.plugging.layers import plugged_class
 from asr_downstream.plugging.sites import Site
 from asr_downstream.plugging.stages import Share, group_sites
@@ -256,7 +257,21 @@ class Attention(Plug):
     Args:
         attention: spec of the attention.
         sites, skip, preserve: see `Plug`.
+        memory: ``'low'`` keeps no second feature map a site for the backward pass, where there is a way to; ``'plain'``
+            keeps it; None is what measured faster, see `asr_downstream.plugging.kernels.memory`.
     """
+
+    def __init__(
+        self,
+        attention: dict[str, Any],
+        sites: str | Sequence[str] = 'residual',
+        skip: Sequence[str] = (),
+        preserve: bool = False,
+        memory: str | None = None,
+    ) -> None:
+        super().__init__(attention, sites, skip, preserve)
+        check_memory(type(self).__name__, memory)
+        self.memory = memory
 
     def select(self, sites: list[Site]) -> list[Site]:
         """Leave out the sites that ``skip`` names, and those that see windows of an image as samples of their own.
@@ -281,7 +296,7 @@ class Attention(Plug):
     def gate(self, site: Site, attention: nn.Module) -> Gate:
         if getattr(attention, 'uses_input', True):
             kind: Any = plugged_class(site.stock)
-            return DynamicGate(attention, site.channels, kind.positions)
+            return DynamicGate(attention, site.channels, kind.positions, self.memory)
         return ConstantGate(attention, site.channels)
 
 
@@ -295,6 +310,7 @@ class DIA(Attention):
     Args:
         attention: spec of the attention.
         sites, skip, preserve: see `Plug`.
+        memory: see `Attention`.
         share: ``'stage'``, ``'width'``, or lists of patterns; see `asr_downstream.plugging.stages.group_sites`.
     """
 
@@ -305,8 +321,9 @@ class DIA(Attention):
         skip: Sequence[str] = (),
         preserve: bool = False,
         share: Share = 'stage',
+        memory: str | None = None,
     ) -> None:
-        super().__init__(attention, sites, skip, preserve)
+        super().__init__(attention, sites, skip, preserve, memory)
         if share is None:
             raise PlugError(
                 "DIA shares an attention: share='stage', 'width' or lists of patterns; without, use Attention"

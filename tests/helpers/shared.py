@@ -21,10 +21,10 @@ DIA = dict(type='DIA', attention=dict(type='DIALSTM'))
 ASR_DIA = dict(type='ASR', attention=dict(type='DIALSTM'))
 
 
-SPECS = {'DIA': DIA, 'ASR-DIA': ASR_DIA, 'DIA-SRM': dict(type='DIA', attention=dict(type='SRM'))}
+RECURRENT = {'DIA': DIA, 'DIA-low': dict(DIA, memory='low'), 'ASR-DIA': ASR_DIA}
 
 
-RECURRENT = {'DIA': DIA, 'ASR-DIA': ASR_DIA}
+SPECS = {**RECURRENT, 'DIA-SRM': dict(type='DIA', attention=dict(type='SRM'))}
 
 
 every_spec = pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)

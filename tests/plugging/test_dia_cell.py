@@ -15,6 +15,7 @@ import torch
 from conftest import randomise
 from helpers.shared import BY_BLOCK, DIA, assert_same, images, plugged, results
 from torch import Tensor, nn
+from torch._dynamo import compiled_autograd
 from torch.func import functional_call, grad, vmap
 
 from asr_downstream.attention import DIALSTM, dia_lstm
@@ -161,6 +162,14 @@ def test_gradients_of_many_outputs_at_once() -> None:
     together = torch.autograd.grad(outputs[1], wanted, dys, is_grads_batched=True, retain_graph=True)
     apart = [torch.autograd.grad(outputs[1], wanted, dy, retain_graph=True) for dy in dys]
     same(list(together), [torch.stack(each) for each in zip(*apart, strict=True)])
+
+
+def test_compiled_autograd() -> None:
+    unit, inputs = cell(), descriptors(3)
+    expected = torch.autograd.grad(loss(run(unit, inputs)), list(unit.parameters()))
+    with compiled_autograd._enable(torch.compile(backend='eager')):
+        loss(run(unit, inputs)).backward()
+    same([p.grad for p in unit.parameters()], list(expected), 1e-14)
 
 
 @pytest.mark.parametrize('call', ['vmap', 'grad', 'compile', 'forward-mode', 'trace'])

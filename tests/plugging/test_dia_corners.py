@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bench.forms import plain_form as plain
 from conftest import randomise
 from helpers.shared import ASR_DIA, BY_BLOCK, DIA, NOISE, Net, assert_same, images, plugged, results, unet
 from torch import Tensor, nn
@@ -54,14 +55,6 @@ LAST: list[Tensor] = []
 def maps() -> Tensor:
     LAST[:] = [torch.randn(2, 4, 5, 5, dtype=torch.float64).requires_grad_()]
     return LAST[0]
-
-
-def plain(model: nn.Module) -> nn.Module:
-    model = copy.deepcopy(model)
-    for layer in model.modules():
-        if isinstance(layer, Plugged):
-            layer.fuse = False
-    return model
 
 
 @pytest.mark.parametrize('share', ['stage', 'width', [['down.*', 'up.*']], [['up.2.*', 'down.*'], ['up.[01].*']]])
@@ -277,12 +270,12 @@ def test_record_follows_the_model_and_not_its_copies() -> None:
     assert {len(gates) for gates in (*seen.gates.values(), *seen.states.values())} == {0}
 
 
-# The fused form
+# The fused form, ``memory="low"``
 
 
 def normed(attention: str = 'SE', **kwargs: Any) -> nn.Module:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).double()
-    plug(model, dict(type='Attention', attention=dict(type=attention, **kwargs), sites=['1']))
+    plug(model, dict(type='Attention', attention=dict(type=attention, **kwargs), sites=['1'], memory='low'))
     return randomise(model)
 
 
@@ -359,7 +352,7 @@ def test_forward_mode() -> None:
 @pytest.mark.parametrize('mean', [0.0, 100.0, 1000.0])
 def test_fused_keeps_the_precision_of_the_stock_statistics(mean: float) -> None:
     model = nn.Sequential(nn.BatchNorm2d(4))
-    plug(model, dict(SE_SPEC, sites=['0']))
+    plug(model, dict(SE_SPEC, sites=['0'], memory='low'))
     x = torch.randn(8, 4, 16, 16) + mean
     exact = copy.deepcopy(model).double()(x.double())
     errors = [float((m(x).double() - exact).detach().norm() / exact.detach().norm()) for m in (model, plain(model))]

@@ -7,16 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from bench.forms import plain_form
 from conftest import randomise
 from torch import Tensor, nn
 
 from asr_downstream import plug, verify
 from asr_downstream.measure.cost import saved_bytes
-from asr_downstream.plugging.layers import Plugged
 
-SE = dict(type='Attention', attention=dict(type='SE', reduction=4))
-ECA = dict(type='Attention', attention=dict(type='ECA'))
-DIA = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4))
+SE = dict(type='Attention', attention=dict(type='SE', reduction=4), memory='low')
+ECA = dict(type='Attention', attention=dict(type='ECA'), memory='low')
+DIA = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4), memory='low')
 ASR = dict(type='ASR', attention=dict(type='SE', reduction=4))
 
 LAYERS = {
@@ -48,11 +48,7 @@ def two_forms(layer: str, spec: Any, dtype: torch.dtype = torch.float64) -> tupl
     specs = [{**s, 'sites': ['*.layer']} for s in (spec if isinstance(spec, list) else [spec])]
     plug(model, specs)
     randomise(model).to(dtype).train()
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if isinstance(module, Plugged):
-            module.regain = False
-    return model, plain, torch.randn(shape, dtype=dtype)
+    return model, plain_form(model), torch.randn(shape, dtype=dtype)
 
 
 def derivatives(model: nn.Module, x: Tensor) -> list[Tensor]:
@@ -98,10 +94,7 @@ def test_the_output_is_not_kept(spec: Any) -> None:
 
     model = copy.deepcopy(stock)
     plug(model, {**spec, 'sites': ['*.layer']})
-    plain = copy.deepcopy(model)
-    for module in plain.modules():
-        if isinstance(module, Plugged):
-            module.regain = False
+    plain = plain_form(model)
     assert saved(model) < 1.02 * saved(stock)
     assert saved(plain) > 1.2 * saved(stock)
 
@@ -127,7 +120,7 @@ def test_autocast_regains_in_the_precision_of_the_forward() -> None:
 
 
 def test_other_cases_take_the_plain_form() -> None:
-    for spec in ([SE, SE], dict(type='Attention', attention=dict(type='CBAM', reduction=4))):
+    for spec in ([SE, SE], dict(type='Attention', attention=dict(type='CBAM', reduction=4), memory='low')):
         model, plain, x = two_forms('conv', spec)
         assert 'ScaleBackward' not in names(model(x).grad_fn)
         plain(x)  # CBAM has a batch norm

@@ -12,17 +12,18 @@ from torch import Tensor, nn
 
 from asr_downstream.models import resnet56
 from asr_downstream.plugging.attach import detach
+from asr_downstream.plugging.gating.gates import DynamicGate
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import plug
 
 __all__ = [
-    'CASES', 'FOLDED', 'LAYER_SCALE', 'MAPS', 'PLAIN', 'SCALED', 'SE', 'SPEC', 'STOCK', 'Case', 'dia',
-    'feature_map_form', 'mmdet_resnet50', 'plain_form', 'plugged_copy',
+    'CASES', 'FOLDED', 'LAYER_SCALE', 'LOW', 'MAPS', 'PLAIN', 'SCALED', 'SE', 'SPEC', 'STOCK', 'Case', 'dia',
+    'feature_map_form', 'low_form', 'mmdet_resnet50', 'plain_form', 'plugged_copy',
 ]  # fmt: skip
 
 SPEC = {'type': 'ASR', 'attention': {'type': 'SE', 'reduction': 16}}
 STOCK, SCALED, MAPS, FOLDED = 'stock', 'ASR(SE)', 'ASR(SE), feature maps', 'folded'
-PLAIN = ', plain'
+PLAIN, LOW = ', plain', ', low memory'
 SE = {'type': 'Attention', 'attention': {'type': 'SE', 'reduction': 16}}
 LAYER_SCALE = {'type': 'Attention', 'attention': {'type': 'LayerScale', 'init_value': 0.1}}
 
@@ -63,11 +64,25 @@ CASES = (
 
 
 def plain_form(plugged: nn.Module) -> nn.Module:
-    """Copy a plugged model; the copy multiplies the output of a layer by its input-dependent gates, and keeps it."""
-    model = copy.deepcopy(plugged)
+    """Copy a plugged model; the copy keeps what gates need: with ``memory='plain'``, and scaled weights of layers."""
+    model = with_memory(plugged, 'plain')
     layers: list[Any] = [m for m in model.modules() if isinstance(m, Plugged)]
     for layer in layers:
-        layer.fuse = layer.regain = False
+        layer.recomputes = False
+    return model
+
+
+def low_form(plugged: nn.Module) -> nn.Module:
+    """Copy a plugged model; the copy has ``memory='low'``."""
+    return with_memory(plugged, 'low')
+
+
+def with_memory(plugged: nn.Module, memory: str) -> nn.Module:
+    """Copy a plugged model, with another choice of ``memory``."""
+    model = copy.deepcopy(plugged)
+    for gate in model.modules():
+        if isinstance(gate, DynamicGate):
+            gate.memory = memory
     return model
 
 

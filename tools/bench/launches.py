@@ -1,9 +1,7 @@
 """Launches of plugged models over those of the stock model, see `asr_downstream.measure.launches`.
 
-Exact, and so the same in every run. ``as plugged`` is the form that saves memory (gates that are fused with the batch
-norm, convolutions that are computed again), ``plain`` multiplies the output of a layer by its gates and keeps it. Where
-the forms differ, CUDA runs the plain one of batch norms. Sizes of inputs change nothing in training; without gradients
-batch norms are fused on large maps only.
+Exact, and so the same in every run. ``plain`` keeps what gates need for the backward pass, ``low memory`` computes it
+again (``memory='low'``); an arm without such a word is what plugging gives. Sizes of inputs change nothing.
 """
 
 from __future__ import annotations
@@ -21,7 +19,21 @@ from torch import Tensor, nn
 from asr_downstream.console.text import render
 from asr_downstream.measure.launches import Step, count_step, extra
 from asr_downstream.models import resnet56
-from bench.forms import LAYER_SCALE, PLAIN, SCALED, SE, SPEC, STOCK, dia, mmdet_resnet50, plain_form, plugged_copy
+from asr_downstream.plugging.gating.gates import DynamicGate
+from bench.forms import (
+    LAYER_SCALE,
+    LOW,
+    PLAIN,
+    SCALED,
+    SE,
+    SPEC,
+    STOCK,
+    dia,
+    low_form,
+    mmdet_resnet50,
+    plain_form,
+    plugged_copy,
+)
 
 __all__ = ['ARMS', 'CASES', 'LaunchCase', 'cell', 'count_arms', 'extra_line', 'measure', 'table']
 
@@ -69,13 +81,15 @@ CASES = (
 
 
 def measure(case: LaunchCase) -> dict[str, Any]:
-    """Count all arms of a case in both forms: ``case``, ``input`` (shape), ``launches`` (see `count_arms`)."""
+    """Count all arms of a case in all forms: ``case``, ``input`` (shape), ``launches`` (see `count_arms`)."""
     torch.manual_seed(0)
     stock = case.build()
     arms = {STOCK: stock}
     for name, spec in ARMS.items():
         arms[name] = plugged_copy(stock, spec)
         arms[name + PLAIN] = plain_form(arms[name])
+        if any(isinstance(m, DynamicGate) for m in arms[name].modules()):
+            arms[name + LOW] = low_form(arms[name])
     return {'case': case.name, 'input': list(case.shape), 'launches': count_arms(arms, torch.randn(case.shape))}
 
 

@@ -1,8 +1,8 @@
 """What plugging costs in training and what folding leaves of it: time and saved activations, against the stock model.
 
-All arms have the same stock weights. ``feature maps`` and ``plain`` are the forms that other code uses, for comparison:
-the output of the layer times its gates. ASR as this package plugs it scales parameters, input-dependent gates (SE, DIA)
-are fused with their batch norm, and a folded model is stock.
+All arms have the same stock weights. ``feature maps`` and ``plain`` are the forms that other code uses: the output of
+the layer times its gates. ASR as this package plugs it scales parameters; input-dependent gates (SE, DIA) take the form
+that is faster, or with ``memory='low'`` the one that keeps no second map; and a folded model is stock.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from asr_downstream.registry import MODELS
 from bench.forms import (
     CASES,
     FOLDED,
+    LOW,
     MAPS,
     PLAIN,
     SCALED,
@@ -36,6 +37,7 @@ from bench.forms import (
     Case,
     dia,
     feature_map_form,
+    low_form,
     plain_form,
     plugged_copy,
 )  # fmt: skip
@@ -83,7 +85,7 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
     Returns:
         Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
         (bytes); ``launches``, see `bench.launches.count_arms`; and ``agreement``, the largest relative difference
-        between the two forms of each plug.
+        between two forms of each plug.
     """
     torch.manual_seed(seed)
     stock = case.build()
@@ -101,7 +103,8 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
         if name == SCALED:
             arms = {STOCK: stock, name: plugged, MAPS: feature_map_form(plugged), FOLDED: fold_exactly(plugged)[0]}
         else:
-            arms = {STOCK: stock, name: plugged, name + PLAIN: plain_form(plugged)}
+            low, plain = low_form(plugged), plain_form(plugged)
+            arms = {STOCK: stock, name + LOW: low, name + PLAIN: plain, name: plugged}
         _, ours, theirs, *_ = arms.values()
         result['agreement'][name] = verify(ours, theirs, x).relative
         for kind, found in compare(arms, x, rounds, f'{case.name}, {name}').items():

@@ -7,7 +7,8 @@ sum:
     late = LateWeights(layers)             # at the first site; passed on to the next ones
     y = late.perceptron(0, x)              # layers[1](relu(layers[0](x))), at every site
 
-The backward of `Perceptron` keeps rows, that of `Gather`, which runs after those of all sites, multiplies them.
+The backward of `Perceptron` keeps rows, that of `Gather`, which runs after those of all sites, multiplies them. Where a
+graph of the gradients is wanted, and under compiled autograd, each site gives its own.
 """
 
 from __future__ import annotations
@@ -19,8 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from asr_downstream.attention.kernels.functions import derivatives
 
 __all__ = ['LateWeights']
 
@@ -60,6 +59,8 @@ class Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         found = list(grads)
+        if torch.compiler.is_compiling():
+            return None, *found
         for layer, pairs in ctx.rows.pop(torch._C._current_graph_task_id(), {}).items():
             dy, x = (one[0] if len(one) == 1 else torch.cat(one) for one in zip(*pairs, strict=True))
             if ctx.needs_input_grad[1 + 2 * layer]:
@@ -91,16 +92,16 @@ class Perceptron(torch.autograd.Function):
         x, w1, b1, w2, b2, hidden = ctx.saved_tensors
         if x is None:
             x = w1.new_zeros(1, w1.shape[1])
-        if torch.is_grad_enabled():  # create_graph=True
-
-            def perceptron(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-                return F.linear(F.linear(x, w1, b1).relu(), w2, b2)
-
-            return *derivatives(perceptron, (x, w1, b1, w2, b2), dy), None, None
+        direct = torch.is_grad_enabled() or torch.compiler.is_compiling()  # create_graph=True, compiled autograd
+        if direct:
+            hidden = F.linear(x, w1, b1).relu()  # with its graph
         d_hidden = torch.ops.aten.threshold_backward(dy @ w2, hidden, 0)
+        dx = d_hidden @ w1 if ctx.needs_input_grad[0] else None
+        if direct:
+            return dx, d_hidden.t() @ x, d_hidden.sum(0), dy.t() @ hidden, dy.sum(0), None, None
         gather = ctx.next_functions[1][0]
         if gather is not None and torch._C._will_engine_execute_node(gather):
             of_pass = ctx.rows.setdefault(torch._C._current_graph_task_id(), defaultdict(list))
             of_pass[ctx.first].append((d_hidden, x))
             of_pass[ctx.first + 1].append((dy, hidden))
-        return d_hidden @ w1 if ctx.needs_input_grad[0] else None, *(None,) * 6
+        return dx, *(None,) * 6

@@ -145,11 +145,17 @@ class DynamicGate(Gate):
         attention: maps ``(B, C, *)`` to ``(B, C)``.
         channels: C of the site.
         positions: size of the axes ``*`` that the attention is tried on.
+        memory: ``'plain'``, ``'low'`` or None, see `asr_downstream.plugging.kernels.memory`.
     """
 
-    def __init__(self, attention: nn.Module, channels: int, positions: tuple[int, ...] = (2, 2)) -> None:
+    memory: str | None = None  # gates that were pickled before there was a choice
+
+    def __init__(
+        self, attention: nn.Module, channels: int, positions: tuple[int, ...] = (2, 2), memory: str | None = None
+    ) -> None:
         super().__init__(attention, channels)
         self.positions = positions
+        self.memory = memory
 
     def probe(self) -> Tensor:
         # Batch norms inside an attention must not learn from this: eval mode, flags restored below.

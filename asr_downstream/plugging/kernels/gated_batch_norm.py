@@ -16,27 +16,27 @@ Backward: with S0 and S1 the sums of dz and of dz (x - mu) r over the positions,
 one more; x is all that is kept, as in BN. The gate itself is ordinary autograd between two functions: it is
 differentiated, shared, compiled and checkpointed as always.
 
-This form is used where it was measured to pay, and gives what the plain form gives: batch norm (training, eval, frozen)
-on contiguous maps on the CPU, in one precision, before attentions whose gates depend on the mean alone; without
-gradients only on large maps. Elsewhere the plain form runs: other layers and devices, channels_last, autocast, SyncBN
-while it synchronises, torch.compile (which fuses by itself), torch.func transforms, forward-mode derivatives.
+This form is that of ``memory='low'``, with gradients, and gives what the plain form gives: batch norm (training, eval,
+frozen) on contiguous maps on the CPU, in one precision, before attentions whose gates depend on the mean alone.
+Elsewhere the plain form runs: other layers and devices, channels_last, autocast, SyncBN while it synchronises,
+torch.compile (which fuses by itself), torch.func transforms, forward-mode derivatives.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from asr_downstream.attention.kernels.functions import derivatives, eager
+from asr_downstream.attention.kernels.functions import eager
+from asr_downstream.plugging.kernels.memory import low_memory
 
-__all__ = ['can_fuse', 'gated_batch_norm']
+__all__ = ['can_fuse', 'fusible', 'gated_batch_norm']
 
-DEVICES = ('cpu',)
-# Without gradients there is nothing to save but passes, and on smaller maps the vectors cost more than those.
-SMALLEST = 2**19
+DEVICES = ('cpu',)  # where it was measured
 NORM_BACKWARD = torch.ops.aten.native_batch_norm_backward
 
 
@@ -106,18 +106,20 @@ class Link:
 def can_fuse(layer: Any, x: Tensor) -> bool:
     """Whether a plugged batch norm with input-dependent gates may take `gated_batch_norm` for ``x``."""
     return (
-        layer.fuse
-        and layer.bias is not None
+        low_memory(layer)
+        and fusible(layer)
         and eager()
-        and x.device.type in DEVICES
         and x.dim() > 2
         and x.dtype == layer.weight.dtype
         and x.dtype in (torch.float32, torch.float64)
         and x.is_contiguous()
         and x.numel() > x.shape[0] * x.shape[1]  # more than one position, and an image at all
-        and (torch.is_grad_enabled() or x.numel() >= SMALLEST)
-        and all(gate.of_mean for gate in layer.dynamic)
     )
+
+
+def fusible(layer: Any) -> bool:
+    """Whether there is a fused form of a plugged batch norm with input-dependent gates, on its device."""
+    return layer.bias is not None and layer.bias.device.type in DEVICES and all(gate.of_mean for gate in layer.dynamic)
 
 
 def gated_batch_norm(layer: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -250,6 +252,14 @@ class Affine(torch.autograd.Function):
         ctx.link.send(dz, h, d_weight, d_bias)
         # Zeros, so that it comes later even if no gate leads there.
         return None, torch.zeros_like(h), dh, None, None, None
+
+
+def derivatives(f: Callable[..., Tensor], inputs: tuple[Tensor, ...], dy: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``inputs`` under ``f``, by torch's functions and with graphs of their own; None where unwanted."""
+    aliases = [t.view_as(t) for t in inputs]  # of each only what goes through f: gates depend on the map as well
+    wanted = [t for t in aliases if t.requires_grad]
+    found = iter(torch.autograd.grad(f(*aliases), wanted, dy, create_graph=True))
+    return tuple(next(found) if t.requires_grad else None for t in aliases)
 
 
 def spread(v: Tensor, x: Tensor) -> Tensor:

@@ -7,9 +7,9 @@ a UNet that is a tenth of all saved activations. But y follows from x and the we
 anyway, so the backward pass computes it again for dh = sum(dz y); dy = dz h needs no y. The price is one more
 convolution a site.
 
-Used where there is something to save, with gradients: constant gates outside of autocast; input-dependent gates that
-depend on the mean alone, one attention a site. Elsewhere the plain form runs, as under torch.compile (which decides by
-itself what to keep), in torch.func transforms and with forward-mode derivatives.
+Used where there is something to save, with gradients: constant gates outside of autocast; with ``memory='low'`` also
+input-dependent gates that depend on the mean alone, one attention a site. Elsewhere the plain form runs, as under
+torch.compile (which decides by itself what to keep), in torch.func transforms and with forward-mode derivatives.
 """
 
 from __future__ import annotations
@@ -21,20 +21,21 @@ from torch import Tensor
 
 from asr_downstream.attention.kernels.functions import ordinary
 from asr_downstream.plugging.gating.shelf import Ready
+from asr_downstream.plugging.kernels.memory import low_memory
 
-__all__ = ['can_regain', 'can_rescale', 'regained_scale', 'rescaled_layer']
+__all__ = ['can_regain', 'can_rescale', 'regainable', 'regained_scale', 'rescaled_layer']
 
 
 def can_regain(layer: Any, y: Tensor) -> bool:
     """Whether a plugged layer with input-dependent gates may take `regained_scale` for its output ``y``."""
     return (
-        layer.regain
-        and ordinary()
-        and y.requires_grad
-        and y.dim() > 2
-        and len(layer.dynamic) == 1
-        and layer.dynamic[0].of_mean
+        low_memory(layer) and layer.recomputes and ordinary() and y.requires_grad and y.dim() > 2 and regainable(layer)
     )
+
+
+def regainable(layer: Any) -> bool:
+    """Whether `regained_scale` can apply the input-dependent gates of a plugged layer."""
+    return len(layer.dynamic) == 1 and layer.dynamic[0].of_mean
 
 
 def regained_scale(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ class Scale(torch.autograd.Function):
 def can_rescale(layer: Any, x: Tensor) -> bool:
     """Whether a plugged layer with constant gates may take `rescaled_layer` for its input ``x``."""
     return (
-        layer.regain
+        layer.recomputes
         and ordinary()
         and layer.weight.requires_grad
         and x.dtype == layer.weight.dtype
