@@ -149,13 +149,15 @@ def test_two_at_once_build_once(cache: Path, tmp_path: Path) -> None:
     code = (
         'from pathlib import Path; from asr_downstream.far.model.ops import build\n'
         'def run(aside, kind): (aside / "lstm.so").write_text(kind)\n'
-        'build.run_compiler = run; print(build.build())'
+        'build.run_compiler = run; print(flush=True); print(build.build())'
     )
     with occupied(build.folder()):
         other = subprocess.Popen([sys.executable, '-c', code], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        time.sleep(3)
-        assert other.poll() is None or other.returncode == 0
-        assert build.built() is None, 'it waits'
+        assert other.stdout is not None
+        other.stdout.readline()  # from here on it builds, or waits
+        time.sleep(2)
+        assert other.poll() is None
+        assert build.built() is None
     out, _ = other.communicate(timeout=120)
     assert Path(out.strip()) == build.built()
 

@@ -148,9 +148,14 @@ def execution_table(results: list[dict[str, Any]]) -> str:
 
 def token_table(rows: list[dict[str, Any]]) -> str:
     """Print the ratios, and where they cross 1."""
-    columns = ('module', 'batch', 'tokens', 'attention, ms', *MEMBERS)
-    out = Table(*columns, title='time of the LSTMs, ratio to attention (SDPA) with its projections, one thread')
-    for column in out.columns[1:4]:
+    out = Table(
+        'module',
+        'batch',
+        'tokens',
+        *MEMBERS,
+        title='time of the LSTMs, ratio to attention (SDPA) with its projections, one thread',
+    )
+    for column in out.columns[1:3]:
         column.justify = 'right'
     before = None
     for row in rows:
@@ -158,7 +163,7 @@ def token_table(rows: list[dict[str, Any]]) -> str:
             out.add_section()
         before = row['case']
         ratios = (str(row['ratio'][name]) for name in MEMBERS)
-        out.add_row(row['case'], str(row['batch']), str(row['tokens']), f'{row["attention"]:.2f}', *ratios)
+        out.add_row(row['case'], str(row['batch']), str(row['tokens']), *ratios)
     return '\n'.join([render(out), *crossovers(rows)])
 
 
