@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from asr_downstream.attention.base import ChannelAttention, hidden_width, pool
 from asr_downstream.attention.kernels.functions import eager
 from asr_downstream.attention.kernels.late_weights import LateWeights
-from asr_downstream.attention.kernels.lstm_cell import lstm_cell
+from asr_downstream.attention.kernels.lstm_cell import lstm_step, plain_cell
 from asr_downstream.registry import ATTENTIONS
 
 __all__ = ['DIALSTM']
@@ -77,8 +77,8 @@ class DIALSTM(ChannelAttention):
         """
         late = self.late(state)
         if late is None:
-            return self.advance(self.drive(y), state)
-        return self.continued(late.perceptron(0, y.to(self.dtype)), state, late)
+            return self.plainly(self.drive(y), state)
+        return self.jointly(y, False, state, late)
 
     def drive(self, y: Tensor) -> Tensor:
         """What descriptors ``(B, C)`` contribute to ``[i, f, g, o]``, ``(B, 4 C)``: the half of a step without a state.
@@ -94,26 +94,30 @@ class DIALSTM(ChannelAttention):
             drive: what `drive` returned for the site.
             state: of the site before.
         """
-        return self.continued(drive, state, self.late(state))
+        late = self.late(state)
+        return self.plainly(drive, state) if late is None else self.jointly(drive, True, state, late)
 
-    def continued(self, drive: Tensor, state: State | None, late: LateWeights | None) -> tuple[Tensor, State]:
-        """See `advance`."""
-        h, c = (None, None) if state is None else (state.h.to(self.dtype), state.c)
-        if late is None:
-            hidden = self.hh(drive.new_zeros(1, self.channels, dtype=self.dtype) if h is None else h)
-        else:
-            hidden = late.perceptron(2, h)
-        h, c = lstm_cell(drive, hidden, c)
+    def jointly(self, x: Tensor, driven: bool, state: State | None, late: LateWeights) -> tuple[Tensor, State]:
+        """A step as one function, see `asr_downstream.attention.kernels.lstm_cell`."""
+        before, c = (None, None) if state is None else (state.h, state.c)
+        h, c = lstm_step(x, driven, before, c, late)
         return h, State(h, c, late)
+
+    def plainly(self, drive: Tensor, state: State | None) -> tuple[Tensor, State]:
+        """A step by the layers and the equations."""
+        h, c = (drive.new_zeros(1, self.channels), None) if state is None else (state.h, state.c)
+        h, c = plain_cell(drive, self.hh(h.to(self.dtype)), c)
+        return h, State(h, c)
 
     def late(self, state: State | None) -> LateWeights | None:
         """The weights as all sites of a run use them, from the first on; None: the layers run as they are."""
-        first: Any = self.ih[0]
-        if not eager() or torch.is_autocast_enabled(first.weight.device.type) or not self.bare:
+        before = None if state is None else state.late
+        weight = next(self.parameters()) if before is None else before.tensors[0]
+        if not eager() or torch.is_autocast_enabled(weight.device.type):
             return None
-        if state is not None and state.late is not None:
-            return state.late
-        return LateWeights([first, self.ih[2], self.hh[0], self.hh[2]])  # type: ignore[list-item]
+        if before is not None or not self.bare:
+            return before
+        return LateWeights([self.ih[0], self.ih[2], self.hh[0], self.hh[2]])  # type: ignore[list-item]
 
     @property
     def bare(self) -> bool:

@@ -19,7 +19,6 @@ from torch._dynamo import compiled_autograd
 from torch.func import functional_call, grad, vmap
 
 from asr_downstream.attention import DIALSTM, dia_lstm
-from asr_downstream.attention.kernels import lstm_cell
 from asr_downstream.attention.kernels.late_weights import Gather, LateWeights
 from asr_downstream.measure.launches import Launches
 
@@ -40,7 +39,6 @@ def plain() -> Iterator[None]:
     """The plain formulas."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dia_lstm, 'eager', lambda: False)
-        patch.setattr(lstm_cell, 'eager', lambda: False)
         yield
 
 
