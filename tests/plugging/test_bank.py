@@ -274,6 +274,31 @@ def test_attentions_of_users() -> None:
     assert len(vars(model)[bank.BANK].plan) == 5
 
 
+class Wrong(Scaled):
+    """What it says of many sites is not what it computes for one."""
+
+    def batched(self, parameters: dict[str, Tensor], psi: Tensor) -> Tensor:
+        return (parameters['weight'] * psi.squeeze(1)).sigmoid() * 0.5
+
+
+class Replaced(Wrong):
+    """Its forward is another one than that of the method, which so does not count."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * pool(x)
+
+
+def test_what_an_attention_says_of_many_sites_is_tried() -> None:
+    for kind, count in ((Wrong, 0), (Replaced, 6)):
+        REGISTRY.register_module(module=kind)
+        try:
+            model = plugged(dict(type='ASR', attention=dict(type=kind.__name__)))
+        finally:
+            REGISTRY._module_dict.pop(kind.__name__)
+        assert len(served(model)) == count
+        assert_same(step(model, maps()), by_site(model, maps()))
+
+
 @pytest.mark.usefixtures('registered')
 def test_random_attentions_are_left_to_their_sites() -> None:
     model = plugged(dict(type='ASR', attention=dict(type='Scaled', drop=0.5)))
@@ -387,10 +412,10 @@ def test_recomputation_after_another_forward(trained: str) -> None:
         parameter.requires_grad_(trained in name)
 
     def both(m: nn.Module) -> list[Tensor | None]:
-        loss = m(x).square().mean()
+        loss = m(x).square().mean() + m(other).square().mean()
         with torch.no_grad():
             m(other)
-        (loss + m(other).square().mean()).backward()
+        loss.backward()
         return [p.grad for p in m.parameters()]
 
     for found, expected in zip(both(model), both(whole), strict=True):
@@ -688,6 +713,8 @@ def test_a_folded_model_has_no_trace_of_it() -> None:
     assert all('shelf' not in vars(m) for m in folded.modules())
     assert torch.allclose(folded(maps()), model(maps()), 1e-10, 1e-10)
     bank.uninstall(model)
+    assert not model._forward_pre_hooks
+    assert all('shelf' not in vars(m) for m in model.modules())
     assert torch.allclose(folded(maps()), model(maps()), 1e-10, 1e-10)
 
 
