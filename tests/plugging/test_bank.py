@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -639,6 +641,22 @@ def test_copies_pickles_and_parts() -> None:
     assert_same(step(model, maps()), expected)
     stage = copy.deepcopy(model.layer1)
     assert stage(torch.randn(2, 8, 16, 16, dtype=torch.float64)).isfinite().all()
+
+
+@pytest.mark.parametrize('spec', [ASR, DIA], ids=['ASR', 'DIA'])
+def test_a_model_goes_when_nobody_holds_it(spec: Any) -> None:
+    """Its memory is free at once, and not when a collector of circles comes by."""
+    gc.disable()
+    try:
+        model = plugged(spec)
+        stock = weakref.ref(model.layer1[0].conv1)
+        model(maps()).sum().backward()
+        gate = weakref.ref(model.layer1[0].bn2.gate[0])
+        del model
+        assert stock() is None
+        assert gate() is None or spec is DIA  # members of a run know each other
+    finally:
+        gc.enable()
 
 
 def test_functional_call_and_transforms() -> None:

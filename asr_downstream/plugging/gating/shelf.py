@@ -49,12 +49,13 @@ class Forward:
     """What one forward put on the shelf.
 
     Attributes:
-        ready: by layer; empty where the layers are to compute their own.
+        ready: by the id of a layer, so that no circle of references keeps a model alive; empty where the layers are to
+            compute their own.
         graph: whether gradients were recorded.
     """
 
     def __init__(self, ready: dict[nn.Module, Ready]) -> None:
-        self.ready = ready
+        self.ready = {id(layer): found for layer, found in ready.items()}
         self.graph = torch.is_grad_enabled()
 
 
@@ -93,12 +94,12 @@ class Shelf:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             return None
         if opened := self.opened:
-            if opened[-1].graph == torch.is_grad_enabled() and (ready := opened[-1].ready.get(layer)):
+            if opened[-1].graph == torch.is_grad_enabled() and (ready := opened[-1].ready.get(id(layer))):
                 return ready
         elif recomputing():
             # Devices have threads of their own for the backward pass: those find the last forward of any thread.
             kept = getattr(self.local, 'kept', self.latest)
-            return None if kept is None else kept.ready.get(layer)
+            return None if kept is None else kept.ready.get(id(layer))
         if (kept := getattr(self.local, 'kept', None)) is not None:
-            kept.ready.pop(layer, None)
+            kept.ready.pop(id(layer), None)
         return None
