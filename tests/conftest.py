@@ -22,12 +22,15 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked det are skipped where MMDetection is not installed."""
-    if importlib.util.find_spec('mmdet') is None:
-        skip = pytest.mark.skip(reason='needs the extra det')
+    """Tests marked det are skipped where MMDetection is not installed, those marked gpu without a CUDA device."""
+    missing = {
+        'det': ('needs the extra det', importlib.util.find_spec('mmdet') is None),
+        'gpu': ('needs a CUDA device', not torch.cuda.is_available()),
+    }
+    for mark, (reason, lacks) in missing.items():
         for item in items:
-            if 'det' in item.keywords:
-                item.add_marker(skip)
+            if lacks and item.get_closest_marker(mark):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.hookimpl(wrapper=True)
@@ -45,6 +48,12 @@ def _seed() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     assert torch.get_num_threads() == threads  # else sums of later tests are of another order
+
+
+@pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a test runs: it is the same on the CPU and, with the mark gpu, on a CUDA device."""
+    return torch.device(request.param)
 
 
 @torch.no_grad()

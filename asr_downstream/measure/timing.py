@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from statistics import median, quantiles
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch.utils.benchmark import Timer
 
 from asr_downstream.console.progress import bar
 
-__all__ = ['Ratio', 'faster_from', 'paired_times', 'ratio']
+__all__ = ['Ratio', 'faster_from', 'paired_times', 'ratio', 'turns']
 
 
 class Ratio(NamedTuple):
@@ -42,13 +42,18 @@ def paired_times(
     timers = {name: Timer('call()', globals={'call': call}, num_threads=threads) for name, call in candidates.items()}
     for timer in timers.values():
         timer.timeit(warmup)
-    names = list(candidates)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for number in bar(range(rounds), text):
-        shift = number % len(names)
-        for name in names[shift:] + names[:shift]:
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    for order in turns(list(candidates), rounds, text):
+        for name in order:
             times[name].append(timers[name].timeit(1).median * 1e3)
     return times
+
+
+def turns(names: list[str], rounds: int, text: str) -> Iterator[list[str]]:
+    """Yield the names once a round, each time beginning one further, with a progress line."""
+    for number in bar(range(rounds), text):
+        shift = number % max(1, len(names))
+        yield names[shift:] + names[:shift]
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:

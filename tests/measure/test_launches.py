@@ -324,7 +324,7 @@ def test_the_trace_of_a_profiler_is_counted() -> None:
         assert device_launches(lambda: torch.ones(3)) is None
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA device')
+@pytest.mark.gpu
 def test_the_device_runs_what_is_counted(stock: nn.Module, x: Tensor) -> None:
     a = torch.ones(3, device='cuda')
     assert device_launches(lambda: (a + a) * a) == 2

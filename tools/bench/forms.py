@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from torch import Tensor, nn
@@ -42,6 +43,12 @@ class Case:
     batch: int
     side: int
     dynamic: dict[str, dict[str, Any]]
+    needs: str | None = None
+
+    @property
+    def missing(self) -> bool:
+        """Whether the library that it ``needs`` is not installed."""
+        return self.needs is not None and find_spec(self.needs) is None
 
 
 def mmdet_resnet50() -> nn.Module:
@@ -59,6 +66,7 @@ CASES = (
         batch=2,
         side=224,
         dynamic={'SE': SE, 'DIA r=20': dia(20), 'DIA r=4': dia(4)},
+        needs='mmdet',
     ),
 )
 

@@ -56,27 +56,29 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return total(model(x))
 
 
-def training_step(model: nn.Module, x: Tensor) -> Callable[[], None]:
-    """Forward, backward and an SGD step."""
+def training_step(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Callable[[], None]:
+    """Forward, backward and an SGD step; ``forward``: of the model, if it is not called itself."""
+    forward = forward or model
     model.train()
     optimiser = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9)
 
     def step() -> None:
         optimiser.zero_grad(set_to_none=True)
-        total(model(x)).backward()
+        total(forward(x)).backward()
         optimiser.step()
 
     return step
 
 
-def inference(model: nn.Module, x: Tensor) -> Callable[[], Any]:
-    """One forward without gradients."""
+def inference(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | None = None) -> Callable[[], Any]:
+    """One forward without gradients; ``forward``: of the model, if it is not called itself."""
+    forward = forward or model
 
-    def forward() -> Any:
+    def infer() -> Any:
         with torch.inference_mode():
-            return model(x)
+            return forward(x)
 
-    return forward
+    return infer
 
 
 def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
@@ -28,6 +27,8 @@ class Denoiser(nn.Module):
 
 def unet(widths: tuple[int, ...], layers: int, attention: int, groups: int) -> Denoiser:
     """A `UNet2DModel` for 32 px; ``attention``: level with self-attention, besides that of the middle."""
+    import diffusers
+
     down = ['AttnDownBlock2D' if level == attention else 'DownBlock2D' for level in range(len(widths))]
     return Denoiser(
         diffusers.UNet2DModel(
@@ -43,6 +44,15 @@ def unet(widths: tuple[int, ...], layers: int, attention: int, groups: int) -> D
 
 DYNAMIC = {'SE': SE, 'DIA r=4': dia(4)}
 CASES = (
-    Case('UNet w32, 32 px', lambda: unet((32, 64, 64), 1, -1, 8), batch=32, side=32, dynamic=DYNAMIC),
-    Case('UNet w64 with attention, 32 px', lambda: unet((64, 128, 128), 2, 1, 32), batch=8, side=32, dynamic=DYNAMIC),
+    Case(
+        'UNet w32, 32 px', lambda: unet((32, 64, 64), 1, -1, 8), batch=32, side=32, dynamic=DYNAMIC, needs='diffusers'
+    ),
+    Case(
+        'UNet w64 with attention, 32 px',
+        lambda: unet((64, 128, 128), 2, 1, 32),
+        batch=8,
+        side=32,
+        dynamic=DYNAMIC,
+        needs='diffusers',
+    ),
 )
