@@ -8,6 +8,7 @@ import io
 import threading
 import weakref
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -453,6 +454,26 @@ def test_recomputation_in_a_thread_of_the_backward_pass() -> None:
         grad = expected[f'gradient of {name}']
         assert (grad is None) == (parameter.grad is None)
         assert grad is None or torch.allclose(parameter.grad, grad, 1e-10, 1e-10)
+
+
+def test_a_whole_model_is_recomputed_and_later_its_blocks() -> None:
+    """All in one thread of backward passes, which so has seen forwards of its own."""
+    model, whole = plugged(ASR, Checkpointed).eval(), plugged(ASR, Whole).eval()
+    with ThreadPoolExecutor(1) as elsewhere:
+        loss = checkpoint(model, maps(), use_reentrant=False).square().mean()
+        elsewhere.submit(loss.backward).result()
+        first = step(whole, maps())
+        for m in (model, whole):
+            for name, parameter in m.named_parameters():
+                grad = first[f'gradient of {name}']
+                assert m is whole or grad is None or torch.allclose(parameter.grad, grad, 1e-10, 1e-10), name
+                parameter.data.mul_(1.2)
+        model.zero_grad()
+        elsewhere.submit(model(maps()).square().mean().backward).result()
+    second = step(whole, maps())
+    for name, parameter in model.named_parameters():
+        grad = second[f'gradient of {name}']
+        assert grad is None or torch.allclose(parameter.grad, grad, 1e-10, 1e-10), name
 
 
 class Early(Whole):

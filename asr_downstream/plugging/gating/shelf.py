@@ -12,6 +12,7 @@ layer does as it did in the last forward with gradients: it takes the same value
 
 from __future__ import annotations
 
+import itertools
 import threading
 from typing import Any, NamedTuple
 
@@ -21,6 +22,8 @@ from torch import Tensor, nn
 from asr_downstream.plugging.gating.recurrence import recomputing
 
 __all__ = ['Ready', 'Shelf']
+
+ORDER = itertools.count()
 
 
 class Ready(NamedTuple):
@@ -52,11 +55,13 @@ class Forward:
         ready: by the id of a layer, so that no circle of references keeps a model alive; empty where the layers are to
             compute their own.
         graph: whether gradients were recorded.
+        order: larger is later.
     """
 
     def __init__(self, ready: dict[nn.Module, Ready]) -> None:
         self.ready = {id(layer): found for layer, found in ready.items()}
         self.graph = torch.is_grad_enabled()
+        self.order = next(ORDER)
 
 
 class Shelf:
@@ -81,13 +86,26 @@ class Shelf:
         """A forward begins."""
         forward = Forward(ready)
         self.opened.append(forward)
-        if forward.graph:
+        if not forward.graph:
+            return
+        if torch._C._current_graph_task_id() == -1:
             self.local.kept = self.latest = forward
+        else:  # the whole model is computed again, perhaps in a thread of the backward pass
+            self.local.again = forward
 
     def close(self) -> None:
         """A forward has ended; one with gradients is kept until the next one, for recomputation."""
         if self.opened:
             self.opened.pop()
+
+    @property
+    def kept(self) -> Forward | None:
+        """The last forward with gradients, for blocks that are computed again.
+
+        Devices have threads of their own for the backward pass, where there was none: there it is that of any thread.
+        """
+        found = (getattr(self.local, 'kept', self.latest), getattr(self.local, 'again', None))
+        return max((forward for forward in found if forward), key=lambda forward: forward.order, default=None)
 
     def take(self, layer: nn.Module) -> Ready | None:
         """Return what there is for ``layer`` here and now; None: it is to compute its own."""
@@ -97,9 +115,7 @@ class Shelf:
             if opened[-1].graph == torch.is_grad_enabled() and (ready := opened[-1].ready.get(id(layer))):
                 return ready
         elif recomputing():
-            # Devices have threads of their own for the backward pass: those find the last forward of any thread.
-            kept = getattr(self.local, 'kept', self.latest)
-            return None if kept is None else kept.ready.get(id(layer))
+            return None if self.kept is None else self.kept.ready.get(id(layer))
         if (kept := getattr(self.local, 'kept', None)) is not None:
             kept.ready.pop(id(layer), None)
         return None
