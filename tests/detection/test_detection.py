@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import ROOT, randomise
-from helpers.backbones import ASR, BACKBONES, IDS, X, in_eval, plugged, tiny
 
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
+from helpers.backbones import ASR, BACKBONES, IDS, X, in_eval, plugged, tiny
 from mmcv.transforms import LoadImageFromFile as StockLoad
 from mmdet.models import backbones as stock_backbones
 from mmdet.registry import MODELS

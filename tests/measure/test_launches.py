@@ -249,7 +249,9 @@ def test_a_folded_model_launches_what_stock_does(stock: nn.Module, x: Tensor) ->
     assert folded.inference.of == expected.inference.of
 
 
-@pytest.mark.parametrize(('name', 'arm'), RATIOS)
+@pytest.mark.parametrize(
+    ('name', 'arm'), [pytest.param(*key, marks=pytest.mark.det if 'mmdet' in key[0] else ()) for key in RATIOS]
+)
 def test_ratios_to_stock_only_fall(name: str, arm: str) -> None:
     case = next(case for case in bench.CASES if case.name == name)
     if case.missing:
