@@ -38,7 +38,10 @@ class Form:
 
     Attributes:
         names: of the parameters that each site has of its own.
+        chained: a state runs along the sites.
     """
+
+    chained = False
 
     def __init__(self, attention: nn.Module, said: bool) -> None:
         self.names = [name for name, _ in attention.named_parameters()]
@@ -46,8 +49,6 @@ class Form:
         # Parameters of a module are swapped for the time of a call, so this has one of its own, for one thread at once.
         self.template = None if said else bare(attention, 'meta')
         self.lock = threading.Lock()
-
-    chained = False  # a state runs along the sites
 
     def shared(self) -> list[Any]:
         """Parameters that are not of one site."""

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from asr_downstream.attention.kernels.functions import eager
 from asr_downstream.plugging.bank.alike import Forms
 from asr_downstream.plugging.bank.groups import Group, groups_of
 from asr_downstream.plugging.gating.gates import ConstantGate
@@ -66,19 +67,10 @@ class Bank:
     def ready(self, model: nn.Module) -> dict[nn.Module, Ready]:
         """Compute the gates of all sites that the bank may compute here and now."""
         found: dict[nn.Module, Ready] = {}
-        if self.enabled and usual() and not getattr(model, '_is_replica', False):  # the copies of DataParallel
+        if self.enabled and eager() and not getattr(model, '_is_replica', False):  # the copies of DataParallel
             for group in self.groups(model):
                 found.update(group.ready())
         return found
-
-
-def usual() -> bool:
-    """Whether operators run as they are written: no transform, no tracing, no forward-mode derivatives."""
-    return (
-        not torch._C._are_functorch_transforms_active()
-        and not torch.jit.is_tracing()
-        and torch.autograd.forward_ad._current_level < 0
-    )
 
 
 def fill(model: nn.Module, inputs: Any) -> None:
