@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,11 +52,11 @@ class Case:
         return self.needs is not None and find_spec(self.needs) is None
 
 
-def mmdet_resnet50() -> nn.Module:
-    """MMDetection's ResNet-50, all of it trained."""
+def mmdet_resnet50(width: int = 64) -> nn.Module:
+    """MMDetection's ResNet-50, all of it trained; ``width``: channels of its stem."""
     from mmdet.models import ResNet
 
-    return ResNet(50, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
+    return ResNet(50, base_channels=width, norm_eval=False, frozen_stages=-1, zero_init_residual=False)
 
 
 CASES = (
@@ -66,6 +67,14 @@ CASES = (
         batch=2,
         side=224,
         dynamic={'SE': SE, 'DIA r=20': dia(20), 'DIA r=4': dia(4)},
+        needs='mmdet',
+    ),
+    Case(
+        'half ResNet-50, 128 px',  # small maps, where the steps are short and the gates' share is large
+        partial(mmdet_resnet50, 32),
+        batch=4,
+        side=128,
+        dynamic={'SE': SE, 'DIA r=4': dia(4)},
         needs='mmdet',
     ),
 )

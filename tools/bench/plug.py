@@ -81,8 +81,8 @@ def inference(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | No
     return infer
 
 
-def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
-    """Measure one case.
+def measure(case: Case, rounds: int, seed: int = 0, threads: int = 1) -> dict[str, Any]:
+    """Measure one case, on so many threads.
 
     Returns:
         Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
@@ -97,6 +97,7 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
         'case': case.name,
         'input': [case.batch, 3, case.side, case.side],
         'rounds': rounds,
+        'threads': threads,
         'agreement': {},
         **{kind: {} for kind in ('training', 'inference', 'saved', 'launches')},
     }
@@ -109,21 +110,21 @@ def measure(case: Case, rounds: int, seed: int = 0) -> dict[str, Any]:
             arms = {STOCK: stock, name + LOW: low, name + PLAIN: plain, name: plugged}
         _, ours, theirs, *_ = arms.values()
         result['agreement'][name] = verify(ours, theirs, x).relative
-        for kind, found in compare(arms, x, rounds, f'{case.name}, {name}').items():
+        for kind, found in compare(arms, x, rounds, f'{case.name}, {name}', threads).items():
             result[kind].update({**found, **result[kind]})
     return result
 
 
-def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str) -> dict[str, dict[str, Any]]:
+def compare(arms: dict[str, nn.Module], x: Tensor, rounds: int, text: str, threads: int) -> dict[str, dict[str, Any]]:
     """Ratios to stock of paired rounds and of saved bytes, and launches."""
     still = {name: inference(copy.deepcopy(model), x) for name, model in arms.items()}
-    inference_times = paired_times(still, rounds, f'{text}: inference')
+    inference_times = paired_times(still, rounds, f'{text}: inference', threads=threads)
     trained = {name: copy.deepcopy(model) for name, model in arms.items() if name != FOLDED}
     for model in trained.values():
         model.train()  # mmdet's ResNet.train() returns None
     saved = {name: saved_bytes(model, partial(loss_of, model, x)) for name, model in trained.items()}
     steps = {name: training_step(model, x) for name, model in trained.items()}
-    training_times = paired_times(steps, rounds, f'{text}: training steps')
+    training_times = paired_times(steps, rounds, f'{text}: training steps', threads=threads)
     return {
         'training': ratios(training_times),
         'inference': ratios(inference_times),
@@ -175,6 +176,7 @@ def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
 
 def table(results: list[dict[str, Any]]) -> str:
     """Print the measurements as one table."""
+    several = len({result['threads'] for result in results}) > 1
     out = Table(
         'model',
         'arm',
@@ -189,7 +191,7 @@ def table(results: list[dict[str, Any]]) -> str:
             training = result['training'].get(arm)
             saved = result['saved'].get(arm)
             out.add_row(
-                result['case'],
+                result['case'] + (f', {result["threads"]} threads' if several else ''),
                 arm,
                 str(training) if training else '',
                 f'{saved:.4f}' if saved else '',
