@@ -1,7 +1,7 @@
 """`fold_exactly`: put constant gates into the weights of their layers; what comes back is the stock model.
 
-The arithmetic is the plugged layer's own ``scale``, evaluated once in float64 and cast back once. All new weights are
-computed and checked before the first one is stored, and they are stored in a copy, so a failure changes nothing.
+The arithmetic is that of `asr_downstream.modules.affine`, evaluated once in float64 and cast back once. All new weights
+are computed and checked before the first one is stored, and they are stored in a copy, so a failure changes nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from asr_downstream.errors import AsrError, FoldError, warn
 from asr_downstream.folding.constancy import Step
 from asr_downstream.folding.report import FoldedSite, FoldReport
 from asr_downstream.folding.verify import Verification, beyond_rounding, check_inputs, compare, run
+from asr_downstream.modules.affine import Constants, scaled
 from asr_downstream.modules.check import check_bare, check_module, check_own, check_sites_bare, check_weights
 from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.attach import detach
@@ -25,11 +26,19 @@ from asr_downstream.plugging.bank.hooks import uninstall
 from asr_downstream.plugging.describe import attention_name, check_connected
 from asr_downstream.plugging.gating.gates import Gate, saturation
 from asr_downstream.plugging.gating.shared_unit import unregister
-from asr_downstream.plugging.gating.shelf import Ready
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.save import forget, keep_dynamic
 
-__all__ = ['Comparison', 'check_dynamic', 'check_mode', 'comparison', 'fold_exactly', 'fold_gates', 'make_stock_']
+__all__ = [
+    'Comparison',
+    'check_dynamic',
+    'check_mode',
+    'comparison',
+    'constants_of',
+    'fold_exactly',
+    'fold_gates',
+    'make_stock_',
+]
 
 
 @dataclass(frozen=True)
@@ -119,8 +128,8 @@ def fold_gates(
 
     folded = copy_of(model, FoldError)
     copies: dict[str, Any] = {path: folded.get_submodule(path) for path in layers}
-    scaled = {path: scaled_parameters(path, layer) for path, layer in copies.items() if layer.gate is not None}
-    for path, new in scaled.items():
+    computed = {path: scaled_parameters(path, layer) for path, layer in copies.items() if layer.gate is not None}
+    for path, new in computed.items():
         layer = copies[path]
         layer.weight.copy_(new.weight)
         if new.bias is not None:
@@ -132,7 +141,7 @@ def fold_gates(
     for module in folded.modules():
         uninstall(module)
     unregister(folded, units_in_use(folded))
-    sites = tuple(new.site for new in scaled.values())
+    sites = tuple(new.site for new in computed.values())
     left = [path for path, layer in layers.items() if layer.dynamic is not None]
     if left:
         keep_dynamic(folded, set(left))
@@ -198,8 +207,21 @@ def check_whole(model: nn.Module, layers: dict[str, Any]) -> None:
                 )
 
 
-def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
-    """Compute the folded weight and bias of one site in float64; changes only the precision of its gates."""
+def constants_of(path: str, layer: Any) -> Constants:
+    """Constants of a plugged layer in float64: what its constant gates come to; None where there is nothing.
+
+    `asr_downstream.modules.affine.scaled` of the stock layer and these gives the folded parameters, to the bit once
+    they are rounded.
+
+    Args:
+        path: of the layer, for messages.
+        layer: of a copy of the model: its gates, and the attentions that they share with others, become float64.
+
+    Raises:
+        FoldError: gates that cannot be computed in float64, or are not finite.
+    """
+    if layer.gate is None:
+        return Constants()
     try:
         for gate in layer.gate:
             for module in (gate, *gate.site_attention.parts()):
@@ -215,7 +237,14 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
             f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
             f'take an earlier one'
         )
-    weight, bias = Ready(v).parameters(layer)  # float32 times float64 is computed in float64
+    return Constants(gate=v)
+
+
+def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
+    """Compute the folded weight and bias of one site, see `constants_of`; rounded once, at the end."""
+    constants = constants_of(path, layer)
+    weight, bias = scaled(layer, constants)
+    v: Any = constants.gate
     rounded = {'weight': weight.to(layer.weight.dtype)}
     if bias is not None:
         rounded['bias'] = bias.to(layer.bias.dtype)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.affine import output_channels, scaled_rows
 from asr_downstream.modules.slots import HasGates
 from asr_downstream.plugging.gating.shelf import Ready, Shelf
 from asr_downstream.plugging.kernels.gated_batch_norm import can_fuse, gated_batch_norm
@@ -48,12 +49,12 @@ class Plugged(HasGates):
     @classmethod
     def channels_of(cls, layer: Any) -> int:
         """Number of output channels of a stock ``layer``."""
-        return layer.weight.shape[0]
+        return output_channels(layer)
 
     @classmethod
     def scale_weight(cls, layer: Any, v: Tensor) -> Tensor:
         """Return the weight with the output channels scaled by ``v`` ``(C,)``; changes nothing."""
-        return layer.weight * v.view(-1, *(1,) * (layer.weight.dim() - 1))
+        return scaled_rows(layer, layer.weight, v)
 
     def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Stock forward with the parameters given."""
@@ -243,17 +244,6 @@ class PluggedConv3d(_Conv, nn.Conv3d):
 
 
 class _ConvTranspose(Plugged):
-    @classmethod
-    def channels_of(cls, layer: Any) -> int:
-        return layer.out_channels
-
-    @classmethod
-    def scale_weight(cls, layer: Any, v: Tensor) -> Tensor:
-        # weight (C_in, C_out / groups, *k): output channel g * C_out/groups + j is column j of input group g.
-        w = layer.weight.unflatten(0, (layer.groups, -1))
-        weight = w * v.view(layer.groups, 1, -1, *(1,) * (w.dim() - 3))
-        return weight.flatten(0, 1)
-
     def stock_forward(
         self: Any, x: Tensor, weight: Tensor, bias: Tensor | None, output_size: list[int] | None = None
     ) -> Tensor:
