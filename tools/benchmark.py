@@ -7,7 +7,7 @@
     python tools/benchmark.py far --rounds 15      # multi-head LSTMs against attention: bars, ways to run, tokens
     python tools/benchmark.py far --rounds 15 --page docs/benchmarks.md     # and writes the figures into that page
     python tools/benchmark.py launches             # operators dispatched, counted: the same on every machine
-    python tools/benchmark.py plug --rounds 60 --threads 1 2     # on one thread, and on two
+    python tools/benchmark.py plug --plug ASR --rounds 60 --threads 1 2     # one plug, on one thread and on two
     python tools/benchmark.py plug unet launches --device cuda     # on a GPU: milliseconds, memory, many ways to run
     python tools/benchmark.py plug --device cuda --case 56 --variant training eager --minutes 10
 
@@ -36,6 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--threads', type=int, nargs='+', default=[1], metavar='N', help='plug, unet: threads of PyTorch (default: 1)'
     )
     parser.add_argument('--case', nargs='+', metavar='NAME', help='only the models whose names contain one of these')
+    parser.add_argument('--plug', nargs='+', metavar='NAME', help='plug, unet: only plugs whose names contain one')
     parser.add_argument('--out', type=Path, default=Path('work_dirs/benchmark'), help='folder for the JSON')
     parser.add_argument(
         '--json', type=Path, metavar='FILE', help='file for the JSON, of all benchmarks (default: OUT/BENCHMARK.json)'
@@ -161,7 +162,12 @@ def plugs(args: Namespace, parser: cli.Parser, save: Save, known: Sequence[Any],
     if args.device == 'cuda':
         on_device(args, parser, save, cases)
         return
-    results = [plug.measure(case, args.rounds, threads=threads) for case in cases for threads in args.threads]
+    names = sorted({plug.SCALED, *(name for case in cases for name in case.dynamic)})
+    if args.plug and not any(text.lower() in name.lower() for text in args.plug for name in names):
+        parser.error(f'--plug matches none of: {", ".join(names)}')
+    results = [
+        plug.measure(case, args.rounds, threads=threads, plugs=args.plug) for case in cases for threads in args.threads
+    ]
     if results:
         print(plug.table(results))
     for result in results:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from statistics import median
 from typing import Any
@@ -43,7 +43,7 @@ from bench.forms import (
 )  # fmt: skip
 from bench.launches import cell, count_arms
 
-__all__ = ['CASES', 'depth_table', 'fold_seconds', 'measure', 'ratios', 'table']
+__all__ = ['CASES', 'SCALED', 'depth_table', 'fold_seconds', 'measure', 'ratios', 'table']
 
 
 def total(outputs: Any) -> Tensor:
@@ -81,8 +81,10 @@ def inference(model: nn.Module, x: Tensor, forward: Callable[[Tensor], Any] | No
     return infer
 
 
-def measure(case: Case, rounds: int, seed: int = 0, threads: int = 1) -> dict[str, Any]:
-    """Measure one case, on so many threads.
+def measure(
+    case: Case, rounds: int, seed: int = 0, threads: int = 1, plugs: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Measure one case, on so many threads; of the plugs all, or those whose names contain one of these texts.
 
     Returns:
         Ratios to stock by arm: ``training`` and ``inference`` (median and quartiles over paired rounds), ``saved``
@@ -102,6 +104,8 @@ def measure(case: Case, rounds: int, seed: int = 0, threads: int = 1) -> dict[st
         **{kind: {} for kind in ('training', 'inference', 'saved', 'launches')},
     }
     for name, spec in {SCALED: SPEC, **case.dynamic}.items():  # apart: all arms at once would not fit caches and memory
+        if plugs and not any(text.lower() in name.lower() for text in plugs):
+            continue
         plugged = plugged_copy(stock, spec)
         if name == SCALED:
             arms = {STOCK: stock, name: plugged, MAPS: feature_map_form(plugged), FOLDED: fold_exactly(plugged)[0]}
