@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from html import escape
 from io import StringIO
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
+if TYPE_CHECKING:
+    from rich.table import Table
 
 __all__ = ['Printed', 'html', 'render', 'some']
 
@@ -44,6 +45,8 @@ def some(names: list[str], most: int = 6) -> str:
 
 def render(table: Table, width: int = 140) -> str:
     """Render a rich table as plain text, for logs and files; what is in its cells is text and no markup."""
+    from rich.console import Console  # names in messages need no rich
+
     console = Console(
         file=StringIO(),
         width=width,

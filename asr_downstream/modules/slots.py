@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import nn
 
-__all__ = ['DYNAMIC', 'GATE', 'GATES', 'SHARED', 'SLOTS', 'HasGates', 'SharedAttentions', 'inside_gate']
+__all__ = ['BASE', 'DYNAMIC', 'GATE', 'GATES', 'SHARED', 'SLOTS', 'HasGates', 'SharedAttentions', 'inside_gate']
 
 GATE = 'gate'  # child of a plugged layer: its constant gates, a ModuleList, or None
 DYNAMIC = 'dynamic'  # child of a plugged layer: its input-dependent gates, a ModuleList, or None
 SLOTS = (GATE, DYNAMIC)
 SHARED = 'shared_attention'  # child of a plugged model: the attentions that its sites share
+BASE = 'adapter_base'  # attribute of a model: digests of the weights that stay as they are while its gates are trained
 # Names of weights that plugging adds, where there is a checkpoint and no model.
 GATES = re.compile(rf'(^|\.)({GATE}|{DYNAMIC}|{SHARED})\.')
 

@@ -29,6 +29,7 @@ from asr_downstream.files.atomic import write_atomically, write_json, writing
 from asr_downstream.files.configs import plain
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.check import names_of
+from asr_downstream.modules.slots import BASE
 
 __all__ = [
     'AS_TEXT',
@@ -138,8 +139,8 @@ def watch(model: nn.Module) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Remove the attributes that `plug` has set on a module; without LSTMs also the `SavePretrained` of this module."""
-    for name in ('plug_spec', PLUGS):
+    """Remove the attributes that a stock model has not; without LSTMs also the `SavePretrained` of this module."""
+    for name in ('plug_spec', PLUGS, BASE):
         module.__dict__.pop(name, None)
     if getattr(module, REPLACED, None) is None and isinstance(module.__dict__.get('save_pretrained'), SavePretrained):
         del module.__dict__['save_pretrained']
