@@ -18,7 +18,7 @@ command ``asr-downstream --help`` needs no torch.
 import sys
 from typing import TYPE_CHECKING
 
-from asr_downstream.lazy import attach
+from asr_downstream.console.lazy import attach
 
 if TYPE_CHECKING:
     from asr_downstream import far

@@ -1,1 +1,1 @@
-"""What programs share: command lines, progress, signals, text."""
+"""What programs share: command lines, progress, signals, text, and packages that import late."""

@@ -6,7 +6,7 @@ A name is imported when it is first used, as in `asr_downstream`.
 import sys
 from typing import TYPE_CHECKING
 
-from asr_downstream.lazy import attach
+from asr_downstream.console.lazy import attach
 
 if TYPE_CHECKING:
     from asr_downstream.far.export import load_far, save_far
