@@ -106,12 +106,16 @@ MODELS = EngineRegistry(
 )
 # ``(model, spec)``, in place: what `asr_downstream.load_plugged` does to a fresh model for each part of a saved spec
 REBUILDERS = Registry('rebuilder', locations=['asr_downstream.plugging.plug', 'asr_downstream.far.model.replace'])
-# Package of a framework -> the adapter's module of data about its classes: ``SITES``, where the residual branches of
-# its blocks end, and ``LAYERS``, which of its layers are layers of torch.
+# Package of a framework -> the module of data about its classes: ``SITES``, where the residual branches of its blocks
+# end; and, where there is more to say, ``LAYERS``, which of its layers are layers of torch, ``THEN``, which modules
+# these apply to their own output, and ``NOT_LAYERS``, why others are no sites.
 FRAMEWORKS: dict[str, str] = {
     'mmdet': 'asr_downstream.detection.sites',
     'mmcv': 'asr_downstream.detection.sites',
     'diffusers': 'asr_downstream.diffusion.sites',
+    'transformers': 'asr_downstream.models.frameworks.transformers',
+    'torchvision': 'asr_downstream.models.frameworks.torchvision',
+    'timm': 'asr_downstream.models.frameworks.timm',
     'asr_downstream': 'asr_downstream.models.sites',
 }
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.affine import output_channels, scaled_rows
 from asr_downstream.modules.slots import HasGates
+from asr_downstream.plugging.followed import Followed, followers
 from asr_downstream.plugging.gating.shelf import Ready, Shelf
 from asr_downstream.plugging.kernels.gated_batch_norm import can_fuse, gated_batch_norm
 from asr_downstream.plugging.kernels.recompute import can_regain, can_rescale, regained_scale, rescaled_layer
@@ -331,8 +332,10 @@ def plugged_class(stock: type[nn.Module]) -> type[Plugged] | None:
         mixin = framework_mixin(stock)
         if mixin is None:
             return None
+        then = followers(stock)
         body = {'stock': stock, '__module__': __name__, '__reduce_ex__': reduce_by_stock, '__doc__': stock.__doc__}
-        LAYERS[stock] = type(f'Plugged{stock.__name__}', (mixin, stock), body)
+        bases = (Followed, mixin, stock) if then else (mixin, stock)
+        LAYERS[stock] = type(f'Plugged{stock.__name__}', bases, {**body, 'then': then})
     return LAYERS[stock]
 
 

@@ -11,7 +11,7 @@ after a ReLU goes on the layer before it: ``relu(z) v == relu(z v)`` for the pos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -39,6 +39,7 @@ class Branch:
             what a stage consists of.
         windows: the layer sees windows of an image as samples of their own: gates of one image make no sense there.
         note: for the documentation.
+        others: further branches of the same block, such as the MLP beside the attention.
     """
 
     ends: tuple[str, ...]
@@ -46,6 +47,7 @@ class Branch:
     part: bool = False
     windows: bool = False
     note: str = ''
+    others: tuple[Branch, ...] = ()
 
 
 # Qualified name of a block class -> how its residual branch ends; subclasses of a block inherit its entry. Holds the
@@ -103,7 +105,11 @@ class Site:
 def sites_table() -> str:
     """Markdown of `known_sites` and `NOT_SITES`, for the documentation."""
     known = known_sites()
-    rows = [f'| `{name}` | {", else ".join(f"`{e}`" for e in b.ends)} | {remark(b)} |' for name, b in known.items()]
+    rows = [
+        f'| `{name}` | {"; and ".join(", else ".join(f"`{e}`" for e in b.ends) for b in (branch, *branch.others))} '
+        f'| {remark(branch)} |'
+        for name, branch in known.items()
+    ]
     never = [f'| {what} | {why} |' for what, why in NOT_SITES.items()]
     return '\n'.join(
         [
@@ -178,6 +184,14 @@ def known_sites() -> dict[str, Branch]:
     return {name: SITES[name] for name in (*order, *(n for n in SITES if n not in order)) if name in SITES}
 
 
+def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Branch]]:
+    """Name, block and branch of every branch of the known blocks of a model."""
+    for name, block in model.named_modules():
+        if (first := branch_of(block)) is not None:
+            for branch in (first, *first.others):
+                yield name, block, branch
+
+
 def branch_end(block: nn.Module, branch: Branch) -> nn.Module | None:
     """Return the layer that ends the branch: the first that is there and can be folded, or else that is there."""
     found = []
@@ -221,10 +235,7 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
     """Layers that end the branches of the known blocks."""
     found = {}
     without = 0
-    for name, block in model.named_modules():
-        branch = branch_of(block)
-        if branch is None:
-            continue
+    for name, block, branch in branches(model):
         if branch.shortcut and not getattr(block, branch.shortcut):
             without += 1
             continue
@@ -237,7 +248,7 @@ def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Modu
             )
         if not is_layer(layer):
             raise PlugError(
-                f'{path}: {qualified_name(type(layer))} is not a layer that can be folded; those are '
+                f'{path}: {qualified_name(type(layer))} is not a layer that can be folded{why_not(layer)}; those are '
                 f"{foldable()}; name other layers with sites=['pattern']"
             )
         found[path] = layer
@@ -272,7 +283,7 @@ def matching_sites(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module
             name, module = next(iter(matches.items()))
             raise PlugError(
                 f'sites: {pattern!r} matches {name} ({qualified_name(type(module))}), which is not a layer that can be '
-                f'folded; those are {foldable()}, and not their subclasses'
+                f'folded{why_not(module)}; those are {foldable()}, and not their subclasses'
             )
         found.update(layers)
     return {name: m for name, m in modules.items() if name in found}
@@ -281,6 +292,16 @@ def matching_sites(model: nn.Module, patterns: list[str]) -> dict[str, nn.Module
 def is_layer(module: nn.Module) -> bool:
     """Whether this is a layer of the fold table, stock or plugged."""
     return isinstance(module, Plugged) or plugged_class(type(module)) is not None
+
+
+def why_not(module: nn.Module) -> str:
+    """What an adapter says of a layer that looks as if it could be folded, in brackets, or nothing."""
+    for cls in type(module).__mro__:
+        location = FRAMEWORKS.get(cls.__module__.partition('.')[0])
+        reasons = {} if location is None else getattr(framework_data(location), 'NOT_LAYERS', {})
+        if reason := reasons.get(qualified_name(cls)):
+            return f' ({reason})'
+    return ''
 
 
 def foldable() -> str:
