@@ -21,6 +21,7 @@ from asr_downstream.errors import FoldError
 from asr_downstream.folding.verify import beyond_rounding, check_inputs, outputs_of, run, verify
 from asr_downstream.modules.check import check_module
 from asr_downstream.modules.copies import copy_of
+from asr_downstream.plugging.followed import followers
 from asr_downstream.plugging.layers import Plugged
 
 __all__ = ['fuse_conv_bn']
@@ -65,7 +66,8 @@ def fuse_conv_bn(model: nn.Module, inputs: Any) -> tuple[nn.Module, list[tuple[s
         weight, bias = fuse_conv_bn_weights(w, b, mean, var, norm.eps, gamma, beta)  # type: ignore[arg-type]
         conv.weight, conv.bias = nn.Parameter(weight.to(dtype)), nn.Parameter(bias.to(dtype))
         parent, _, name = norm_path.rpartition('.')
-        setattr(fused.get_submodule(parent), name, nn.Identity())
+        then = [step for step in (getattr(norm, child, None) for child in followers(type(norm))) if step is not None]
+        setattr(fused.get_submodule(parent), name, nn.Sequential(*then) if then else nn.Identity())
     found = verify(fused, model, inputs)
     if (worst := beyond_rounding(found, model)) is not None:
         raise FoldError(

@@ -1,7 +1,7 @@
 """Sites: which layers a spec means. Data, not code: `SITES` maps a block class to the layer that ends its branch.
 
-The blocks of MMDetection, diffusers and this package's own networks are data of their adapters, named in
-`asr_downstream.registry.FRAMEWORKS`; a user adds blocks with `register_site`, which win over those of an adapter.
+The blocks of MMDetection, diffusers, transformers, torchvision, timm and this package's own networks are data, named in
+`asr_downstream.registry.FRAMEWORKS`; a user adds blocks with `register_site`, which win over those of a framework.
 
 A site may be any layer of the fold table (`asr_downstream.plugging.layers.LAYERS`): scaling the output of an affine
 layer is always the same as scaling its parameters, whatever comes after it. What is *not* a site: a block's output

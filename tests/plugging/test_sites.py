@@ -110,6 +110,9 @@ def test_an_unknown_block_is_answered_with_all_known_ones(fresh: None) -> None:
         'resnet.Bottleneck',
         'transformer.FFN',
         'resnet.ResnetBlock2D',
+        'modeling_vit.ViTMLP',
+        'convnext.CNBlock',
+        'vision_transformer.ResPostBlock',
         'resnet_cifar.BasicBlock',
         'mine.Mine',
     ):
@@ -120,4 +123,5 @@ def test_the_table_stands_in_one_order_whatever_was_met_first(fresh: None) -> No
     register_site('mine.Mine', 'bn')
     module.read_sites('asr_downstream.models.sites')
     packages = list(dict.fromkeys(name.partition('.')[0] for name in known_sites()))
-    assert packages == ['mmdet', 'mmcv', 'diffusers', 'asr_downstream', 'mine']
+    libraries = ['mmdet', 'mmcv', 'diffusers', 'transformers', 'torchvision', 'timm']
+    assert packages == [*libraries, 'asr_downstream', 'mine']

@@ -12,7 +12,7 @@ from asr_downstream.plugging.sites import Branch
 __all__ = ['LAYERS', 'NOT_LAYERS', 'SITES', 'THEN']
 
 OWN_ATTENTION = 'before the attention of the block, if it has one'
-STANDARDISED = 'the norm before a last convolution that standardises its weight'
+STANDARDISED = 'the norm where the last convolution standardises its weight'
 
 SITES: dict[str, Branch] = {
     'timm.models.resnet.BasicBlock': Branch(('bn2',), note=OWN_ATTENTION),
