@@ -29,6 +29,7 @@ __all__ = [
     'read_json',
     'remove',
     'sha256',
+    'size',
     'whole_folder',
     'writable_folder',
     'write_atomically',

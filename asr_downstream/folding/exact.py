@@ -27,6 +27,7 @@ from asr_downstream.plugging.describe import attention_name, check_connected
 from asr_downstream.plugging.gating.gates import Gate, saturation
 from asr_downstream.plugging.gating.shared_unit import unregister
 from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.learning.restrict import release
 from asr_downstream.plugging.save import forget, keep_dynamic
 
 __all__ = [
@@ -140,6 +141,7 @@ def fold_gates(
             detach(layer)
     for module in folded.modules():
         uninstall(module)
+        release(module)
     unregister(folded, units_in_use(folded))
     sites = tuple(new.site for new in computed.values())
     left = [path for path, layer in layers.items() if layer.dynamic is not None]
@@ -280,6 +282,7 @@ def units_in_use(model: nn.Module) -> set[int]:
 def make_stock_(model: nn.Module) -> nn.Module:
     """Give back their stock class to modules that an adapter has subclassed (attribute ``stock_class``), in place."""
     for module in model.modules():
+        release(module)
         forget(module)
         stock = getattr(type(module), 'stock_class', None)
         if stock is not None:

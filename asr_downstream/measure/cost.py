@@ -1,9 +1,9 @@
-"""What a model costs: multiply-adds, saved activations."""
+"""What a model costs: multiply-adds, saved activations, the state of an optimiser."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Size = Sequence[int]  # shape of a tensor
 
-__all__ = ['gmacs', 'parameters', 'saved_bytes']
+__all__ = ['gmacs', 'optimiser_bytes', 'parameters', 'saved_bytes']
 
 
 def onednn_lstm(x: Size, *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -66,3 +66,27 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
     count = sum(kept.values())
     del loss
     return count
+
+
+def optimiser_bytes(parameters: Iterable[Tensor], make: Callable[[list[nn.Parameter]], Any]) -> int | None:
+    """Bytes of the state that an optimiser has after a step, without the memory for it.
+
+    Args:
+        parameters: that it trains.
+        make: builds the optimiser of a list of parameters; these have shapes and no values.
+
+    Returns:
+        The bytes; None: it cannot be said, as the optimiser looks at values.
+    """
+    empty = [nn.Parameter(torch.empty_like(parameter, device='meta')) for parameter in parameters]
+    if not empty:
+        return 0
+    for parameter in empty:
+        parameter.grad = torch.empty_like(parameter)
+    try:
+        optimiser = make(empty)
+        optimiser.step()
+    except Exception:  # optimisers of others raise anything
+        return None
+    states = optimiser.state.values()
+    return sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))

@@ -18,6 +18,7 @@ from asr_downstream.plugging.kernels.gated_batch_norm import fusible
 from asr_downstream.plugging.kernels.memory import LOW, PLAIN, chosen
 from asr_downstream.plugging.kernels.recompute import regainable
 from asr_downstream.plugging.layers import Plugged
+from asr_downstream.plugging.learning.choose import KEPT, Learning
 from asr_downstream.plugging.sites import find_sites
 
 __all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe']
@@ -72,12 +73,14 @@ class Description(Printed):
         sites: one row a site, in the order of ``named_modules()``.
         shared: one row a shared attention.
         candidates: where nothing is plugged: paths of the layers that ``sites='residual'`` means.
+        learning: what learns, where that is not everything; see `asr_downstream.plugging.learning.restrict.restrict`.
     """
 
     model: str
     sites: tuple[SiteRow, ...]
     shared: tuple[SharedRow, ...] = ()
     candidates: tuple[str, ...] = ()
+    learning: Learning | None = None
 
     @property
     def parameters(self) -> int:
@@ -85,6 +88,10 @@ class Description(Printed):
         return sum(row.parameters for row in self.sites) + sum(unit.parameters for unit in self.shared)
 
     def parts(self) -> list[Table | str]:
+        return [*self.tables(), *([] if self.learning is None else self.learning.parts())]
+
+    def tables(self) -> list[Table | str]:
+        """Return the table of the sites, or a line that says what could be one."""
         if not self.sites:
             found = f"sites='residual' means {some(list(self.candidates))}"
             return [f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}']
@@ -136,7 +143,8 @@ def describe(model: nn.Module) -> Description:
         )
     check_connected(model)
     shared = tuple(shared_row(unit, paths) for unit, paths in units.items())
-    return Description(type(model).__name__, tuple(rows), shared, () if rows else candidates(model))
+    found = () if rows else candidates(model)
+    return Description(type(model).__name__, tuple(rows), shared, found, vars(model).get(KEPT))
 
 
 def shared_row(unit: SharedUnit, paths: list[str]) -> SharedRow:

@@ -33,7 +33,7 @@ __all__ = ['plug']
 Spec = dict[str, Any] | Sequence[dict[str, Any]]
 
 
-def plug(model: nn.Module, spec: Spec) -> Description:
+def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
     """Attach the attentions of ``spec`` to ``model``, in place.
 
     The layers at the sites become plugged subclasses of their stock classes; parameter names, identities and values
@@ -45,6 +45,8 @@ def plug(model: nn.Module, spec: Spec) -> Description:
             of the gates, see `asr_downstream.load_plugged`.
         spec: ``dict(type='ASR', attention=dict(type='SE'), sites='residual', repeat=1, init=0.1, preserve=False)``
             or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``.
+        frozen: whether sites in frozen blocks are plugged like others: where only the gates learn, they learn there
+            too, see `asr_downstream.plugging.learning.restrict.restrict`.
 
     Returns:
         The table of the sites, as `describe` gives it.
@@ -65,7 +67,7 @@ def plug(model: nn.Module, spec: Spec) -> Description:
     records: list[Attached] = []
     check_bare(model, PlugError)
     for number, item in enumerate(plugs):
-        sites = item.select(trainable_sites(model, item))
+        sites = item.select(trainable_sites(model, item, frozen))
         for site in sites:
             check_layer(model, site)
             layers[site.path] = site.layer
@@ -117,10 +119,10 @@ def spec_list(spec: Any) -> list[dict[str, Any]]:
     return list(spec)
 
 
-def trainable_sites(model: nn.Module, item: Plug) -> list[Site]:
+def trainable_sites(model: nn.Module, item: Plug, also_frozen: bool) -> list[Site]:
     """Sites of one plug. Frozen ones are skipped, with a warning, unless ``sites`` is a list that names them."""
     sites = find_sites(model, item.sites)
-    if not any(p.requires_grad for p in model.parameters()):
+    if also_frozen or not any(p.requires_grad for p in model.parameters()):
         return sites  # everything is frozen: the gates alone are to be trained
     frozen = [site.path for site in sites if site.frozen]
     if not frozen:

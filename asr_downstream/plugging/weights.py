@@ -5,7 +5,7 @@ Reading files is the matter of `asr_downstream.files.weights`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
 from asr_downstream.modules.slots import GATES, inside_gate
 
-__all__ = ['check_weights_finite', 'is_finite', 'load_state', 'not_finite']
+__all__ = ['check_weights_finite', 'is_finite', 'load_state', 'new_weights', 'not_finite']
 
 STATISTICS = ('running_mean', 'running_var')  # buffers of norms
 
@@ -106,3 +106,39 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> Non
 def gate_keys(model: nn.Module) -> set[str]:
     """Names of the weights that plugging has added."""
     return {key for key in model.state_dict() if inside_gate(model, key)}
+
+
+def new_weights(
+    model: nn.Module, state: Mapping[str, Tensor], path: Path, named: Callable[[str], bool] = lambda name: False
+) -> list[str]:
+    """Names of the weights that a checkpoint of the base does not have, or in another shape, such as those of a head.
+
+    Args:
+        model: plugged or stock; gates may be missing, all of them or none.
+        state: of the checkpoint.
+        path: of it, for messages.
+        named: whether a weight of another head may be left out of the checkpoint.
+
+    Raises:
+        CheckpointError: it is of another model: it has weights that the model has no place for.
+    """
+    own, gates, name = model.state_dict(), gate_keys(model), type(model).__name__
+    missing = [k for k in own if k not in state and k.rpartition('.')[2] != 'num_batches_tracked']
+    reshaped = [k for k in own if k in state and own[k].shape != state[k].shape]
+    lost = [k for k in missing if k in gates]
+    if (lost and len(lost) < len(gates)) or any(k in gates for k in reshaped):
+        wrong = [*lost, *(k for k in reshaped if k in gates)]
+        raise CheckpointError(
+            f'{path}: its gates are others than those that the config plugs ({some(wrong, 2)}); give the config that '
+            f'it was trained with, or a stock checkpoint'
+        )
+    unknown = [k for k in state if k not in own and not named(k)]
+    if any(GATES.search(k) for k in unknown):
+        raise CheckpointError(f'{path}: has gates that {name} has not ({some(unknown, 2)}); fold it first')
+    if unknown or len(missing) == len(own):
+        raise CheckpointError(
+            f'{path}: was made for another model than the config builds ({name}): it has {some(unknown, 2)}, and '
+            f'lacks {some(missing, 2)}; what is frozen has to be in it. Weights of a head that was replaced are left '
+            f"out where learns names it, learns=['gates', 'bbox_head.*']"
+        )
+    return [k for k in own if (k in missing and k not in gates) or k in reshaped]

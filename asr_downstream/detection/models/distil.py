@@ -20,8 +20,9 @@ from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.distil.loss import Distance, check_feature
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.replace import Place, find_attentions
-from asr_downstream.far.model.trainable import STUDENTS, keep_statistics, learning
+from asr_downstream.far.model.trainable import STUDENTS, learning
 from asr_downstream.files.configs import plain
+from asr_downstream.plugging.learning.restrict import keep_statistics
 from asr_downstream.plugging.plug import own_random_stream
 
 __all__ = ['DistilledDetector', 'Distilling']

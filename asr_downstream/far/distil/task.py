@@ -19,8 +19,9 @@ from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError
 from asr_downstream.far.distil.loss import Distance, check_feature
 from asr_downstream.far.model.replace import find_attentions
-from asr_downstream.far.model.trainable import keep_statistics, learning
+from asr_downstream.far.model.trainable import learning
 from asr_downstream.far.prune.scores import hoyer_square
+from asr_downstream.plugging.learning.restrict import keep_statistics
 
 __all__ = ['Distillation']
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from asr_downstream.far.model.attentions import StandIn
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.lstm import VARIANTS
 
-__all__ = ['STUDENTS', 'block_of', 'keep_statistics', 'learning']
+__all__ = ['STUDENTS', 'block_of', 'learning']
 
 STUDENTS = ('replacements', 'blocks', 'all')
 
@@ -31,13 +30,6 @@ def learning(model: Any, learns: str) -> None:
         mixer.requires_grad_(True)
         if VARIANTS[mixer.variant].projection == 'fresh':
             projection_of(model, path).requires_grad_(True)
-
-
-def keep_statistics(model: nn.Module) -> None:
-    """Set batch norms whose weights do not learn to eval mode, so that what is frozen stays as it is."""
-    for module in model.modules():
-        if isinstance(module, _BatchNorm) and not any(p.requires_grad for p in module.parameters()):
-            module.eval()
 
 
 def projection_of(model: nn.Module, path: str) -> nn.Module:
