@@ -16,18 +16,24 @@ from asr_downstream.detection.data.fit import fit_to_data
 from asr_downstream.detection.data.loading import name_files
 from asr_downstream.errors import AsrError, DataError, FoldError
 from asr_downstream.files.configs import override, read_config
+from asr_downstream.plugging.learning.choose import ALL, words_of
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
 __all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
 # Top-level keys that a stock config drops: those of one training and its machines, of the card, and `HELPER`.
-LAUNCH = ('card', 'fold_eval', 'launcher', 'model_wrapper_cfg', 'work_dir', 'resume', 'load_from')
+LAUNCH = (
+    'card', 'fold_eval', 'launcher', 'learns', 'load_from', 'model_wrapper_cfg', 'norm_statistics', 'resume',
+    'work_dir',
+)  # fmt: skip
 # Key that a file of det_configs/_base_/plugs leaves at the top level; a config takes it as ``plug=_base_.plug``.
 HELPER = 'plug'
+# Argument that goes with a ``plug`` where the rest of the model does not learn: sites in frozen stages are plugged too.
+FROZEN_TOO = 'plug_frozen'
 
 # Arguments that models of this package take besides those of their stock classes.
-OWN = ('plug', 'replace', 'distil')
+OWN = ('plug', FROZEN_TOO, 'replace', 'distil')
 
 
 def load_config(
@@ -61,6 +67,8 @@ def load_config(
         )
     init_default_scope(config.get('default_scope', 'mmdet'))
     name_files(config)
+    if words_of(config.get('learns', ALL)) != (ALL,):
+        plug_frozen(config.model)
     shared = os.environ.get('ASR_DATA_ROOT')
     if needs_data and data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
         data_root = Path(shared) / Path(config.data_root).name
@@ -76,6 +84,18 @@ def has_plug(node: Any) -> bool:
     if isinstance(node, dict):
         return 'plug' in node or any(map(has_plug, node.values()))
     return isinstance(node, list | tuple) and any(map(has_plug, node))
+
+
+def plug_frozen(node: Any) -> None:
+    """Let the plugs of a model's config take sites in frozen stages as well, in place."""
+    if isinstance(node, dict):
+        if node.get('plug') is not None:
+            node[FROZEN_TOO] = True
+        for value in node.values():
+            plug_frozen(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            plug_frozen(value)
 
 
 def set_data_root(config: Config, root: Path) -> None:
@@ -169,6 +189,7 @@ def partly_stock_config(config: Config, kept: Sequence[str]) -> Config:
             else:
                 node['type'] = node['type'].removeprefix(SCOPE)
                 node.pop('plug')
+                node.pop(FROZEN_TOO, None)
         for key, value in node.items():
             narrow(value, f'{path}.{key}' if path else key)
 

@@ -4,9 +4,11 @@
     asr-downstream train-det CONFIG --data-root /data/coco --work-dir runs/a --amp
     asr-downstream train-det CONFIG --cfg-options train_cfg.max_epochs=3 optim_wrapper.optimizer.lr=0.01
     asr-downstream train-det CONFIG --load-from stock.pth --val-first   # with preserve=True: the AP of stock.pth
+    asr-downstream train-det CONFIG --load-from stock.pth --learns gates           # the rest of the model is frozen
+    asr-downstream train-det CONFIG --load-from stock.pth --learns gates 'bbox_head.*'
     asr-downstream train-det CONFIG --resume            # continue from the newest checkpoint in the work dir
     asr-downstream train-det CONFIG --resume auto       # the same if there is one, else start
-    asr-downstream train-det CONFIG --dry-run           # sites, parameters and steps; trains nothing
+    asr-downstream train-det CONFIG --dry-run           # sites, parameters, what learns; trains nothing
 
 Several processes, GPUs or without any the CPU:
 
@@ -42,6 +44,12 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         '--resume', nargs='?', const='latest', metavar='auto|CHECKPOINT', help='continue a training (default: newest)'
     )
     parser.add_argument('--load-from', metavar='CHECKPOINT', help='start from these weights; stock ones have no gates')
+    parser.add_argument(
+        '--learns',
+        nargs='+',
+        metavar='WHAT',
+        help="gates, norms, bias, gates+norms or patterns of weights, 'bbox_head.*' (default: all); the rest is frozen",
+    )
     parser.add_argument('--val-first', action='store_true', help='validate before the first step too')
     parser.add_argument('--ema', action='store_true', help='average the weights; checkpoints and AP are of the average')
     parser.add_argument('--fold-eval', action='store_true', help='validate a folded copy')
@@ -65,7 +73,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     from asr_downstream.detection.training.loops import ValFirst
     from asr_downstream.files.configs import work_dir_of
 
-    config = load_config(find_config(args.config, 'det_configs'), args.data_root, args.cfg_options)
+    options = dict(args.cfg_options or {}) | ({} if args.learns is None else {'learns': args.learns})
+    config = load_config(find_config(args.config, 'det_configs'), args.data_root, options)
     if args.amp:
         config.optim_wrapper.type = 'AmpOptimWrapper'
     if args.auto_scale_lr:
@@ -85,7 +94,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         config.fold_eval = True
     training.report_to(config, args.report_to)
     if args.dry_run:
-        print(training.plan(config))
+        print(training.plan(config, args.trust))
         return
     processes.join(config, args.launcher)
     training.prepare(config, args.work_dir or work_dir_of(config), args.resume, args.trust)

@@ -2,7 +2,8 @@
 
 A plugged model is its stock class with gates: same arguments, same keys, same initial stock weights for one seed.
 `asr_downstream.fold` gives back the stock class. A backbone's plug sees the backbone; a detector's plug sees all of it,
-so that necks and heads can be named: ``sites=['neck.fpn_convs.*.conv', 'bbox_head.retina_cls']``.
+so that necks and heads can be named: ``sites=['neck.fpn_convs.*.conv', 'bbox_head.retina_cls']``. Frozen stages are
+left out, unless ``plug_frozen=True``, which a config with ``learns`` sets.
 
 ``replace=dict(type='FAR', layers='all')`` puts LSTMs in the places of self-attentions (`asr_downstream.far.replace`);
 stock checkpoints load, and what they lack is said. Detectors also take ``distil=dict(...)``.
@@ -40,13 +41,15 @@ class PluggedModel:
 
     stock_class: ClassVar[type[nn.Module]]
 
-    def __init__(self, *args: Any, plug: Spec | None = None, replace: Any = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, plug: Spec | None = None, plug_frozen: bool = False, replace: Any = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         if replace is not None:
             put_lstms(self, replace)  # type: ignore[arg-type]
         if plug is not None:
             to_dict = getattr(plug, 'to_dict', None)  # a config holds the spec as mmengine's own dicts
-            attach_plug(self, to_dict() if to_dict else plug)  # type: ignore[arg-type]
+            attach_plug(self, to_dict() if to_dict else plug, frozen=plug_frozen)  # type: ignore[arg-type]
             refuse_both(self)  # type: ignore[arg-type]
             use_non_reentrant(self)  # type: ignore[arg-type]
             for module in self.modules():  # type: ignore[attr-defined]

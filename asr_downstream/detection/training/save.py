@@ -214,8 +214,8 @@ class GuardHook(Hook):
         load_state(bare(runner.model), checkpoint['state_dict'], path)
         if groups(runner.optim_wrapper.state_dict()) != groups(checkpoint['optimizer']):
             raise CheckpointError(
-                f'{path}: its optimiser trains other weights than the config says (frozen stages, paramwise_cfg); '
-                f'use the config it was trained with, or start from its weights with --load-from'
+                f'{path}: its optimiser trains other weights than the config says (learns, frozen stages, '
+                f'paramwise_cfg); use the config it was trained with, or start from its weights with --load-from'
             )
         if hasattr(runner.train_loop, 'take_up'):
             runner.train_loop.take_up(checkpoint)

@@ -21,6 +21,7 @@ from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.training.checkpoints import newest, noted, read_to_resume
 from asr_downstream.detection.training.launch import is_first, together
+from asr_downstream.detection.training.learning import LearningHook, LearningRunner, learning_of
 from asr_downstream.detection.training.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.training.sampler import DrawsHook
 from asr_downstream.detection.training.save import GuardHook
@@ -192,7 +193,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> Path | None:
         signal = stack.enter_context(until_stopped())
         runner = build_runner(config)
         watch = DivergenceHook()
-        for hook in (*hooks, DrawsHook(), GuardHook(), watch, StopHook(signal, watch=watch)):
+        for hook in (*hooks, DrawsHook(), LearningHook(), GuardHook(), watch, StopHook(signal, watch=watch)):
             runner.register_hook(hook)
         began = time.time_ns()
         try:
@@ -237,9 +238,10 @@ def build_runner(config: Config) -> Runner:
     """Build MMEngine's Runner, and say what its model is.
 
     Raises:
-        AsrError: ``fold_eval=True`` of a model that does not fold.
+        AsrError: ``fold_eval=True`` of a model that does not fold; ``learns`` means nothing in it.
+        CheckpointError: not everything learns, and ``load_from`` is of another model.
     """
-    runner = Runner.from_cfg(config)
+    runner = LearningRunner.from_cfg(config)
     rebind(runner.model)  # sync_bn=... has rebuilt its batch norms by now
     description = describe(bare(runner.model))
     runner.logger.info(f'\n{description}')
@@ -252,8 +254,13 @@ def build_runner(config: Config) -> Runner:
     return runner
 
 
-def plan(config: Config) -> str:
-    """Say what a training would do, without doing it: sites, parameters, data, steps."""
+def plan(config: Config, trust: bool = False) -> str:
+    """Say what a training would do, without doing it: sites, parameters, what learns, data, steps.
+
+    Args:
+        config: the training config.
+        trust: read a base that needs unpickling.
+    """
     check_datasets(config, 'train_dataloader', 'val_dataloader')
     model = build_detector(config)
     with redirect_stdout(io.StringIO()):
@@ -268,6 +275,7 @@ def plan(config: Config) -> str:
             str(describe(model)),
             *([str(replaced)] if replaced.rows else []),
             f'parameters: {total:,}, of which {foldable:,} fold away',
+            str(learning_of(config, model, trust)),
             f'data: {len(loader.dataset)} images in {config.get("data_root")}',
             f'steps: {steps}, batch size {config.train_dataloader.batch_size}',
             f'optimiser: {dict(config.optim_wrapper.optimizer)}',
