@@ -3,6 +3,7 @@
     plug(model, spec)      attach attentions to the sites of a model
     fold(model)            put constant gates into the weights: the stock model again
     fold_calibrated(model, batches)  the same, with gates that depend on the input replaced by their mean over data
+    fold_native(model, batches)  squeeze-and-excitation that a model has by itself, folded away in the same way
     fuse_conv_bn(model, x) convolutions and norms as one, for deployment
     record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
@@ -27,7 +28,10 @@ if TYPE_CHECKING:
     from asr_downstream.folding.calibrated import fold_calibrated
     from asr_downstream.folding.fold import fold
     from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
+    from asr_downstream.folding.native.fold import fold_native
+    from asr_downstream.folding.native.rebuild import remove_native, transfer_weights
     from asr_downstream.folding.verify import verify
+    from asr_downstream.modules.native import register_native
     from asr_downstream.plugging.attach import rebind
     from asr_downstream.plugging.describe import describe
     from asr_downstream.plugging.load import load_plugged
@@ -53,13 +57,17 @@ __all__ = [
     'far',
     'fold',
     'fold_calibrated',
+    'fold_native',
     'fuse_conv_bn',
     'load_plugged',
     'plug',
     'pool',
     'rebind',
     'record',
+    'register_native',
     'register_site',
+    'remove_native',
+    'transfer_weights',
     'verify',
 ]
 
@@ -70,7 +78,10 @@ DEFINED_IN = {
     'folding.calibrated': ('fold_calibrated',),
     'folding.fold': ('fold',),
     'folding.fuse_conv_bn': ('fuse_conv_bn',),
+    'folding.native.fold': ('fold_native',),
+    'folding.native.rebuild': ('remove_native', 'transfer_weights'),
     'folding.verify': ('verify',),
+    'modules.native': ('register_native',),
     'plugging.attach': ('rebind',),
     'plugging.describe': ('describe',),
     'plugging.load': ('load_plugged',),

@@ -105,7 +105,14 @@ MODELS = EngineRegistry(
     'model', parent=ENGINE_MODELS, scope=SCOPE, locations=['asr_downstream.detection.models.plugged']
 )
 # ``(model, spec)``, in place: what `asr_downstream.load_plugged` does to a fresh model for each part of a saved spec
-REBUILDERS = Registry('rebuilder', locations=['asr_downstream.plugging.plug', 'asr_downstream.far.model.replace'])
+REBUILDERS = Registry(
+    'rebuilder',
+    locations=[
+        'asr_downstream.plugging.plug',
+        'asr_downstream.far.model.replace',
+        'asr_downstream.folding.native.rebuild',
+    ],
+)
 # Package of a framework -> the module of data about its classes: ``SITES``, where the residual branches of its blocks
 # end; and, where there is more to say, ``LAYERS``, which of its layers are layers of torch, ``THEN``, which modules
 # these apply to their own output, and ``NOT_LAYERS``, why others are no sites.

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from asr_downstream.modules.native import Native
 from asr_downstream.plugging.sites import Branch
 
-__all__ = ['LAYERS', 'SITES']
+__all__ = ['LAYERS', 'NATIVE', 'SITES']
 
 BEFORE_ACTIVATION = 'before the activation that ends the branch'
 
@@ -40,4 +41,10 @@ LAYERS: dict[str, type[nn.Module]] = {
     'mmcv.cnn.bricks.wrappers.ConvTranspose2d': nn.ConvTranspose2d,
     'mmcv.cnn.bricks.wrappers.ConvTranspose3d': nn.ConvTranspose3d,
     'mmcv.cnn.bricks.wrappers.Linear': nn.Linear,
+}
+
+# Attention of its own, see `asr_downstream.modules.native`: of EfficientNet and MobileNetV3, and of CSPNeXt (RTMDet).
+NATIVE: dict[str, Native] = {
+    'mmdet.models.layers.se_layer.SELayer': Native('conv2'),
+    'mmdet.models.layers.se_layer.ChannelAttention': Native('act'),
 }

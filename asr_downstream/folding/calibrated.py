@@ -27,7 +27,7 @@ from asr_downstream.plugging.describe import check_connected
 from asr_downstream.plugging.gating.gates import ConstantGate, Gate
 from asr_downstream.plugging.layers import Plugged
 
-__all__ = ['Metric', 'fold_calibrated']
+__all__ = ['Metric', 'check_arguments', 'check_repeatable', 'fold_calibrated', 'within_budget']
 
 Metric: TypeAlias = Callable[[nn.Module], float]
 
@@ -222,15 +222,55 @@ def calibrate(
 ) -> tuple[nn.Module, Any, Calibration]:
     """Replace gates by their means and ``finish`` (fold) the copy; leave as few groups as ``max_drop`` asks for.
 
-    The number of groups to leave, the least constant first, is found by bisection. See `asr_downstream.fold`.
+    See `within_budget` and `asr_downstream.fold`.
+    """
+    check_repeatable(data)
+    step = step or default_step
+    sites = measure_constancy(model, data, step)
 
-    Returns:
-        What ``finish`` returned, the folded model first, and what was measured.
+    def make(chosen: list[Constancy]) -> tuple[nn.Module, Any]:
+        return finish(with_means(model, chosen))
+
+    return within_budget(model, data, sites, make, step, refine_norms, metric, max_drop)
+
+
+def check_repeatable(data: Iterable[Any]) -> None:
+    """Refuse an iterator, which can be read only once.
+
+    Raises:
+        FoldError: it is one.
     """
     if iter(data) is data:
         raise FoldError('calibrate: the data is read more than once; give a list or a DataLoader, not an iterator')
-    step = step or default_step
-    sites = measure_constancy(model, data, step)
+
+
+def within_budget(
+    model: nn.Module,
+    data: Iterable[Any],
+    sites: list[Constancy],
+    make: Callable[[list[Constancy]], tuple[nn.Module, Any]],
+    step: Step,
+    refine_norms: bool = False,
+    metric: Metric | None = None,
+    max_drop: float | None = None,
+) -> tuple[nn.Module, Any, Calibration]:
+    """Fold as many sites as ``max_drop`` lets, the most constant first.
+
+    The number of groups to leave, the least constant first, is found by bisection.
+
+    Args:
+        model: the model as it is.
+        data: to compare the outputs on.
+        sites: what can be folded.
+        make: folds these sites of the model; returns the folded model first.
+        step: this and the rest as in `fold_calibrated`.
+        refine_norms: estimate the running statistics of all batch norms again.
+        metric: of a model, larger is better.
+        max_drop: how much may be lost at most.
+
+    Returns:
+        What ``make`` returned, the folded model first, and what was measured.
+    """
     worst: dict[str, float] = {}  # groups by their least constant site
     for site in sites:
         worst[site.group] = max(site.ratio, worst.get(site.group, 0.0))
@@ -241,7 +281,7 @@ def calibrate(
     def attempt(kept: int) -> Trial:
         if kept not in trials:
             left = set(order[:kept])
-            folded, report = finish(with_means(model, [s for s in sites if s.group not in left]))
+            folded, report = make([s for s in sites if s.group not in left])
             if refine_norms and kept < len(order):
                 refine(folded, data, step)
             change = change_of(model, folded, data, step)

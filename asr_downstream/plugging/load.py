@@ -20,6 +20,7 @@ from asr_downstream.plugging.save import (
     PLUGS,
     REPLACED,
     SPEC,
+    STEPS,
     WEIGHTS,
     records,
     unwritable,
@@ -76,7 +77,7 @@ def attach_again(model: nn.Module, content: dict[str, Any], folder: Path) -> Non
     Raises:
         CheckpointError: the model has no such part.
     """
-    for step in dict.fromkeys([*content['order'], 'plug', 'replace']):
+    for step in dict.fromkeys([*content['order'], *STEPS]):
         for path, spec in content[step].items():
             try:
                 part = model.get_submodule(path)
@@ -125,11 +126,12 @@ def read_spec(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path}: was written by a newer asr_downstream ({content["format"]}); update it')
     if not isinstance(content.get(AS_TEXT, {}), dict):
         raise CheckpointError(f'{path}: {AS_TEXT!r} is {content[AS_TEXT]!r}, which save_pretrained does not write')
-    kinds = {'library': str | None, 'class': str, 'plug': dict, 'replace': dict, 'order': list}
+    content.setdefault('remove', {})  # older files have none
+    kinds = {'library': str | None, 'class': str, **dict.fromkeys(STEPS, dict), 'order': list}
     for key, kind in kinds.items():
         if key not in content or not isinstance(content[key], kind):
             raise CheckpointError(f'{path}: {key!r} is {content.get(key)!r}, which save_pretrained does not write')
-    if unknown := [name for name in content['order'] if name not in ('plug', 'replace')]:
+    if unknown := [name for name in content['order'] if name not in STEPS]:
         raise CheckpointError(f"{path}: 'order' has {unknown[0]!r}, which save_pretrained does not write")
     return content
 

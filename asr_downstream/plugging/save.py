@@ -1,8 +1,9 @@
 """`save_pretrained` of plugged and replaced models: nothing is lost, and nothing wrong loads.
 
-diffusers and transformers load weights with gates or LSTMs with no more than a warning, and compute something else. So
-the weights go to a file of another name, with a spec of what was plugged and replaced beside the library's config: the
-plain library finds no weights there and says so, and `asr_downstream.load_plugged` builds the model again.
+diffusers and transformers load weights with gates or LSTMs, or without attention that was removed, with no more than a
+warning, and compute something else. So the weights go to a file of another name, with a spec of what was plugged and
+replaced beside the library's config: the plain library finds no weights there and says so, and
+`asr_downstream.load_plugged` builds the model again.
 
 While a model has gates or LSTMs, `SavePretrained` hides the library's method, as an attribute of the model and not of a
 class: ``type(model)`` stays the library's. A library's model of which only a part was given to `plug` does not know of
@@ -36,8 +37,10 @@ __all__ = [
     'FORMAT',
     'LIBRARIES',
     'PLUGS',
+    'REMOVED',
     'REPLACED',
     'SPEC',
+    'STEPS',
     'WEIGHTS',
     'Attached',
     'attached',
@@ -55,7 +58,9 @@ SPEC = 'asr_downstream.json'
 AS_TEXT = 'as_text'  # key of the spec: values that JSON cannot hold
 WEIGHTS = 'asr_downstream.safetensors'
 FORMAT = 1
-PLUGS, REPLACED = 'plug_sites', 'replace_spec'  # attributes of models
+PLUGS, REPLACED, REMOVED = 'plug_sites', 'replace_spec', 'removed_blocks'  # attributes of models
+# What was done to a model, as files name it -> the attribute that says how.
+STEPS = {'plug': PLUGS, 'replace': REPLACED, 'remove': REMOVED}
 # Base class of the models of a library, and its files with weights, by the beginning of the name and the ending.
 LIBRARIES: dict[str, tuple[str, dict[str, str]]] = {
     'diffusers': (
@@ -139,10 +144,11 @@ def watch(model: nn.Module) -> None:
 
 
 def forget(module: nn.Module) -> None:
-    """Remove the attributes that a stock model has not; without LSTMs also the `SavePretrained` of this module."""
+    """Remove the attributes that a stock model has not; where it is one, also the `SavePretrained` of this module."""
     for name in ('plug_spec', PLUGS, BASE):
         module.__dict__.pop(name, None)
-    if getattr(module, REPLACED, None) is None and isinstance(module.__dict__.get('save_pretrained'), SavePretrained):
+    other = any(getattr(module, name, None) is not None for name in (REPLACED, REMOVED))
+    if not other and isinstance(module.__dict__.get('save_pretrained'), SavePretrained):
         del module.__dict__['save_pretrained']
 
 
@@ -172,6 +178,7 @@ def save_plugged(model: Any, folder: Path, state: Mapping[str, Tensor] | None = 
         'class': type(model).__name__,
         'plug': for_json(plugs, 'plug', as_text),
         'replace': for_json({path: plain(found) for path, found in records(model, REPLACED)}, 'replace', as_text),
+        'remove': {path: list(found) for path, found in records(model, REMOVED)},
         # what came first: attributes stand in the order in which they were set
         'order': [name for key, name in order(model)],
         'versions': versions(),
@@ -203,7 +210,7 @@ def for_json(value: Any, place: str, as_text: dict[str, str]) -> Any:
 
 
 def records(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
-    """Values of an attribute that `plug` or `far.replace` has set on a model and its parts: path -> value."""
+    """Values of an attribute of `STEPS` of a model and its parts: path -> value."""
     for path, module in model.named_modules():
         if found := vars(module).get(name):
             yield path, found
@@ -211,7 +218,7 @@ def records(model: nn.Module, name: str) -> Iterator[tuple[str, Any]]:
 
 def order(model: nn.Module) -> Iterator[tuple[str, str]]:
     """Whether a model was plugged, replaced or both, in the order in which that was done."""
-    names = {PLUGS: 'plug', REPLACED: 'replace'}
+    names = {attribute: step for step, attribute in STEPS.items()}
     yield from ((key, names[key]) for key, value in vars(model).items() if key in names and value)
 
 
@@ -261,16 +268,18 @@ def remove_stock_weights(folder: Path, library: str | None) -> None:
 def advice(model: nn.Module, folder: Path, push: bool, as_text: Mapping[str, str]) -> str:
     """Text of the warning when a model was saved."""
     library = library_of(model) or 'its library'
-    has = [what for what, name in (('gates', PLUGS), ('LSTMs', REPLACED)) if any(True for _ in records(model, name))]
+    kinds = (('gates', PLUGS), ('LSTMs', REPLACED), ('attention that was removed', REMOVED))
+    has = [what for what, name in kinds if any(True for _ in records(model, name))]
     ways = f'to load it as it is: asr_downstream.load_plugged({str(folder)!r})'
-    if 'LSTMs' not in has:
+    if has == ['gates']:
         ways += f'; for plain {library}, fold first: folded, report = asr_downstream.fold(model), and save that'
     if as_text:
         ways += f'; {unwritable(as_text)}, so give load_plugged a model that is plugged with them already, model=...'
+    wrong = 'fill at random' if has == ['attention that was removed'] else 'drop'
     pushed = '; it was not pushed to the hub' if push else ''
     return (
-        f'{type(model).__name__} has {" and ".join(has)}, which plain {library} would drop and compute something else: '
-        f'its weights are in {folder / WEIGHTS}, where {library} does not look; {ways}{pushed}'
+        f'{type(model).__name__} has {" and ".join(has)}, which plain {library} would {wrong} and compute something '
+        f'else: its weights are in {folder / WEIGHTS}, where {library} does not look; {ways}{pushed}'
     )
 
 

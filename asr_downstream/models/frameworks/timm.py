@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from asr_downstream.modules.native import Native
 from asr_downstream.plugging.sites import Branch
 
-__all__ = ['LAYERS', 'NOT_LAYERS', 'SITES', 'THEN']
+__all__ = ['LAYERS', 'NATIVE', 'NOT_LAYERS', 'SITES', 'THEN']
 
 OWN_ATTENTION = 'before the attention of the block, if it has one'
 STANDARDISED = 'the norm where the last convolution standardises its weight'
@@ -58,4 +59,15 @@ NOT_LAYERS: dict[str, str] = {
     f'{NORMS}.FrozenBatchNormAct2d': (
         'its weight is a buffer and not a parameter; take the convolution before it, whose scale passes through'
     ),
+}
+
+# Attention of its own, see `asr_downstream.modules.native`. Attention with gates of positions (CBAM, GatherExcite) is
+# none of these.
+NATIVE: dict[str, Native] = {
+    'timm.layers.squeeze_excite.SEModule': Native('gate'),
+    'timm.layers.squeeze_excite.EffectiveSEModule': Native('gate'),
+    'timm.layers.squeeze_excite.SqueezeExciteCl': Native('gate', axis=-1),
+    'timm.layers.eca.EcaModule': Native('gate'),
+    'timm.layers.eca.CecaModule': Native('gate'),
+    'timm.models._efficientnet_blocks.SqueezeExcite': Native('gate'),
 }

@@ -5,9 +5,10 @@ Names are those of torchvision 0.12 and later; before, there was no ConvNeXt, an
 
 from __future__ import annotations
 
+from asr_downstream.modules.native import Native
 from asr_downstream.plugging.sites import Branch
 
-__all__ = ['NOT_LAYERS', 'SITES']
+__all__ = ['NATIVE', 'NOT_LAYERS', 'SITES']
 
 SITES: dict[str, Branch] = {
     'torchvision.models.resnet.BasicBlock': Branch(('bn2',)),
@@ -25,3 +26,6 @@ NOT_LAYERS: dict[str, str] = {
         'its weight is a buffer and not a parameter; take the convolution before it, whose scale passes through'
     ),
 }
+
+# Attention of its own, see `asr_downstream.modules.native`: of RegNet-Y, EfficientNet and MobileNetV3.
+NATIVE: dict[str, Native] = {'torchvision.ops.misc.SqueezeExcitation': Native('scale_activation')}

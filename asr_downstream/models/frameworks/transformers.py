@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from torch import nn
 
+from asr_downstream.modules.native import Native
 from asr_downstream.plugging.sites import Branch
 
-__all__ = ['LAYERS', 'NOT_LAYERS', 'SITES', 'THEN']
+__all__ = ['LAYERS', 'NATIVE', 'NOT_LAYERS', 'SITES', 'THEN']
 
 MODELS = 'transformers.models'
 ATTENTION = ('o_proj', 'output.dense')
@@ -51,4 +52,14 @@ NOT_LAYERS: dict[str, str] = {
     f'{MODELS}.bit.modeling_bit.WeightStandardizedConv2d': (
         'it standardises its weight in every forward, which undoes a scale; take the norm before or after it'
     ),
+}
+
+# Attention of its own, see `asr_downstream.modules.native`.
+NATIVE: dict[str, Native] = {
+    f'{MODELS}.regnet.modeling_regnet.RegNetSELayer': Native('attention'),
+    f'{MODELS}.efficientnet.modeling_efficientnet.EfficientNetSqueezeExciteLayer': Native('act_expand'),
+    f'{MODELS}.align.modeling_align.AlignVisionSqueezeExciteLayer': Native('act_expand'),
+    f'{MODELS}.pp_lcnet.modeling_pp_lcnet.PPLCNetSqueezeExcitationModule': Native('convolutions.3'),
+    f'{MODELS}.pp_lcnet_v3.modeling_pp_lcnet_v3.PPLCNetV3SqueezeExcitationModule': Native('convolutions.3'),
+    f'{MODELS}.pp_lcnet_v4.modeling_pp_lcnet_v4.PPLCNetV4SqueezeExcitationModule': Native('convolutions.3'),
 }
