@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if 'backbone' in config.model:
         config.model.backbone.init_cfg = None
     model = MODELS.build(config.model)
+    for path in config.get('removed_attention', ()):  # as the model card says
+        parent, _, name = path.rpartition('.')
+        setattr(model.get_submodule(parent), name, torch.nn.Identity())
     if args.checkpoint.suffix == '.safetensors':
         state = load_file(args.checkpoint)
     else:

@@ -3,6 +3,7 @@
     asr-downstream fold CONFIG work_dirs/NAME/epoch_10.pth shipped/detector.pth     # a detector
     asr-downstream fold work_dirs/unet-w32-asr-se_digits shipped/digits             # a run of a diffusion model
     asr-downstream fold work_dirs/NAME shipped/NAME --calibrate 64                  # SE, DIA, ...: see below
+    asr-downstream fold CONFIG CHECKPOINT OUT --native --calibrate 64               # attention of MMDetection's own
 
 Detector: writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock
 config as shipped/detector.py, shipped/fold_report.json and a model card. Loading them needs MMDetection and not this
@@ -14,6 +15,9 @@ whose attention is replaced (FAR) as a folder for asr_downstream.far.load_far.
 
 The gates of ASR fold exactly. With --calibrate N, gates that depend on the input (SE, DIA, ...) are replaced by their
 mean over N training images; how constant they were, and what that changes, is printed and in the report.
+
+With --native, the attention that a stock detector has by itself (SELayer of EfficientNet, ChannelAttention of RTMDet)
+is replaced by its mean in the same way, folded into the layers beside it, and removed from the model.
 """
 
 from __future__ import annotations
@@ -21,10 +25,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
 from asr_downstream.files.ready import find_config
+
+OF_DETECTORS = ('native', 'refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
 
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
@@ -34,6 +41,9 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         'paths', type=Path, nargs='+', metavar='PATH', help='CONFIG CHECKPOINT OUT of a detector, or RUN OUT'
     )
     cli.add_calibration(parser)
+    parser.add_argument(
+        '--native', action='store_true', help="detector: remove the attention of MMDetection's own; with --calibrate N"
+    )
     parser.add_argument('--no-evaluate', action='store_true', help='detector: no AP before and after calibration')
     parser.add_argument('--data-root', type=Path, help="detector: folder of the data set, instead of the config's")
     parser.add_argument('--data', type=Path, help="diffusion: images to calibrate with, instead of the config's")
@@ -48,10 +58,12 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')
+    if args.native and not args.calibrate:
+        parser.error('--native goes with --calibrate N, the training images that gates are averaged over')
+    if args.native and args.refine_norms:
+        parser.error('--refine-norms is for plugged models, not for --native')
     if len(args.paths) == 2:
-        refuse(
-            parser, args, 'a detector', ('refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
-        )
+        refuse(parser, args, 'a detector', OF_DETECTORS)
         if args.data and not args.calibrate:
             parser.error('--data goes with --calibrate N')
         fold_run(args)
@@ -111,6 +123,11 @@ def fold_detector(args: argparse.Namespace) -> None:
     if args.calibrate:
         plan = CalibrationPlan(args.calibrate, args.refine_norms, args.max_drop, not args.no_evaluate)
     card = {'license': args.license, 'base_model': args.base_model, 'datasets': args.dataset, 'tags': args.tag}
+    if args.native and plan is not None:
+        from asr_downstream.detection.native import remove_attention
+
+        print_removed(remove_attention(config, checkpoint, out, plan, args.trust, card), out)
+        return
     result = fold_checkpoint(config, checkpoint, out, args.trust, plan, card)
     found = result['feature_map_difference']
     if not result['sites']:
@@ -129,3 +146,14 @@ def fold_detector(args: argparse.Namespace) -> None:
     print(
         f'{out.parent / "fold_report.json"}: sites, errors, hashes, versions; {out.parent / result["card"]}: model card'
     )
+
+
+def print_removed(result: dict[str, Any], out: Path) -> None:
+    """Print what was removed from a detector, and how what is left is loaded."""
+    print(result['report'])
+    config = out.with_suffix('.py')
+    if result['removed_attention']:
+        print(f'{out}: fits {config} once the blocks that it names are nn.Identity; {result["card"]} has the lines')
+    else:
+        print(f'{out}: loads strictly into the stock config {config}, which builds no such attention')
+    print(f'{out.parent / "fold_report.json"}: blocks, ratios, errors, hashes, versions')

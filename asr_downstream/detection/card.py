@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def detector_card(
         **{f'{r.metric_name} on {r.dataset_split}': f'{r.metric_value:.3f}{note(r)}' for r in results},
     }
     table = '\n'.join(f'| {key} | {value} |' for key, value in rows.items() if value)
-    usage = loading(out, [str(name) for name in classes])
+    usage = loading(out, [str(name) for name in classes], report.get('removed_attention') or ())
     plain = 'nothing but MMDetection is needed to run it' if not report['still_plugged'] else 'see the config'
     text = f"""{MARK}
 # {out.stem}
@@ -79,10 +80,28 @@ def note(result: EvalResult) -> str:
     return f', {result.metric_args["measured"]}' if result.metric_args else ''
 
 
-def loading(out: Path, classes: list[str]) -> str:
-    """Code that loads the detector; safetensors hold no names of classes, for which MMDetection would take COCO's."""
+def loading(out: Path, classes: list[str], removed: Collection[str] = ()) -> str:
+    """Code that loads the detector; safetensors hold no names of classes, for which MMDetection would take COCO's.
+
+    Where attention was ``removed``, the config builds it still.
+    """
     config, weights = out.with_suffix('.py').name, out.name
-    if out.suffix != '.safetensors':
+    if removed:
+        safe = out.suffix == '.safetensors'
+        lines = [
+            'import torch',
+            'from mmdet.apis import init_detector',
+            *(['from safetensors.torch import load_file'] if safe else []),
+            '',
+            f"model = init_detector({config!r}, device='cpu')",
+            'for path in model.cfg.removed_attention:',
+            "    parent, _, name = path.rpartition('.')",
+            '    setattr(model.get_submodule(parent), name, torch.nn.Identity())',
+            f'state = load_file({weights!r})' if safe else f"state = torch.load({weights!r})['state_dict']",
+            'model.load_state_dict(state, strict=True)',
+            *([f"model.dataset_meta = {{'classes': {tuple(classes)!r}}}"] if classes else []),
+        ]
+    elif out.suffix != '.safetensors':
         lines = [
             'from mmdet.apis import init_detector',
             '',
@@ -108,6 +127,12 @@ def start_of(config: Config) -> str | None:
 
 def folding(report: dict[str, Any]) -> str:
     """One sentence about what folding did."""
+    if native := report.get('native'):
+        count, total = len(native['removed']), len(native['blocks'])
+        return (
+            f'Of the {total} attention blocks that it was trained with, {count} were replaced by the mean of their '
+            f'gates over training images and folded into the layers beside them.'
+        )
     if not report['sites']:
         return 'It was trained as it is: there was nothing to fold.'
     how = 'exactly' if report['calibration'] is None else 'by their mean over training images'

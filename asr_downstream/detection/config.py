@@ -19,7 +19,7 @@ from asr_downstream.files.configs import override, read_config
 from asr_downstream.plugging.learning.choose import ALL, words_of
 from asr_downstream.registry import ATTENTIONS, PLUGS, find
 
-__all__ = ['load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
+__all__ = ['REMOVED', 'load_config', 'partly_stock_config', 'set_data_root', 'stock_config']
 
 SCOPE = 'asr_downstream.'
 # Top-level keys that a stock config drops: those of one training and its machines, of the card, and `HELPER`.
@@ -32,6 +32,8 @@ HELPER = 'plug'
 # Argument that goes with a ``plug`` where the rest of the model does not learn: sites in frozen stages are plugged too.
 FROZEN_TOO = 'plug_frozen'
 
+# Top-level key: paths of attention blocks of the detector that were removed after it was trained.
+REMOVED = 'removed_attention'
 # Arguments that models of this package take besides those of their stock classes.
 OWN = ('plug', FROZEN_TOO, 'replace', 'distil')
 

@@ -40,7 +40,7 @@ COMMANDS = [(document.name, *command) for document in DOCUMENTS for command in d
 def test_python_blocks_run(document: str) -> None:
     """One process a document: importing takes longer than the blocks."""
     blocks = [block for name, block in RUNNABLE if name == document]
-    if any('import DeiT' in block for block in blocks):
+    if any('from transformers' in block for block in blocks):
         pytest.importorskip('transformers')
     done = subprocess.run(
         [sys.executable, '-c', RUN], input=json.dumps(blocks), cwd=ROOT, capture_output=True, text=True, check=False

@@ -10,8 +10,9 @@ from mmdet.registry import MODELS
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from asr_downstream.detection.config import model_of
+from asr_downstream.detection.config import REMOVED, model_of
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.folding.native.rebuild import remove_native
 from asr_downstream.folding.verify import Verification, verify
 from asr_downstream.plugging.weights import check_weights_finite, load_state
 
@@ -21,6 +22,7 @@ __all__ = ['FeatureMaps', 'build_detector', 'compare_features', 'load_detector']
 def build_detector(config: Config) -> nn.Module:
     """Build the detector of a config in eval mode, with random weights."""
     model = MODELS.build(model_of(config))
+    remove_native(model, config.get(REMOVED, ()))
     model.eval()
     return model
 
