@@ -6,6 +6,7 @@
     asr-downstream prepare-data check /data/cells            # check any set in COCO format, as --data-root takes it
     asr-downstream prepare-data voc /data/VOCdevkit          # write annotations/{train,val}.json in COCO format into it
     asr-downstream prepare-data voc /data/flat --split 0.8   # images and *.xml without ImageSets: 80 % for training
+    asr-downstream prepare-data degrade /data/cells data/dark-cells    # a blurred, dark and noisy copy, to adapt to
 
 Nothing is downloaded. Data of diffusion models and of FAR is read as it is: a folder of images, or a zip.
 """
@@ -21,7 +22,7 @@ from asr_downstream.console import cli
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and prepare the data."""
     parser = cli.parser(__doc__, 'prepare-data', names)
-    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc')
+    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc|degrade')
     digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
     digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')
     digits.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes')
@@ -35,8 +36,23 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     voc.add_argument('--split', type=cli.part, metavar='PART', help='without ImageSets: so much of it is for training')
     voc.add_argument('--seed', type=int, default=0, help='of that draw (default: 0)')
     voc.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
+    worse = sets.add_parser('degrade', help='copy a set in COCO format with worse images and the same boxes')
+    worse.add_argument('root', type=Path, help='folder of the set')
+    worse.add_argument('out', type=Path, help='folder of the copy')
+    pair = {'type': cli.finite, 'nargs': 2, 'metavar': ('LEAST', 'MOST')}
+    worse.add_argument('--blur', **pair, default=(1.0, 3.0), help='standard deviation of the blur in px (1 3)')
+    worse.add_argument('--light', **pair, default=(0.3, 0.7), help='factor of the brightness (0.3 0.7)')
+    worse.add_argument('--noise', type=cli.finite, default=4.0, help='standard deviation in grey levels (4)')
+    worse.add_argument('--seed', type=int, default=0, help='the same seed gives the same pixels')
     args = parser.parse_args(argv)
 
+    if args.set == 'degrade':
+        from asr_downstream.detection.data.degrade import degrade_set
+
+        made = degrade_set(args.root, args.out, tuple(args.blur), tuple(args.light), args.noise, args.seed)
+        for split, path in made.items():
+            print(f'{split}: {path}')
+        return
     if args.set == 'digits':
         from asr_downstream.detection.data.digits import make_digits
 
