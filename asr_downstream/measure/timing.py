@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from statistics import median, quantiles
 from typing import Any, NamedTuple
@@ -14,11 +15,20 @@ __all__ = ['Ratio', 'faster_from', 'paired_times', 'ratio', 'turns']
 
 
 class Ratio(NamedTuple):
-    """Ratio of two candidates over paired rounds: median and quartiles."""
+    """Ratio of two candidates over paired rounds: median and quartiles.
+
+    Attributes:
+        median: over the rounds.
+        low: lower quartile.
+        high: upper quartile.
+        fastest: of the shortest times of both, whatever the round; what else a machine does only adds to a time, so
+            this is the steadiest number on one that is never quiet. NaN where it was not measured.
+    """
 
     median: float
     low: float
     high: float
+    fastest: float = math.nan
 
     def __str__(self) -> str:
         return f'{self.median:.3f} ({self.low:.3f}-{self.high:.3f})'
@@ -57,10 +67,10 @@ def turns(names: list[str], rounds: int, text: str) -> Iterator[list[str]]:
 
 
 def ratio(times: list[float], base: list[float]) -> Ratio:
-    """Median and quartiles of the ratio, round by round."""
+    """Median and quartiles of the ratio, round by round, and that of the fastest rounds."""
     ratios = [a / b for a, b in zip(times, base, strict=True)]
     low, _, high = quantiles(ratios, n=4) if len(ratios) > 1 else (ratios[0],) * 3
-    return Ratio(median(ratios), low, high)
+    return Ratio(median(ratios), low, high, min(times) / min(base))
 
 
 def faster_from(ratios: Mapping[int, Ratio]) -> int | None:

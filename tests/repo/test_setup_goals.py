@@ -64,7 +64,7 @@ def test_only_detection_needs_mmcv(tmp_path: Path) -> None:
             names = [step.name for step in setup.due(needs)]
             assert ('mmcv' in names) == (part == 'detection'), (part, names)
             assert names[:1] == ['environment']
-    assert [step.name for step in setup.due(['far'])] == ['environment', 'torch', 'far']
+    assert [step.name for step in setup.due(['far'])] == ['environment', 'torch', 'package', 'far']
 
 
 def test_steps_and_goals_fit_the_checkout() -> None:

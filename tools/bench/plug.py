@@ -178,6 +178,11 @@ def depth_table() -> tuple[str, dict[str, dict[str, int]]]:
     return render(out), counts
 
 
+def with_fastest(found: Ratio) -> str:
+    """A ratio, and that of the fastest rounds."""
+    return f'{found}; {found.fastest:.3f}'
+
+
 def table(results: list[dict[str, Any]]) -> str:
     """Print the measurements as one table."""
     several = len({result['threads'] for result in results}) > 1
@@ -188,7 +193,7 @@ def table(results: list[dict[str, Any]]) -> str:
         'saved activations',
         'inference',
         'launches, training / inference, over stock',
-        title='ratios to stock, paired rounds',
+        title='ratios to stock, paired rounds: median (quartiles); of the fastest rounds',
     )
     for result in results:
         for arm in result['inference']:
@@ -197,9 +202,9 @@ def table(results: list[dict[str, Any]]) -> str:
             out.add_row(
                 result['case'] + (f', {result["threads"]} threads' if several else ''),
                 arm,
-                str(training) if training else '',
+                with_fastest(training) if training else '',
                 f'{saved:.4f}' if saved else '',
-                str(result['inference'][arm]),
+                with_fastest(result['inference'][arm]),
                 cell(result['launches'][arm]),
             )
         out.add_section()
