@@ -88,12 +88,15 @@ def test_refusals(cells: Path, tmp_path: Path) -> None:
         degrade_set(cells, tmp_path / 'dark', noise=-1.0)
     degrade_set(cells, tmp_path / 'dark')
     degrade_set(cells, tmp_path / 'dark', seed=1)  # an earlier copy is replaced
+    good = (cells / 'images' / 'a.png').read_bytes()
     (cells / 'images' / 'a.png').write_bytes(b'no image')
     with pytest.raises(DataError, match='cannot be read as an image'):
         degrade_set(cells, tmp_path / 'dark')
     assert json.loads((tmp_path / 'dark' / ABOUT).read_text())['seed'] == 1  # the earlier one is still there
+    (cells / 'images' / 'a.png').write_bytes(good)
     content = json.loads((cells / 'annotations' / 'train.json').read_text())
-    content['images'][0]['file_name'] = '../../../elsewhere.png'
+    Image.new('RGB', (64, 48)).save(tmp_path / 'elsewhere.png')
+    content['images'] += [{**content['images'][0], 'id': 2, 'file_name': '../../elsewhere.png'}, content['images'][0]]
     (cells / 'annotations' / 'train.json').write_text(json.dumps(content))
     with pytest.raises(DataError, match='outside'):
         degrade_set(cells, tmp_path / 'other')

@@ -140,7 +140,8 @@ def test_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert not list(mixers(stock))
         assert list(mixers(build_detector(config)))
         return
-    if 'plug' not in config.model.backbone:
+    plug = config.model.get('plug') or config.model.backbone.get('plug')
+    if plug is None:
         assert plain.model == config.model
         assert not describe(stock).sites
         return
@@ -153,7 +154,6 @@ def test_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model.double()
     rows = describe(model).sites
     assert len(rows) >= 5
-    plug = config.model.backbone.plug
     constant = plug.type == 'ASR' or plug.attention.type == 'LayerScale'
     assert all(row.folds == constant for row in rows)
     if not constant:
