@@ -39,9 +39,11 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     worse = sets.add_parser('degrade', help='copy a set in COCO format with worse images and the same boxes')
     worse.add_argument('root', type=Path, help='folder of the set')
     worse.add_argument('out', type=Path, help='folder of the copy')
-    pair = {'type': cli.finite, 'nargs': 2, 'metavar': ('LEAST', 'MOST')}
-    worse.add_argument('--blur', **pair, default=(1.0, 3.0), help='standard deviation of the blur in px (1 3)')
-    worse.add_argument('--light', **pair, default=(0.3, 0.7), help='factor of the brightness (0.3 0.7)')
+    for name, default, what in (
+        ('--blur', (1.0, 3.0), 'standard deviation of the blur in px (1 3)'),
+        ('--light', (0.3, 0.7), 'factor of the brightness (0.3 0.7)'),
+    ):
+        worse.add_argument(name, type=cli.finite, nargs=2, metavar=('LEAST', 'MOST'), default=default, help=what)
     worse.add_argument('--noise', type=cli.finite, default=4.0, help='standard deviation in grey levels (4)')
     worse.add_argument('--seed', type=int, default=0, help='the same seed gives the same pixels')
     args = parser.parse_args(argv)
