@@ -8,6 +8,7 @@
     record(model)          what gates and states are on real data
     verify(a, b, inputs)   how far two models differ
     describe(model)        the table of the sites
+    save_gates(model, path)  what the gates have learnt, in a file of kilobytes; apply_gates puts it into a base
     load_plugged(folder)   what save_pretrained of a plugged model of diffusers or transformers has written
     far.replace(model)     multi-head LSTMs in the place of self-attention
 
@@ -23,6 +24,7 @@ from asr_downstream.console.lazy import attach
 
 if TYPE_CHECKING:
     from asr_downstream import far
+    from asr_downstream.adapters import apply_gates, list_gates, load_gates, save_gates, unload
     from asr_downstream.attention import ChannelAttention, pool
     from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
     from asr_downstream.folding.calibrated import fold_calibrated
@@ -53,12 +55,15 @@ __all__ = [
     'DataError',
     'FoldError',
     'PlugError',
+    'apply_gates',
     'describe',
     'far',
     'fold',
     'fold_calibrated',
     'fold_native',
     'fuse_conv_bn',
+    'list_gates',
+    'load_gates',
     'load_plugged',
     'plug',
     'pool',
@@ -67,12 +72,15 @@ __all__ = [
     'register_native',
     'register_site',
     'remove_native',
+    'save_gates',
     'transfer_weights',
+    'unload',
     'verify',
 ]
 
 # Module -> the public names that it defines.
 DEFINED_IN = {
+    'adapters': ('apply_gates', 'list_gates', 'load_gates', 'save_gates', 'unload'),
     'attention': ('ChannelAttention', 'pool'),
     'errors': ('AsrError', 'CheckpointError', 'DataError', 'FoldError', 'PlugError'),
     'folding.calibrated': ('fold_calibrated',),

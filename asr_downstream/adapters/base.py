@@ -25,6 +25,7 @@ __all__ = [
     'BASE_FILE',
     'COUNTER',
     'Base',
+    'Frozen',
     'base_state',
     'digest',
     'digests',
@@ -53,9 +54,51 @@ class Base:
     tensors: dict[str, str]
     heads: tuple[str, ...] = ()
 
+    def without(self, heads: Iterable[str]) -> Frozen:
+        """Return what is left without the tensors of these names."""
+        left = {*heads}
+        return Frozen.of({name: found for name, found in self.tensors.items() if name not in left})
+
     def changed(self, now: Mapping[str, str]) -> list[str]:
         """Names of the tensors that are others ``now``, that are new, or that are gone."""
         return [name for name in {**self.tensors, **now} if self.tensors.get(name) != now.get(name)]
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """The tensors that an adapter left as they were, as its file knows them: without their names.
+
+    Attributes:
+        names: digest of all names.
+        tensors: `digest` of each, in the order of the names.
+    """
+
+    names: str
+    tensors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, str]) -> Frozen:
+        """Make it from name -> digest."""
+        names = sorted(tensors)
+        return cls(hashed('\n'.join(names).encode()), tuple(tensors[name] for name in names))
+
+    @property
+    def digest(self) -> str:
+        """One for all of it."""
+        return hashed('\n'.join((self.names, *self.tensors)).encode())
+
+    def differing(self, state: Mapping[str, Tensor], heads: Iterable[str]) -> list[str] | None:
+        """Names of the tensors of a state dict, heads left out, that are others; None: it has other names."""
+        left = {*heads}
+        found = digests({name: value for name, value in state.items() if name not in left})
+        if Frozen.of(found).names != self.names:
+            return None
+        return [name for name, known in zip(sorted(found), self.tensors, strict=True) if found[name] != known]
+
+
+def hashed(text: bytes) -> str:
+    """Digest of bytes, hexadecimal."""
+    return hashlib.blake2b(text, digest_size=SIZE).hexdigest()
 
 
 def remember(model: nn.Module, heads: Sequence[str] = (), folder: Path | None = None) -> Base:

@@ -4,6 +4,7 @@
     asr-downstream fold work_dirs/unet-w32-asr-se_digits shipped/digits             # a run of a diffusion model
     asr-downstream fold work_dirs/NAME shipped/NAME --calibrate 64                  # SE, DIA, ...: see below
     asr-downstream fold CONFIG CHECKPOINT OUT --native --calibrate 64               # attention of MMDetection's own
+    asr-downstream fold apply BASE ADAPTER OUT --strength 0.7                       # an adapter, into a stock base
 
 Detector: writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock
 config as shipped/detector.py, shipped/fold_report.json and a model card. Loading them needs MMDetection and not this
@@ -23,10 +24,12 @@ is replaced by its mean in the same way, folded into the layers beside it, and r
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from asr_downstream.commands import gates
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
 from asr_downstream.files.ready import find_config
@@ -36,6 +39,10 @@ OF_DETECTORS = ('native', 'refine_norms', 'max_drop', 'no_evaluate', 'data_root'
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and fold."""
+    words = sys.argv[1:] if argv is None else [*argv]
+    if words[:1] == ['apply']:
+        gates.main(words, names)
+        return
     parser = cli.parser(__doc__, 'fold', names)
     parser.add_argument(
         'paths', type=Path, nargs='+', metavar='PATH', help='CONFIG CHECKPOINT OUT of a detector, or RUN OUT'
@@ -54,7 +61,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--tag', action='append', metavar='TAG', help='for the card; may be repeated')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
     cli.add_options(parser, 'detector: override the config')
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
 
     if not args.calibrate and (args.refine_norms or args.no_evaluate or args.max_drop is not None):
         parser.error('--refine-norms, --no-evaluate and --max-drop go with --calibrate N')

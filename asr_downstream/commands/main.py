@@ -92,6 +92,9 @@ COMMANDS = {
         'tools/fold.py',
         'turn a trained detector or diffusion model into the stock model',
     ),
+    'gates': Command(
+        'asr_downstream.commands.gates', None, 'save what gates have learnt as an adapter, and apply it to a base'
+    ),
     'build-ops': Command(
         'asr_downstream.commands.build_ops', None, 'compile the operator that makes LSTMs fast on the CPU'
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,12 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
+from asr_downstream.adapters.apply import Given
+from asr_downstream.adapters.file import Adapter
+from asr_downstream.adapters.save import save_of_training
+from asr_downstream.adapters.ship import apply_to_file
 from asr_downstream.detection.card import card_path, detector_card
 from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
@@ -31,7 +35,7 @@ from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.weights import load_state
 
-__all__ = ['fold_checkpoint']
+__all__ = ['apply_to_detector', 'fold_checkpoint', 'save_adapter_of_detector']
 
 FORMATS = ('.pth', '.safetensors')
 
@@ -171,3 +175,56 @@ def report_content(
         'calibration': None if report.calibration is None else report.calibration.as_dict(),
         'versions': versions(),
     }
+
+
+def save_adapter_of_detector(
+    config: Config,
+    checkpoint: Path,
+    out: Path,
+    heads: Sequence[str] | str | None = None,
+    base: Path | None = None,
+    learnt: bool = False,
+    trust: bool = False,
+) -> Adapter:
+    """Write what the gates of a checkpoint have learnt, see `asr_downstream.save_gates`.
+
+    The base is ``base``, or what the training has remembered in the folder of the checkpoint, or the file that the
+    config starts from (``load_from``).
+
+    Raises:
+        CheckpointError, FoldError: the checkpoint does not load or fold, or its base was trained.
+    """
+    check_could_write(out.parent)
+    model, meta = load_detector(config, checkpoint, trust)
+    start = config.get('load_from')
+    known = Path(start) if isinstance(start, str) and Path(start).is_file() else None
+    classes = (meta.get('dataset_meta') or {}).get('classes')
+    about = {'classes': list(map(str, classes))} if classes else {}
+    return save_of_training(model, out, checkpoint.parent, heads, base, known, learnt=learnt, about=about)
+
+
+def apply_to_detector(
+    config: Config, base: Path, adapters: Sequence[Given], out: Path, force: bool = False, trust: bool = False
+) -> dict[str, Any]:
+    """Apply adapters to a checkpoint of MMDetection; beside the new one, its stock config as ``<out>.py``.
+
+    The weights are loaded strictly into the model of that config before anything is written.
+
+    Args:
+        config: of the training or stock; its heads are those of the result.
+        base: stock checkpoint.
+        adapters: see `asr_downstream.adapters.apply.given`.
+        out: see `asr_downstream.adapters.ship.apply_to_file`; likewise the rest.
+        force: see above.
+        trust: see above.
+    """
+    written = out.with_suffix('.py')
+    if written.resolve() == Path(config.filename).resolve():
+        raise AsrError(f'{written}: would overwrite the config that is read; give another name or folder')
+    plain = stock_config(config)
+
+    def config_of(state: dict[str, Tensor]) -> dict[Path, Callable[[Path], Any]]:
+        load_state(build_detector(plain), state, base)
+        return {written: lambda path: path.write_text(plain.pretty_text)}
+
+    return apply_to_file(base, adapters, out, force, trust, config_of)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,8 @@ from typing import Any
 import diffusers
 import torch
 
+from asr_downstream.adapters.file import Adapter
+from asr_downstream.adapters.save import save_of_training
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
 from asr_downstream.diffusion.evaluation.fold import as_trained, compare, fold_run
@@ -19,16 +21,16 @@ from asr_downstream.diffusion.evaluation.results import Result, read_results
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.conditions import Text
 from asr_downstream.diffusion.pipelines import folder_of, pipeline_of
-from asr_downstream.diffusion.runs import Run
+from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.export import save_far
-from asr_downstream.files.atomic import check_writable, sha256, whole_folder, write_json
+from asr_downstream.files.atomic import check_writable, files_in, not_ours, sha256, whole_folder, write_json
 from asr_downstream.files.configs import plain
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.versions import versions
 from asr_downstream.plugging.describe import describe
 
-__all__ = ['fold_and_ship']
+__all__ = ['fold_and_ship', 'save_adapter_of_run']
 
 REPORT = 'fold_report.json'
 PICTURES, PICTURE_STEPS = 16, 50
@@ -64,7 +66,7 @@ def fold_and_ship(
     check_writable(out.absolute().parent)
     if run.config.replace is not None:
         return ship_replaced(run, out, results, metadata)
-    if strange := not_ours(out):
+    if strange := not_ours(out, REPORT):
         raise AsrError(f'{out}: holds {some(strange, 3)}, which this tool has not written; give another name')
     start = time.perf_counter()
     stock, folding = fold_run(run, calibrate) if plugged else as_trained(run)
@@ -101,6 +103,30 @@ def fold_and_ship(
     return {**report, 'report': folding}
 
 
+def save_adapter_of_run(
+    path: Path,
+    out: Path,
+    heads: Sequence[str] | str | None = None,
+    base: Path | None = None,
+    learnt: bool = False,
+    ema: bool | None = None,
+) -> Adapter:
+    """Write what the gates of a run have learnt, see `asr_downstream.save_gates`.
+
+    The base is ``base``, or what the run has remembered, or the folder that its model starts from
+    (``pretrained_model_name_or_path``).
+
+    Raises:
+        CheckpointError, FoldError: the run does not load or fold, or its base was trained.
+    """
+    check_writable(out.absolute().parent)
+    run = load_run(path, ema=ema)
+    start = run.config.model.get('pretrained_model_name_or_path')
+    known = Path(start) if start and Path(start).is_dir() else None
+    about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema}
+    return save_of_training(run.parts.model, out, run.folder, heads, base, known, learnt=learnt, about=about)
+
+
 def ship_replaced(run: Run, out: Path, results: list[Result], metadata: Metadata) -> dict[str, Any]:
     """Write a run whose attention is replaced, for `asr_downstream.far.export.load_far`."""
     facts = {'model': type(run.parts.model).__name__, 'parameters': parameters(run.parts.model)}
@@ -112,24 +138,6 @@ def ship_replaced(run: Run, out: Path, results: list[Result], metadata: Metadata
     about = {'run': run.folder.name, 'step': run.step, 'ema': run.ema, 'checkpoint_sha256': run.sha256}
     save_far(run.parts.model, out, about, others, run.parts.inputs(2))
     return {**facts, **about, 'replaced': True, 'sites': [], 'pipeline': False}
-
-
-def files_in(folder: Path) -> set[str]:
-    """Relative paths of all files."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir()}
-
-
-def not_ours(out: Path) -> list[str]:
-    """What is in the way at ``out``: a file, or files that `fold_and_ship` has not listed in its report there."""
-    if not out.exists():
-        return []
-    if not out.is_dir():
-        return [out.name]
-    try:
-        ours = set(json.loads((out / REPORT).read_text())['files'])
-    except (OSError, ValueError, KeyError, TypeError):
-        ours = set()
-    return sorted(files_in(out) - ours)
 
 
 def save_parts(run: Run, stock: Any, folder: Path) -> str:

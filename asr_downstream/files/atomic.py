@@ -25,7 +25,9 @@ __all__ = [
     'cannot_write',
     'check_could_write',
     'check_writable',
+    'files_in',
     'flush',
+    'not_ours',
     'read_json',
     'remove',
     'sha256',
@@ -287,3 +289,26 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def files_in(folder: Path) -> set[str]:
+    """Relative paths of all files."""
+    return {path.relative_to(folder).as_posix() for path in folder.rglob('*') if not path.is_dir()}
+
+
+def not_ours(out: Path, report: str) -> list[str]:
+    """What is in the way of a folder: a file, or files that the report in it does not list as written with it.
+
+    Args:
+        out: the folder, which may not be there.
+        report: name of the report, JSON with a list ``files``.
+    """
+    if not out.exists():
+        return []
+    if not out.is_dir():
+        return [out.name]
+    try:
+        ours = set(read_json(out / report)['files'])
+    except (OSError, ValueError, KeyError, TypeError):
+        ours = set()
+    return sorted(files_in(out) - ours)

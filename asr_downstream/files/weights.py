@@ -25,7 +25,7 @@ from asr_downstream.files.atomic import first_line
 # How torch names what a weights-only load does not let through, in most of its messages.
 REFUSED = re.compile(r'unsupported (?:global|class|attribute)(?:: GLOBAL)? \S+', re.IGNORECASE)
 
-__all__ = ['read_checkpoint', 'state_dict_of']
+__all__ = ['damaged', 'is_finite', 'read_checkpoint', 'state_dict_of']
 
 
 def read_checkpoint(path: Path, trust: bool = False, mmap: bool = False) -> dict[str, Any]:
@@ -166,3 +166,10 @@ def state_dict_of(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor
     prefix = 'module.'
     wrapped = all(key.startswith(prefix) for key in state)
     return {key.removeprefix(prefix) if wrapped else key: value for key, value in state.items()}
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor has neither NaN nor infinity; eight bits are too few for torch to tell."""
+    if not value.is_floating_point() and not value.is_complex():
+        return True
+    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())

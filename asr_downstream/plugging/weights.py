@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
+from asr_downstream.files.weights import is_finite
 from asr_downstream.modules.slots import GATES, inside_gate
 
-__all__ = ['check_weights_finite', 'is_finite', 'load_state', 'new_weights', 'not_finite']
+__all__ = ['check_weights_finite', 'load_state', 'new_weights', 'not_finite']
 
 STATISTICS = ('running_mean', 'running_var')  # buffers of norms
 
@@ -54,13 +55,6 @@ def not_finite(state: Mapping[str, Tensor], model: nn.Module | None = None) -> l
         if name.rpartition('.')[2] not in STATISTICS and not inside_gate(model, name)
     }
     return [name for name in broken if name not in masks or bool(state[name].isnan().any())]
-
-
-def is_finite(value: Tensor) -> bool:
-    """Whether a tensor has neither NaN nor infinity; eight bits are too few for torch to tell."""
-    if not value.is_floating_point() and not value.is_complex():
-        return True
-    return bool((value.float() if value.element_size() == 1 else value).isfinite().all())
 
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:

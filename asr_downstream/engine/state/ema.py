@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
-from asr_downstream.plugging.weights import is_finite
+from asr_downstream.files.weights import is_finite
 
 __all__ = ['EMA']
 
