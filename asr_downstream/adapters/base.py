@@ -110,8 +110,8 @@ def remember(model: nn.Module, heads: Sequence[str] = (), folder: Path | None = 
     Args:
         model: plugged or about to be plugged.
         heads: fnmatch patterns of the names of weights that are trained beside gates, ``['bbox_head.*']``.
-        folder: of the training, where the digests are written as well, for `asr-downstream gates save`; those of a
-            training that goes on stay as they are.
+        folder: of the training, where the digests are written as well, for `asr-downstream gates save`; a record of the
+            same base and heads stays, which has the digests of the heads from before they were trained.
 
     Raises:
         CheckpointError: a pattern names no weight.
@@ -119,9 +119,18 @@ def remember(model: nn.Module, heads: Sequence[str] = (), folder: Path | None = 
     state = base_state(model)
     base = Base(digests(state), tuple(matching(state, heads)))
     setattr(model, BASE, base)
-    if folder is not None and not (folder / BASE_FILE).exists():
+    if folder is not None and not recorded(base, folder / BASE_FILE):
         write_base(base, folder / BASE_FILE)
     return base
+
+
+def recorded(base: Base, path: Path) -> bool:
+    """Whether a file is the record of this base, whatever its heads were."""
+    try:
+        before = read_base(path)
+    except CheckpointError:
+        return False
+    return before.heads == base.heads and before.without(base.heads) == base.without(base.heads)
 
 
 def base_state(model: nn.Module) -> dict[str, Tensor]:

@@ -76,6 +76,11 @@ def test_it_is_kept_in_the_folder_of_a_training(tmp_path: Path) -> None:
     model.fc.weight.data += 1
     assert remember(model, ['fc.*'], tmp_path) != base  # goes on from a checkpoint: the head is trained by now
     assert read_base(tmp_path / BASE_FILE) == base
+    assert remember(model, ['fc.bias'], tmp_path) == read_base(tmp_path / BASE_FILE)
+    model.conv1.weight.data += 1  # another training, in the same folder
+    assert remember(model, ['fc.bias'], tmp_path) == read_base(tmp_path / BASE_FILE)
+    (tmp_path / BASE_FILE).write_text('cut off')
+    assert remember(model, [], tmp_path) == read_base(tmp_path / BASE_FILE)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ pytestmark = pytest.mark.det
 
 from helpers.adapters import call, differing, same, train
 from helpers.backbones import ASR, BACKBONES, IDS, in_eval, plugged, tiny
+from helpers.tiny_detection import as_file, pictures, run
+from helpers.tiny_detection import tiny as tiny_config
 from mmdet.registry import MODELS
 
 from asr_downstream import apply_gates, fold, list_gates, save_gates, unload
@@ -118,3 +120,29 @@ def test_refusals_of_detectors(training: tuple[Path, Path], tmp_path: Path) -> N
     done = call('save', ROOT / PLUGGED, checkpoint, tmp_path / 'b.safetensors', '--base', base, *heads)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'b.safetensors').read_bytes() == adapter.read_bytes()
+
+
+@pytest.mark.parametrize('learns', ['gates', ['gates+norms', 'bbox_head.*']], ids=str)
+def test_a_training_with_learns_from_the_base_to_the_stock_checkpoint(tmp_path: Path, learns: Any) -> None:
+    digits, base = pictures(tmp_path), tmp_path / 'base.pth'
+    torch.save({'state_dict': randomise(build_detector(tiny_config(digits))).state_dict()}, base)
+    options = {'model.backbone.plug.preserve': True, 'load_from': str(base), 'learns': learns}
+    config = tiny_config(digits, path=PLUGGED, **options)
+    checkpoint, file = run(config, tmp_path / 'run'), as_file(config, tmp_path)
+    assert (tmp_path / 'run' / BASE_FILE).is_file()
+    done = call('save', file, checkpoint, tmp_path / 'a.safetensors')
+    assert done.returncode == 0, done.stderr
+    done = call('apply', base, tmp_path / 'a.safetensors', tmp_path / 'out/night.pth', '--config', file)
+    assert done.returncode == 0, done.stderr
+    fold_checkpoint(load_config(file, needs_data=False), checkpoint, tmp_path / 'folded/night.pth')
+    ours, theirs, stock = (
+        torch.load(tmp_path / name)['state_dict'] for name in ('out/night.pth', 'folded/night.pth', 'base.pth')
+    )
+    assert ours.keys() == theirs.keys() == stock.keys()
+    assert all(same(ours[name], value) for name, value in theirs.items())
+    changed = {name for name, value in stock.items() if not same(ours[name], value)}
+    adapter = list_gates(tmp_path / 'a.safetensors')
+    sites = {f'{at}.{name}' for at in adapter.sites for name in ('weight', 'bias')}
+    assert changed
+    assert changed <= {*sites, *adapter.heads}
+    assert bool(adapter.heads) == (learns != 'gates')
