@@ -90,8 +90,8 @@ def measure_constancy(
                 for g in gates:
                     totals.setdefault(path, Moments()).add(g)
                 gates.clear()
-            for states in seen.states.values():
-                states.clear()
+            for kept in (*seen.states.values(), *seen.inputs.values()):
+                kept.clear()
     if not batches:
         raise FoldError('calibrate: there was no data; give a list or a loader of batches')
     found = []

@@ -24,8 +24,9 @@ from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.attach import detach
 from asr_downstream.plugging.bank.hooks import uninstall
 from asr_downstream.plugging.describe import attention_name, check_connected
-from asr_downstream.plugging.gating.gates import Gate, saturation
+from asr_downstream.plugging.gating.gates import Gate, saturation, side_of
 from asr_downstream.plugging.gating.shared_unit import unregister
+from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.learning.restrict import release
 from asr_downstream.plugging.save import forget, keep_dynamic
@@ -210,7 +211,7 @@ def check_whole(model: nn.Module, layers: dict[str, Any]) -> None:
 
 
 def constants_of(path: str, layer: Any) -> Constants:
-    """Constants of a plugged layer in float64: what its constant gates come to; None where there is nothing.
+    """Constants of a plugged layer in float64: what its constant gates and shifts come to; None where there are none.
 
     `asr_downstream.modules.affine.scaled` of the stock layer and these gives the folded parameters, to the bit once
     they are rounded.
@@ -228,25 +229,29 @@ def constants_of(path: str, layer: Any) -> Constants:
         for gate in layer.gate:
             for module in (gate, *gate.site_attention.parts()):
                 module.double()
-        v = layer.constant()
+        constants = layer.constants()
     except RuntimeError as error:
         raise FoldError(
             f'{path}: its gates cannot be computed in float64 ({str(error).strip().splitlines()[0]}); fold before '
             f'gates are quantised or converted'
         ) from error
-    if not v.isfinite().all():
-        raise FoldError(
-            f'{path}: {int((~v.isfinite()).sum())} of {v.numel()} gates are not finite: the training diverged; '
-            f'take an earlier one'
-        )
-    return Constants(gate=v)
+    for what, value in (('gates', constants.gate), ('shifts', constants.shift), ('gates', constants.inputs)):
+        if value is not None and not value.isfinite().all():
+            raise FoldError(
+                f'{path}: {int((~value.isfinite()).sum())} of {value.numel()} {what} are not finite: the training '
+                f'diverged; take an earlier one'
+            )
+    return constants
 
 
 def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
     """Compute the folded weight and bias of one site, see `constants_of`; rounded once, at the end."""
     constants = constants_of(path, layer)
     weight, bias = scaled(layer, constants)
-    v: Any = constants.gate
+    outputs = [gate for gate in layer.gate if gate.side == OUTPUT]
+    inputs = [gate for gate in layer.gate if gate.side == INPUT]
+    found = [(v, gates) for v, gates in ((constants.gate, outputs), (constants.inputs, inputs)) if v is not None]
+    v = torch.cat([v for v, _ in found])
     rounded = {'weight': weight.to(layer.weight.dtype)}
     if bias is not None:
         rounded['bias'] = bias.to(layer.bias.dtype)
@@ -268,7 +273,9 @@ def scaled_parameters(path: str, layer: Any) -> ScaledParameters:
         gate_max=float(v.max()),
         rounding=rounding,
         kept=layer.dynamic is not None,
-        saturated=saturation(list(layer.gate), v),
+        saturated=next(filter(None, (saturation(gates, v) for v, gates in found)), ''),
+        side=side_of(layer.gate),
+        shift=None if constants.shift is None else float(constants.shift.abs().max()),
     )
     return ScaledParameters(rounded['weight'], rounded.get('bias'), site)
 

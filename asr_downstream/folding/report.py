@@ -102,13 +102,15 @@ class FoldedSite:
     Attributes:
         path: name in ``named_modules()``.
         layer: name of the stock class.
-        channels: number of gates.
+        channels: number of gates; of both sides, if there are.
         gate_min, gate_mean, gate_max: of the constant gates that were folded.
         rounding: largest difference between the folded weight or bias and its float64 value, over the largest
             magnitude; half a unit in the last place of the dtype, or less.
         kept: input-dependent gates stay at this site (``dynamic='keep'``).
         saturated: what is odd about the gates, if all of them are at one end, see
             `asr_downstream.plugging.gating.gates.saturation`.
+        side: what the gates scaled: ``'output'``, ``'input'`` or ``'both'``.
+        shift: the largest magnitude of the shift that was folded into the bias; None: there was none.
     """
 
     path: str
@@ -120,6 +122,8 @@ class FoldedSite:
     rounding: float
     kept: bool = False
     saturated: str = ''
+    side: str = 'output'
+    shift: float | None = None
 
 
 @dataclass(frozen=True, repr=False)

@@ -13,7 +13,16 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-__all__ = ['Constants', 'input_channels', 'output_channels', 'scaled', 'scaled_columns', 'scaled_rows']
+__all__ = [
+    'Constants',
+    'input_channels',
+    'normalises',
+    'output_channels',
+    'scaled',
+    'scaled_columns',
+    'scaled_rows',
+    'scaled_weight',
+]
 
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
@@ -57,14 +66,15 @@ def scaled(layer: nn.Module, constants: Constants) -> tuple[Tensor, Tensor | Non
             )
     if shift is not None and bias is None:
         raise ValueError(f'{type(layer).__name__} has no bias, so there is nothing that a shift could be added to')
-    if gate is not None:
-        weight = scaled_rows(layer, weight, gate)
-        bias = None if bias is None else bias * gate
-    if inputs is not None:
-        weight = scaled_columns(layer, weight, inputs)
-    if shift is not None and bias is not None:
-        bias = bias + shift
-    return weight, bias
+    if bias is not None:  # in two operators: both roundings are those of every machine
+        bias = bias if gate is None else bias * gate
+        bias = bias if shift is None else bias + shift
+    return scaled_weight(layer, weight, gate, inputs), bias
+
+
+def normalises(layer: nn.Module) -> bool:
+    """Whether a scale of its inputs is gone after this layer."""
+    return isinstance(layer, NORMS)
 
 
 def output_channels(layer: nn.Module) -> int:
@@ -79,9 +89,15 @@ def output_channels(layer: nn.Module) -> int:
 
 def input_channels(layer: nn.Module) -> int:
     """Number of input channels of a convolution or linear layer."""
-    if isinstance(layer, NORMS):
+    if normalises(layer):
         raise ValueError(f'{type(layer).__name__} normalises its inputs, so a scale of them is gone')
     return layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels  # type: ignore[return-value]
+
+
+def scaled_weight(layer: nn.Module, weight: Tensor, gate: Tensor | None, inputs: Tensor | None) -> Tensor:
+    """Return ``weight`` of a layer with its outputs scaled by ``gate`` and its inputs by ``inputs``."""
+    weight = weight if gate is None else scaled_rows(layer, weight, gate)
+    return weight if inputs is None else scaled_columns(layer, weight, inputs)
 
 
 def scaled_rows(layer: nn.Module, weight: Tensor, v: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import PlugError
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
-from asr_downstream.plugging.gating.gates import ConstantGate, Gate
+from asr_downstream.plugging.gating.gates import ConstantGate, Gate, side_of
 from asr_downstream.plugging.gating.shared_unit import SharedUnit
+from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.kernels.gated_batch_norm import fusible
 from asr_downstream.plugging.kernels.memory import LOW, PLAIN, chosen
 from asr_downstream.plugging.kernels.recompute import regainable
@@ -31,11 +32,12 @@ class SiteRow:
     Attributes:
         path: name in ``named_modules()``.
         layer: name of the stock class.
-        channels: number of gates.
-        plug: such as ``'ASR(SE) + Attention(SE)'``.
+        channels: number of gates, of the output if it has some.
+        plug: such as ``'ASR(SE) + Attention(SE)'``, ``'ASR(SE) + shift'`` or ``'input ASR(SE)'``.
         parameters: number of parameters that the plug added here, without shared ones.
         folds: whether all its gates are constant.
         memory: form of its input-dependent gates in training, ``'plain'`` or ``'low'``; ``''`` without such.
+        side: what the gates scale: ``'output'``, ``'input'`` or ``'both'``.
     """
 
     path: str
@@ -45,6 +47,7 @@ class SiteRow:
     parameters: int
     folds: bool
     memory: str = ''
+    side: str = OUTPUT
 
 
 @dataclass(frozen=True)
@@ -100,13 +103,13 @@ class Description(Printed):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         table.add_column('parameters', justify='right')
         table.add_column('folds')
-        forms = any(row.memory for row in self.sites)
-        if forms:
-            table.add_column('memory')
+        forms, sides = any(row.memory for row in self.sites), any(row.side != OUTPUT for row in self.sites)
+        for name in ['memory'] * forms + ['side'] * sides:
+            table.add_column(name)
         for row in self.sites:
             folds = 'exactly' if row.folds else 'no: depends on the input'
             cells = row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds
-            table.add_row(*cells, *([row.memory] if forms else []))
+            table.add_row(*cells, *[row.memory] * forms, *[row.side] * sides)
         for unit in self.shared:
             if unit is self.shared[0]:
                 table.add_section()
@@ -130,15 +133,17 @@ def describe(model: nn.Module) -> Description:
         for gate in gates:
             if (unit := gate.site_attention.unit) is not None:
                 units.setdefault(unit, []).append(path)
+        outputs = [gate for gate in gates if gate.side == OUTPUT]
         rows.append(
             SiteRow(
                 path=path,
                 layer=layer.stock.__name__,
-                channels=gates[0].channels,
+                channels=(outputs or gates)[0].channels,
                 plug=' + '.join(label(gates)),
                 parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
                 folds=all(isinstance(gate, ConstantGate) for gate in gates),
                 memory=training_form(layer),
+                side=side_of(gates),
             )
         )
     check_connected(model)
@@ -171,16 +176,21 @@ def candidates(model: nn.Module) -> tuple[str, ...]:
 
 
 def label(gates: list[Gate]) -> list[str]:
-    """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``."""
+    """Name gates as the spec does; equal neighbours are counted: ``['ASR(SE) x2', 'Attention(ECA)']``.
+
+    Those of the input come first, as they do in the forward, and a shift after its gates.
+    """
     names: list[list] = []
-    for gate in gates:
+    for gate in sorted(gates, key=lambda gate: gate.side == OUTPUT):
         plug = 'DIA' if gate.site_attention.unit is not None else 'Attention'
         plug = 'ASR' if isinstance(gate, ConstantGate) else plug
-        name = f'{plug}({attention_name(gate)})'
+        name = f'{"input " * (gate.side == INPUT)}{plug}({attention_name(gate)})'
         if names and names[-1][0] == name:
             names[-1][1] += 1
         else:
             names.append([name, 1])
+        if getattr(gate, 'bias', None) is not None:
+            names.append(['shift', 1])
     return [name if count == 1 else f'{name} x{count}' for name, count in names]
 
 

@@ -18,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
-from asr_downstream.modules.affine import output_channels, scaled_rows
+from asr_downstream.modules.affine import Constants, output_channels
 from asr_downstream.modules.slots import HasGates
 from asr_downstream.plugging.followed import Followed, followers
+from asr_downstream.plugging.gating.gates import together
 from asr_downstream.plugging.gating.shelf import Ready, Shelf
 from asr_downstream.plugging.kernels.gated_batch_norm import can_fuse, gated_batch_norm
 from asr_downstream.plugging.kernels.recompute import can_regain, can_rescale, regained_scale, rescaled_layer
@@ -52,32 +53,28 @@ class Plugged(HasGates):
         """Number of output channels of a stock ``layer``."""
         return output_channels(layer)
 
-    @classmethod
-    def scale_weight(cls, layer: Any, v: Tensor) -> Tensor:
-        """Return the weight with the output channels scaled by ``v`` ``(C,)``; changes nothing."""
-        return scaled_rows(layer, layer.weight, v)
-
     def stock_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
         """Stock forward with the parameters given."""
         raise PlugError(f'{type(self).__name__} has no forward')
 
+    def constants(self, anchor: Tensor | None = None) -> Constants:
+        """What the constant gates come to. ``anchor``: see `ConstantGate.forward`."""
+        return together(self.gate or (), anchor)  # type: ignore[attr-defined]
+
     def constant(self, anchor: Tensor | None = None) -> Tensor | None:
-        """Product of the constant gates, shape ``(C,)``; None without any. ``anchor``: see `ConstantGate.forward`."""
-        v: Tensor | None = None
-        for gate in self.gate or ():  # type: ignore[attr-defined]
-            v = gate(anchor) if v is None else v * gate(anchor)
-        return v
+        """Product of the constant gates of the outputs, shape ``(C,)``; None without any."""
+        return self.constants(anchor).gate
 
     def ready(self, anchor: Tensor) -> Ready | None:
         """Constant gates in a forward, from the bank of the model or computed here; None without any."""
         if self.gate is None:  # type: ignore[attr-defined]
             return None
         found = None if self.shelf is None else self.shelf.take(self)  # type: ignore[arg-type]
-        return found or Ready(self.constant(anchor))  # type: ignore[arg-type]
+        return found or Ready(self.constants(anchor))
 
     def forward(self: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         ready = self.ready(input)
-        if ready is not None and self.dynamic is None and can_rescale(self, input):
+        if ready is not None and self.dynamic is None and can_rescale(self, input, ready):
             return rescaled_layer(self, input, ready)
         weight, bias = (self.weight, self.bias) if ready is None else ready.parameters(self)
         y = self.stock_forward(input, weight, bias, *args, **kwargs)
@@ -147,8 +144,14 @@ class _SyncBatchNorm(_BatchNorm):
         y = nn.SyncBatchNorm.forward(self, input)
         ready = self.ready(input)
         if ready is not None:
-            y = y * ready.v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
+            gate, shift = self.along(ready.v, y), ready.constants.shift
+            y = y * gate if shift is None else torch.addcmul(self.along(shift, y), y, gate)
         return y if self.dynamic is None else self.scale_output(y)
+
+    @staticmethod
+    def along(v: Any, y: Tensor) -> Tensor:
+        """View ``(C,)`` so that it broadcasts with ``y``, in the precision of ``y``."""
+        return v.view(1, -1, *(1,) * (y.dim() - 2)).to(y.dtype)
 
 
 class PluggedSyncBatchNorm(_SyncBatchNorm, nn.SyncBatchNorm):

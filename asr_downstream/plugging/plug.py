@@ -22,6 +22,7 @@ from asr_downstream.plugging.bank import hooks as bank
 from asr_downstream.plugging.describe import Description, describe
 from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.gating.shared_unit import SharedUnit, check_free, register
+from asr_downstream.plugging.gating.sides import OUTPUT
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plugs import Plug
 from asr_downstream.plugging.save import Attached, attached, watch
@@ -44,7 +45,8 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
             Of diffusers and transformers give the whole model, and name the sites: its ``save_pretrained`` then knows
             of the gates, see `asr_downstream.load_plugged`.
         spec: ``dict(type='ASR', attention=dict(type='SE'), sites='residual', repeat=1, init=0.1, preserve=False)``
-            or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``.
+            or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``; ``shift=True`` and
+            ``side='input'``: see `asr_downstream.plugging.gating.sides`.
         frozen: whether sites in frozen blocks are plugged like others: where only the gates learn, they learn there
             too, see `asr_downstream.plugging.learning.restrict.restrict`.
 
@@ -79,7 +81,7 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
         records.append(attached(specs[number], list(built), constant))
         for path, of_site in built.items():
             if any(isinstance(g, DynamicGate) for g in gates[path]) and any(
-                isinstance(g, ConstantGate) for g in of_site
+                isinstance(g, ConstantGate) and g.side == OUTPUT for g in of_site
             ):
                 raise PlugError(
                     f'{path}: constant gates outside of an input-dependent attention do not fold; '

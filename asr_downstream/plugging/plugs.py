@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
@@ -19,6 +20,7 @@ from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.gating.shared_unit import SharedUnit
+from asr_downstream.plugging.gating.sides import OUTPUT, check_biases, check_sides, readers
 from asr_downstream.plugging.gating.site_attention import LearnedInput, Member, Run
 from asr_downstream.plugging.kernels.memory import check_memory
 from asr_downstream.plugging.layers import plugged_class
@@ -41,6 +43,7 @@ class Plug:
         skip: patterns of sites to leave out; a recurrent state goes from the site before to the one after.
         preserve: divide the gates by what they were at the start, so that a plugged model computes what the model
             computed before.
+        shift, side: see `asr_downstream.plugging.gating.sides`.
 
     Attributes:
         share: which sites share an attention, see `asr_downstream.plugging.stages.group_sites`; None: none do.
@@ -54,6 +57,8 @@ class Plug:
         sites: str | Sequence[str] = 'residual',
         skip: Sequence[str] = (),
         preserve: bool = False,
+        shift: bool = False,
+        side: str = OUTPUT,
     ) -> None:
         if not isinstance(attention, dict) or not isinstance(attention.get('type'), str):
             raise PlugError(
@@ -81,12 +86,21 @@ class Plug:
         self.sites = sites
         self.skip = list(skip)
         self.preserve = preserve
+        self.shift = shift
+        self.side = side
+        check_sides(type(self).__name__, shift, side, None if self.constant else attention['type'])
+
+    @property
+    def constant(self) -> bool:
+        """Whether the gates are constant."""
+        return not self.uses_input
 
     def select(self, sites: list[Site]) -> list[Site]:
-        """Leave out the sites that ``skip`` names.
+        """Leave out the sites that ``skip`` names, and say which side of the others the gates scale.
 
         Raises:
-            PlugError: a pattern matches nothing, or all sites are left out.
+            PlugError: a pattern matches nothing, all sites are left out, or some have not what ``shift`` or ``side``
+                need.
         """
         for pattern in self.skip:
             if not any(fnmatchcase(site.path, pattern) for site in sites):
@@ -94,7 +108,13 @@ class Plug:
         kept = [s for s in sites if not any(fnmatchcase(s.path, pattern) for pattern in self.skip)]
         if not kept:
             raise PlugError(f'skip={self.skip!r} leaves out all {len(sites)} sites')
-        return kept
+        layers = {site.path: site.layer for site in kept}
+        if self.shift:
+            check_biases(layers)
+        if self.side == OUTPUT:
+            return kept
+        paths = readers(layers, named=self.sites != 'all')
+        return [replace(site, side=self.side) for site in kept if site.path in paths]
 
     @property
     def uses_input(self) -> bool:
@@ -123,6 +143,10 @@ class Plug:
                         units.append(self.shared(group.name, group.runs, gates))
         if self.preserve:
             self.start_from_one(gates)
+        for site in sites:
+            last = gates[site.path][-1]
+            if self.shift and isinstance(last, ConstantGate):
+                last.learn_shift(site.layer.bias)  # type: ignore[arg-type]
         return {site.path: gates[site.path] for site in sites}, units
 
     @property
@@ -215,7 +239,7 @@ class ASR(Plug):
         attention: spec of the attention.
         repeat: number of such gates at each site, multiplied (the paper's delta; the official code has 1).
         init: start of psi.
-        sites, skip, preserve: see `Plug`.
+        sites, skip, preserve, shift, side: see `Plug`.
         share: see `Plug`; the default is ``'stage'`` for a recurrent attention and None for others.
     """
 
@@ -228,13 +252,19 @@ class ASR(Plug):
         skip: Sequence[str] = (),
         preserve: bool = False,
         share: Share = None,
+        shift: bool = False,
+        side: str = OUTPUT,
     ) -> None:
-        super().__init__(attention, sites, skip, preserve)
+        super().__init__(attention, sites, skip, preserve, shift, side)
         if repeat < 1:
             raise PlugError(f'ASR: repeat={repeat!r} must be a whole number of at least 1')
         self.repeat = int(repeat)
         self.init = float(init)
         self.share = 'stage' if share is None and getattr(self.factory, 'recurrent', False) else share
+
+    @property
+    def constant(self) -> bool:
+        return True
 
     @property
     def copies(self) -> int:
@@ -245,7 +275,7 @@ class ASR(Plug):
         return build(ATTENTIONS, self.attention, channels=channels, **preset)
 
     def gate(self, site: Site, attention: nn.Module) -> Gate:
-        return ConstantGate(attention, site.channels, self.init)
+        return ConstantGate(attention, site.channels, self.init, site.side)
 
 
 @PLUGS.register_module()
@@ -256,7 +286,7 @@ class Attention(Plug):
 
     Args:
         attention: spec of the attention.
-        sites, skip, preserve: see `Plug`.
+        sites, skip, preserve: see `Plug`; for an attention without an input also ``shift`` and ``side``.
         memory: ``'low'`` keeps no second feature map a site for the backward pass, where there is a way to; ``'plain'``
             keeps it; None is what measured faster, see `asr_downstream.plugging.kernels.memory`.
     """
@@ -268,8 +298,10 @@ class Attention(Plug):
         skip: Sequence[str] = (),
         preserve: bool = False,
         memory: str | None = None,
+        shift: bool = False,
+        side: str = OUTPUT,
     ) -> None:
-        super().__init__(attention, sites, skip, preserve)
+        super().__init__(attention, sites, skip, preserve, shift, side)
         check_memory(type(self).__name__, memory)
         self.memory = memory
 
@@ -297,7 +329,7 @@ class Attention(Plug):
         if getattr(attention, 'uses_input', True):
             kind: Any = plugged_class(site.stock)
             return DynamicGate(attention, site.channels, kind.positions, self.memory)
-        return ConstantGate(attention, site.channels)
+        return ConstantGate(attention, site.channels, side=site.side)
 
 
 @PLUGS.register_module()
@@ -309,7 +341,7 @@ class DIA(Attention):
 
     Args:
         attention: spec of the attention.
-        sites, skip, preserve: see `Plug`.
+        sites, skip, preserve, shift, side: see `Attention`.
         memory: see `Attention`.
         share: ``'stage'``, ``'width'``, or lists of patterns; see `asr_downstream.plugging.stages.group_sites`.
     """
@@ -322,8 +354,10 @@ class DIA(Attention):
         preserve: bool = False,
         share: Share = 'stage',
         memory: str | None = None,
+        shift: bool = False,
+        side: str = OUTPUT,
     ) -> None:
-        super().__init__(attention, sites, skip, preserve, memory)
+        super().__init__(attention, sites, skip, preserve, memory, shift, side)
         if share is None:
             raise PlugError(
                 "DIA shares an attention: share='stage', 'width' or lists of patterns; without, use Attention"

@@ -15,6 +15,7 @@ from asr_downstream.console.text import Printed
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.gating.gates import Gate
 from asr_downstream.plugging.gating.recurrence import Place, Slot
+from asr_downstream.plugging.gating.sides import INPUT
 from asr_downstream.plugging.layers import Plugged
 
 __all__ = ['Recording', 'record']
@@ -26,18 +27,21 @@ class Recording(Printed):
 
     Attributes:
         gates: what the map was multiplied by, ``(B, C)``, or ``(B, C, *)`` from a spatial attention; the product where
-            a site has several input-dependent gates; constant gates are ``(1, C)``.
+            a site has several input-dependent gates; constant gates are ``(1, C)``. Shifts are no gates.
+        inputs: likewise, of the sites with gates of their inputs (``side='input'``), ``(1, C_in)``.
         states: of a recurrent attention, after the site, such as ``(h, c)``, each ``(B, C)``.
     """
 
     gates: dict[str, list[Tensor]] = field(default_factory=dict)
+    inputs: dict[str, list[Tensor]] = field(default_factory=dict)
     states: dict[str, list[Any]] = field(default_factory=dict)
 
     def parts(self) -> list[Table | str]:
         table = Table('site', 'forwards', 'last gates', 'smallest', 'mean', 'largest', 'states', title='recorded gates')
         for column in table.columns[1:]:
             column.justify = 'right'
-        for path, gates in self.gates.items():
+        rows = [*self.gates.items(), *((f'{path} (input)', gates) for path, gates in self.inputs.items())]
+        for path, gates in rows:
             numbers = ['', '', '', '']
             if gates:
                 v = torch.cat([g.flatten() for g in gates]).float()
@@ -65,13 +69,17 @@ def record(model: nn.Module) -> Iterator[Recording]:
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
             continue
-        found.gates[path] = []
-        for number, gate in enumerate(layer.dynamic or layer.gate or ()):  # type: ignore[attr-defined]
-            handles.append(gate.attention.register_forward_hook(keeper(found.gates[path], gate, number == 0)))
-            if (place := gate.site_attention.place) is not None:
-                found.states[path] = []
-                places[spot(place)] = path
-                watched.add(place.slot)
+        constant = list(layer.gate or ())  # type: ignore[attr-defined]
+        inputs = [gate for gate in constant if gate.side == INPUT]
+        outputs = list(layer.dynamic or ()) or [gate for gate in constant if gate.side != INPUT]  # type: ignore[attr-defined]
+        for gates, kept in ((outputs, found.gates), (inputs, found.inputs)):
+            for number, gate in enumerate(gates):
+                of_site = kept.setdefault(path, [])
+                handles.append(gate.attention.register_forward_hook(keeper(of_site, gate, number == 0)))
+                if (place := gate.site_attention.place) is not None:
+                    found.states[path] = []
+                    places[spot(place)] = path
+                    watched.add(place.slot)
 
     def watch(place: Place, state: Any) -> None:
         if spot(place) in places:

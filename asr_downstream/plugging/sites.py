@@ -21,7 +21,9 @@ from torch import nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.affine import input_channels
 from asr_downstream.modules.slots import inside_gate
+from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.layers import LAYERS, Plugged, plugged_class
 from asr_downstream.registry import FRAMEWORKS, framework_data
 
@@ -59,7 +61,9 @@ READ: set[str] = set()  # modules of `asr_downstream.registry.FRAMEWORKS` whose 
 # Layers that cannot be sites, and why: the second table of the documentation.
 NOT_SITES: dict[str, str] = {
     'the output of a block, with its shortcut added': 'no weight of the branch scales the shortcut',
-    'the result of SiLU, GELU or softmax': 'they are not homogeneous: f(v z) is not v f(z)',
+    'the result of SiLU, GELU or softmax': (
+        "they are not homogeneous: f(v z) is not v f(z); `side='input'` scales what the layer after them reads"
+    ),
     'the output projection of `nn.MultiheadAttention`': 'it reads the weights of its parts past their forwards',
     'a norm with affine=False': 'it has no weight; take the end of the branch',
     'an embedding': 'it is a table, not an affine map; its rows belong to tokens, timesteps or classes',
@@ -77,6 +81,7 @@ class Site:
         frozen: nothing in the block around it is trained, so neither will its gates be.
         block: path of the residual block that it belongs to, or of its parent.
         windows: it sees windows of an image as samples of their own.
+        side: which of its channels the gates of a plug scale, ``'output'`` or ``'input'``.
     """
 
     path: str
@@ -84,6 +89,7 @@ class Site:
     frozen: bool = False
     block: str = ''
     windows: bool = False
+    side: str = OUTPUT
 
     @property
     def stage(self) -> str:
@@ -98,6 +104,8 @@ class Site:
     @property
     def channels(self) -> int:
         """Number of channels that a gate scales."""
+        if self.side == INPUT:
+            return input_channels(self.layer)
         kind: Any = plugged_class(self.stock)
         return kind.channels_of(self.layer)
 

@@ -63,6 +63,26 @@ def test_constants_go_into_gates_that_divide_by_their_start(tmp_path: Path, spec
     assert differing(fresh.eval(), stock) == []
 
 
+def test_gates_of_inputs_are_saved_applied_and_put_back(tmp_path: Path) -> None:
+    stock, path = base(torch.float64), tmp_path / 'a.safetensors'
+    spec = [dict(SE, side='input', sites=['layer*.conv2'], repeat=2), dict(SE, shift=True)]
+    model = adapted(stock, spec)
+    adapter = save_gates(model, path)
+    applied = apply_gates(stock, path)
+    assert differing(applied, fold(model)[0]) == []
+    changed = {name.partition('.')[2].partition('.')[2] for name in differing(applied, stock)}
+    assert changed == {'conv2.weight', 'bn3.weight', 'bn3.bias'}
+    constants = adapter.sites['layer1.0.conv2'].constants
+    assert [c is None for c in constants] == [True, True, False]
+    assert differing(apply_gates(stock, path, strength=0.0), stock) == []
+    fresh = train(plugged(stock, spec))
+    load_gates(fresh, path)
+    x = torch.randn(X, dtype=torch.float64)
+    assert verify(fresh, applied, x).relative < 1e-10
+    unload(fresh, base=stock)
+    assert differing(fresh.eval(), stock) == []
+
+
 def test_what_cannot_be_put_back_is_refused_by_name(tmp_path: Path) -> None:
     stock = base()
     path = saved(tmp_path, stock, SE)

@@ -22,13 +22,14 @@ from helpers.plugged import tiny
 
 SE = dict(type='ASR', attention=dict(type='SE', reduction=4), preserve=True)
 FREE = dict(type='ASR', attention=dict(type='LayerScale'))  # gates of any sign
-# Spec -> gates as sites have them: of their own, several, shared, shared with a state.
+# Spec -> gates as sites have them: of their own, several, shared, shared with a state, with shifts.
 SPECS: dict[str, Any] = {
     'SE': SE,
     'LayerScale': FREE,
     'twice': [dict(SE, repeat=2), FREE],
     'width': dict(type='ASR', attention=dict(type='SRM'), share='width'),
     'DIA': dict(type='ASR', attention=dict(type='DIALSTM')),
+    'shifts': [dict(SE, shift=True), dict(FREE, shift=True)],
 }
 
 

@@ -40,6 +40,19 @@ SPECS: dict[str, Any] = {
     'recurrent': DIA,
     'shared': {**ASR, 'share': 'stage'},
     'shared by width': {**DIA, 'share': 'width'},
+    'shift': {**ASR, 'shift': True},
+    'repeat and shift': {**ASR, 'repeat': 2, 'shift': True},
+    'recurrent and shift': {**DIA, 'shift': True},
+    'shift last': [ASR, {**ASR, 'shift': True}],
+    'shift of convolutions': {**ASR, 'sites': ['layer*.conv2'], 'shift': True},
+    'inputs': {**ASR, 'sites': ['layer*.conv2'], 'side': 'input'},
+    'inputs, repeat': {**ASR, 'sites': ['layer*.conv2'], 'side': 'input', 'repeat': 2},
+    'inputs, recurrent': {**DIA, 'sites': ['layer*.conv2'], 'side': 'input'},
+    'both sides': [{**ASR, 'sites': ['layer*.conv2']}, {**ASR, 'sites': ['layer*.conv2'], 'side': 'input'}],
+    'both sides and shift': [
+        {**ASR, 'sites': ['layer*.conv2'], 'shift': True},
+        {**ASR, 'sites': ['layer*.conv2'], 'side': 'input'},
+    ],
 }
 
 
@@ -87,9 +100,13 @@ class Whole(Checkpointed):
         return x.mean((2, 3))
 
 
-def small(kind: type = ResNet) -> Any:
+def small(kind: type = ResNet, bias: bool = False) -> Any:
     torch.manual_seed(0)
-    return kind(BasicBlock, 2, width=8)
+    model = kind(BasicBlock, 2, width=8)
+    for module in model.modules():
+        if bias and isinstance(module, nn.Conv2d):
+            module.bias = nn.Parameter(torch.zeros(module.out_channels))
+    return model
 
 
 def moved(model: nn.Module) -> nn.Module:
@@ -102,7 +119,8 @@ def moved(model: nn.Module) -> nn.Module:
 
 
 def plugged(spec: Any = ASR, kind: type = ResNet, dtype: torch.dtype = torch.float64) -> Any:
-    model = small(kind).to(dtype)
+    specs = spec if isinstance(spec, list) else [spec]
+    model = small(kind, bias=any(s.get('shift') and 'sites' in s for s in specs)).to(dtype)
     plug(model, spec)
     return moved(model)
 
@@ -209,6 +227,34 @@ def test_sites_that_run_close_to_each_other_are_a_group() -> None:
     assert sorted(map(len, planning.stages(alternating))) == [2, 2, 2, 2]
 
 
+def test_a_shift_that_later_gates_scale_is_left_to_its_site() -> None:
+    model = plugged([{**ASR, 'shift': True}, ASR])
+    assert not served(model)
+    assert_same(step(model, maps()), by_site(model, maps()))
+
+
+def test_shifts_cost_one_operator_a_group() -> None:
+    """In the backward pass nothing: the gradient of a shift is that of the bias."""
+    counts = []
+    for spec in (ASR, {**ASR, 'shift': True}):
+        model = plugged(spec)
+        with Launches() as launches:
+            model(maps()).sum().backward()
+        counts.append(launches.number)
+    groups = vars(model)[bank.BANK].groups(model)
+    assert counts[1] - counts[0] == len(groups) == 3
+
+
+def test_a_plan_is_made_again_when_a_shift_comes() -> None:
+    model = plugged()
+    model(maps())
+    for layer in gated(model)[:3]:  # in the second group of one site alone
+        layer.gate[0].learn_shift(layer.bias)
+        nn.init.normal_(layer.gate[0].bias)
+    assert served(model) == set(gated(model))
+    assert_same(step(model, maps()), by_site(model, maps()))
+
+
 def test_groups_are_those_of_a_stage_and_not_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group's gradients come at its end; with one for all, data-parallel training could send nothing before."""
     model = plugged()
@@ -219,13 +265,16 @@ def test_groups_are_those_of_a_stage_and_not_long(monkeypatch: pytest.MonkeyPatc
     assert [len(g.layers) for g in vars(plugged(DIA))[bank.BANK].plan] == [2, 2, 2]  # a state runs along
 
 
-@pytest.mark.parametrize('name', ['SE', 'ECA', 'CBAM', 'repeat', 'recurrent', 'shared'])
+@pytest.mark.parametrize(
+    'name', ['SE', 'ECA', 'CBAM', 'repeat', 'recurrent', 'shared', 'shift', 'recurrent and shift', 'inputs']
+)
 def test_preserve_starts_at_one_exactly(name: str) -> None:
     stock = small()
     model = copy.deepcopy(stock)
     plug(model, {**SPECS[name], 'preserve': True})
     for ready in vars(model)[bank.BANK].ready(model).values():
-        assert torch.equal(ready.v, torch.ones_like(ready.v))
+        v = ready.constants.inputs if name == 'inputs' else ready.v
+        assert torch.equal(v, torch.ones_like(v))
     x = maps(torch.float32)
     assert torch.equal(model.eval()(x), stock.eval()(x))
 
@@ -331,12 +380,12 @@ def swapped(model: nn.Module) -> None:
 
 
 def replaced(model: Any) -> None:
-    gate = model.layer1[0].bn2.gate[0]
-    gate.attention = copy.deepcopy(model.layer1[1].bn2.gate[0].attention)
+    gate, other = (layer.gate[0] for layer in gated(model)[:2])
+    gate.attention = copy.deepcopy(other.attention)
 
 
 @pytest.mark.parametrize('change', [stepped, loaded, assigned, swapped, replaced])
-@pytest.mark.parametrize('spec', [ASR, DIA], ids=['ASR', 'DIA'])
+@pytest.mark.parametrize('spec', [ASR, DIA, SPECS['shift'], SPECS['inputs']], ids=['ASR', 'DIA', 'shift', 'inputs'])
 def test_no_gate_is_stale(change: Callable[[nn.Module], None], spec: Any) -> None:
     if change is replaced and spec is DIA:
         pytest.skip('it has no attention of its own')
@@ -391,7 +440,7 @@ def test_a_forward_in_another_thread_changes_nothing_here() -> None:
     assert not torch.allclose(model(maps()), expected, 1e-6, 1e-6)
 
 
-@pytest.mark.parametrize('spec', [ASR, DIA], ids=['ASR', 'DIA'])
+@pytest.mark.parametrize('spec', [ASR, DIA, SPECS['shift'], SPECS['inputs']], ids=['ASR', 'DIA', 'shift', 'inputs'])
 def test_recomputation_meets_the_same_tensors(spec: Any) -> None:
     expected = step(plugged(spec, Whole), maps())
     model = plugged(spec, Checkpointed)
@@ -500,13 +549,18 @@ def test_unused_sites_that_a_state_comes_from(spec: Any) -> None:
     assert_same(found, by_site(model, maps()))
 
 
-@pytest.mark.parametrize('spec', [ASR, DIA, SPECS['shared'], SPECS['composed']])
+@pytest.mark.parametrize(
+    'spec',
+    [ASR, DIA, *(SPECS[name] for name in ('shared', 'composed', 'shift', 'recurrent and shift', 'inputs'))],
+)
 def test_unused_sites_have_no_gradient(spec: Any) -> None:
     model = plugged(spec, Early)
     found = step(model, maps())
     expected = by_site(model, maps())
     assert any(grad is None for grad in expected.values())
-    assert found['gradient of layer2.1.bn2.gate.0.psi'] is None
+    unused = [grad for name, grad in found.items() if name.startswith('gradient of layer2.1.') and '.gate.' in name]
+    assert unused
+    assert all(grad is None for grad in unused)
     assert_same(found, expected)
 
 
@@ -585,17 +639,19 @@ def test_frozen_parts(frozen: str) -> None:
     assert_same(found, by_site(model, maps()))
 
 
-@pytest.mark.parametrize('spec', [ASR, DIA], ids=['ASR', 'DIA'])
+@pytest.mark.parametrize('spec', [ASR, DIA, SPECS['shift'], SPECS['inputs']], ids=['ASR', 'DIA', 'shift', 'inputs'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_autocast_and_half_precision(spec: Any, dtype: torch.dtype) -> None:
     model = plugged(spec, dtype=dtype).eval()
     with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.float32):
         found = model(maps(dtype))
         expected = by_site(model, maps(dtype), lambda m, x: m(x))
-        v = vars(model)[bank.BANK].ready(model)[model.layer1[0].bn2].v
-        assert v.dtype == dtype
-        alone = model.layer1[0].bn2.constant().to(dtype)
-        assert torch.allclose(v, alone, 1e-6 if dtype == torch.float32 else 2e-2)
+        layer = gated(model)[0]
+        ready = vars(model)[bank.BANK].ready(model)[layer].constants
+        assert [c is None for c in ready] == [c is None for c in layer.constants()]
+        for v, alone in zip(ready, layer.constants(), strict=True):
+            assert v is None or v.dtype == dtype
+            assert v is None or torch.allclose(v, alone.to(dtype), 1e-6 if dtype == torch.float32 else 2e-2)
     assert torch.allclose(found, expected, 5e-2, 5e-2)
 
 

@@ -45,6 +45,7 @@ CASES = {
     'UNet2DModel, ASR and SE': (unet, [ASR, SE], noisy),
     'UNet2DModel, DIA': (unet, DIA, noisy),
     'UNet2DConditionModel': (conditional_unet, dict(ASR, preserve=True), conditional),
+    'UNet2DModel, shift and inputs': (unet, [dict(ASR, shift=True), dict(ASR, side='input', preserve=True)], noisy),
     'DiT': (dit, dict(ASR, skip=['*.0.attn1.*']), tokens),
     'ViT': (vit, dict(ASR, sites=['vit.layers.*.mlp.*']), pixels),
     'DeiT': (lambda: vit('DeiT'), dict(ASR, sites=['*mlp*.fc?']), pixels),

@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from asr_downstream.modules.affine import Constants
 from asr_downstream.plugging.gating.shelf import Ready
 
-__all__ = ['Marks', 'gather', 'scaled']
+__all__ = ['Marks', 'gather', 'scaled', 'with_inputs']
 
 
 class Marks:
@@ -83,32 +84,59 @@ class Gather(torch.autograd.Function):
         return None, None, None, *found
 
 
-def scaled(v: Tensor, weights: Sequence[Tensor | None], biases: Sequence[Tensor | None], marks: Marks) -> list[Ready]:
+def scaled(
+    v: Tensor,
+    weights: Sequence[Tensor | None],
+    biases: Sequence[Tensor | None],
+    shifts: Sequence[Tensor | None],
+    marks: Marks,
+) -> list[Ready]:
     """Hand every site of a group its gates, and the parameters that are given times them.
 
     Args:
         v: gates ``(sites, C)``.
         weights: of each site, ``(C,)``; None where it is not to be scaled here.
         biases: likewise.
+        shifts: what is added to the outputs; all None, or none is.
         marks: of the group.
     """
     sides = [[number for number, t in enumerate(side) if t is not None] for side in (weights, biases)]
-    found = Scaled.apply(marks, sides, v, *(t for t in (*weights, *biases) if t is not None))
+    added = [shift for shift, bias in zip(shifts, biases, strict=True) if shift is not None and bias is not None]
+    found = Scaled.apply(marks, sides, len(added), v, *(t for t in (*weights, *biases) if t is not None), *added)
     rows, products = found[: len(weights)], iter(found[len(weights) :])
     of_weight, of_bias = [{number: next(products) for number in side} for side in sides]
-    return [Ready(row, of_weight.get(number), of_bias.get(number)) for number, row in enumerate(rows)]
+    return [
+        Ready(Constants(row, shift), of_weight.get(number), of_bias.get(number))
+        for number, (row, shift) in enumerate(zip(rows, shifts, strict=True))
+    ]
+
+
+def with_inputs(ready: Sequence[Ready], u: Tensor, marks: Marks) -> list[Ready]:
+    """Hand every site of a group the gates of its inputs ``u`` ``(sites, C_in)`` as well."""
+    rows = Scaled.apply(marks, [[], []], 0, u)
+    return [r._replace(constants=r.constants._replace(inputs=row)) for r, row in zip(ready, rows, strict=True)]
 
 
 class Scaled(torch.autograd.Function):
-    """Gates of the sites and parameters times gates: one operator over lists, and a few more in the backward pass."""
+    """Gates of the sites and parameters times gates: one operator over lists, and a few more in the backward pass.
+
+    With shifts, of which each bias then has one, it is one more.
+    """
 
     @staticmethod
-    def forward(ctx: Any, marks: Marks, sides: list[list[int]], v: Tensor, *given: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, marks: Marks, sides: list[list[int]], shifts: int, v: Tensor, *given: Tensor
+    ) -> tuple[Tensor, ...]:  # fmt: skip
+        given, added = given[: len(given) - shifts], given[len(given) - shifts :]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(v, *given)
-        ctx.marks, ctx.sides = marks, sides
+        ctx.marks, ctx.sides, ctx.shifts = marks, sides, shifts
         rows = v.unbind()
-        return (*(row.view_as(row) for row in rows), *times(given, [rows[site] for side in sides for site in side]))
+        factors = [rows[site] for side in sides for site in side]
+        plain = len(given) - shifts
+        products = times(given[:plain], factors[:plain])
+        shifted = torch._foreach_addcmul(added, given[plain:], factors[plain:]) if shifts else ()
+        return (*(row.view_as(row) for row in rows), *products, *shifted)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -122,10 +150,10 @@ class Scaled(torch.autograd.Function):
             start += len(side)
         ctx.marks.add(terms)
         sites = [site for side in ctx.sides for site in side]
-        trained = [n for n, grad in enumerate(dy) if grad is not None and ctx.needs_input_grad[3 + n]]
+        trained = [n for n, grad in enumerate(dy) if grad is not None and ctx.needs_input_grad[4 + n]]
         found = dict(zip(trained, times([dy[n] for n in trained], [rows[sites[n]] for n in trained]), strict=True))
-        dv = stack([terms.get(site) for site in range(len(v))], v) if ctx.needs_input_grad[2] else None
-        return None, None, dv, *(found.get(n) for n in range(len(given)))
+        dv = stack([terms.get(site) for site in range(len(v))], v) if ctx.needs_input_grad[3] else None
+        return None, None, None, dv, *(found.get(n) for n in range(len(given))), *dy[len(dy) - ctx.shifts :]
 
 
 def times(a: Sequence[Any], b: Sequence[Any]) -> Sequence[Tensor]:

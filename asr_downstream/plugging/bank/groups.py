@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.modules.affine import Constants
 from asr_downstream.plugging.bank.alike import Form, Forms, batched_form, hooked, links, signature
-from asr_downstream.plugging.bank.batched_gates import Marks, gather, scaled
+from asr_downstream.plugging.bank.batched_gates import Marks, gather, scaled, with_inputs
 from asr_downstream.plugging.bank.regained import regained
 from asr_downstream.plugging.bank.shared_form import shared_form
 from asr_downstream.plugging.gating.gates import ConstantGate
 from asr_downstream.plugging.gating.shelf import Ready
+from asr_downstream.plugging.gating.sides import INPUT
 from asr_downstream.plugging.gating.site_attention import Member
 
 __all__ = ['Group', 'groups_of']
@@ -45,23 +47,30 @@ class Column:
         self.modules = [m for gate in gates for m in gate.modules()] + form.modules()
         self.links = list(links(self.modules))
         self.references = gates[0].reference is not None
+        self.shifted = gates[0].bias is not None
 
     def parameters(self) -> list[list[Any]]:
         """Those of each site, psi first if there is one; None where a name is gone."""
         return [[held.get(name) for held, name in of_site] for of_site in self.places]
 
+    def shifts(self) -> list[Any]:
+        """Those of the sites; None where there is none."""
+        return [gate._parameters['bias'] for gate in self.gates]
+
     def state(self) -> list[Any]:
         """What the plan depends on in parameters: kind, precision, place and shape."""
         return [
             None if p is None else (type(p) in PLAIN, p.dtype, p.device, p.shape)
-            for of_site in (*self.parameters(), self.form.shared())
+            for of_site in (*self.parameters(), self.form.shared(), self.shifts() if self.shifted else ())
             for p in of_site
         ]
 
     def stands(self) -> bool:
         """Whether the modules are those that the plan was made for."""
         return all(held.get(key) is value for held, key, value in self.links) and all(
-            (gate._buffers['reference'] is not None) is self.references for gate in self.gates
+            (gate._buffers['reference'] is not None) is self.references
+            and (gate._parameters['bias'] is not None) is self.shifted
+            for gate in self.gates
         )
 
     def gates_of(self, parameters: list[list[Tensor]], marks: Marks) -> Tensor:
@@ -77,12 +86,14 @@ class Group:
 
     Args:
         layers: plugged, in the order of the model.
-        columns: of their gates.
+        columns: of their gates; those of a shift come last of their side.
     """
 
     def __init__(self, layers: list[Any], columns: list[Column]) -> None:
         self.layers = layers
         self.columns = columns
+        self.inputs = [column for column in columns if column.gates[0].side == INPUT]
+        self.outputs = [column for column in columns if column.gates[0].side != INPUT]
         self.state = [column.state() for column in columns]
         self.able = all(able(state) for state in self.state) and all(c.form.covers(c.gates) for c in columns)
 
@@ -97,20 +108,23 @@ class Group:
         if not self.able or any(hooked(column.modules) or column.form.watched() for column in self.columns):
             return {}
         marks = Marks()
-        v = self.product(marks)
-        weights = [scalable(layer, 'weight', v) for layer in self.layers]
-        biases = [scalable(layer, 'bias', v) for layer in self.layers]
-        return dict(zip(self.layers, scaled(v, weights, biases, marks), strict=True))
+        found = [Ready(Constants()) for _ in self.layers]
+        if (v := self.product(self.outputs, marks)) is not None:
+            weights = [scalable(layer, 'weight', v) for layer in self.layers]
+            biases = [scalable(layer, 'bias', v) for layer in self.layers]
+            found = scaled(v, weights, biases, self.outputs[-1].shifts(), marks)
+        if (u := self.product(self.inputs, marks)) is not None:
+            found = with_inputs(found, u, marks)
+        return dict(zip(self.layers, found, strict=True))
 
-    def product(self, marks: Marks) -> Tensor:
-        """The product of the columns, ``(sites, C)``."""
+    def product(self, columns: list[Column], marks: Marks) -> Tensor | None:
+        """The product of columns of one side, ``(sites, C)``; None without any."""
         v: Tensor | None = None
-        for column in self.columns:
+        for column in columns:
             gates = self.column_gates(column, marks)
             if column.references:
                 gates = gates / torch.cat([gate.reference for gate in column.gates])  # type: ignore[misc]
             v = gates if v is None else v * gates
-        assert v is not None
         return v
 
     def column_gates(self, column: Column, marks: Marks) -> Tensor:
@@ -147,7 +161,11 @@ def groups_of(sites: dict[str, Any], forms: Forms) -> list[Group]:
         for gate, found in zip(layer.gate, kinds[path], strict=True):
             if found not in met:
                 met[found] = form_of(gate, found, forms)
-    able = {path: kinds[path] for path in in_order(sites) if all(met[found] is not None for found in kinds[path])}
+    able = {
+        path: kinds[path]
+        for path in in_order(sites)
+        if all(met[found] is not None for found in kinds[path]) and shifted_last(list(sites[path].gate))
+    }
     groups = []
     for paths in stages(able):
         columns = [met[found] for found in able[paths[0]]]
@@ -163,10 +181,16 @@ def kind(gate: ConstantGate) -> Hashable:
     attention = gate.site_attention
     like = next(gate.parameters(), None)
     place = None if like is None else (like.dtype, like.device)
+    beside = place, gate.side, gate.bias is None
     if isinstance(attention, Member):
-        return id(attention.unit), id(attention.run), gate.reference is None, place
+        return id(attention.unit), id(attention.run), gate.reference is None, beside
     found = signature(gate)
-    return None if found is None else (found, place)
+    return None if found is None else (found, beside)
+
+
+def shifted_last(gates: list[ConstantGate]) -> bool:
+    """Whether no gates scale a shift of gates before them, as those of a plug after one with ``shift=True`` do."""
+    return all(gate.bias is None for gate in [gate for gate in gates if gate.side != INPUT][:-1])
 
 
 def form_of(gate: ConstantGate, found: Hashable, forms: Forms) -> Form | None:

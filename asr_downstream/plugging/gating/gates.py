@@ -7,20 +7,22 @@ stock weights keep their scale and so their learning rate.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.attention.base import gates_of_mean
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.affine import Constants
+from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.gating.site_attention import LearnedInput, SiteAttention, site_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-__all__ = ['ConstantGate', 'DynamicGate', 'Gate', 'saturation']
+__all__ = ['ConstantGate', 'DynamicGate', 'Gate', 'saturation', 'side_of', 'together']
 
 # Below this, dividing by the first gate would blow up its rounding error and its gradients.
 SMALLEST_REFERENCE = 1e-4
@@ -34,8 +36,12 @@ class Gate(nn.Module):
         attention: maps ``(B, C, *)`` to gates ``(B, C)``; the site's own, or a
             `asr_downstream.plugging.gating.site_attention.Member` of a shared one.
         channels: C of the site.
+
+    Attributes:
+        side: which channels of the layer the gates scale, ``'output'`` or ``'input'``.
     """
 
+    side: str = OUTPUT
     reference: Tensor | None
 
     def __init__(self, attention: nn.Module, channels: int) -> None:
@@ -101,14 +107,31 @@ class ConstantGate(Gate, LearnedInput):
         attention: maps ``(1, C)`` to ``(1, C)``.
         channels: C of the site.
         init: start of every element of psi.
+        side: see `Gate`.
+
+    Attributes:
+        bias: what is added after the gates, a learned shift ``(C,)``, see `learn_shift`; None: nothing. It is named so
+            that it is treated like biases, as by ``bias_decay_mult`` of MMEngine.
     """
 
-    def __init__(self, attention: nn.Module, channels: int, init: float = 0.1) -> None:
+    bias: Tensor | None
+
+    def __init__(self, attention: nn.Module, channels: int, init: float = 0.1, side: str = OUTPUT) -> None:
         super().__init__(attention, channels)
+        self.side = side
+        self.register_parameter('bias', None)
         if getattr(attention, 'uses_input', True):
             self.psi = nn.Parameter(torch.full((1, channels), init))
         else:
             self.register_parameter('psi', None)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._parameters.setdefault('bias', None)  # gates that were pickled before there were shifts
+
+    def learn_shift(self, like: Tensor) -> None:
+        """Add a shift of zeros, with dtype and device of ``like`` (SSF, NeurIPS 2022, arXiv 2210.08823)."""
+        self.bias = nn.Parameter(torch.zeros(self.channels, dtype=like.dtype, device=like.device))
 
     def probe(self) -> Tensor:
         return self.attend()
@@ -188,6 +211,34 @@ class DynamicGate(Gate):
         gate = self.gates(x)
         # Under autocast some attentions answer in float32: the feature map keeps its own precision.
         return x * gate.view(*gate.shape, *(1,) * (x.dim() - gate.dim())).to(x.dtype)
+
+
+def together(gates: Iterable[ConstantGate], anchor: Tensor | None = None) -> Constants:
+    """What the constant gates of a layer come to; with shifts, ``(y v1 + s1) v2 + s2``.
+
+    Args:
+        gates: from the layer outwards.
+        anchor: see `ConstantGate.forward`.
+    """
+    v: Tensor | None = None
+    shift: Tensor | None = None
+    inputs: Tensor | None = None
+    for gate in gates:
+        found = gate(anchor)
+        if gate.side == INPUT:
+            inputs = found if inputs is None else inputs * found
+            continue
+        v = found if v is None else v * found
+        shift = None if shift is None else shift * found
+        if gate.bias is not None:
+            shift = gate.bias if shift is None else shift + gate.bias
+    return Constants(v, shift, inputs)
+
+
+def side_of(gates: Iterable[Gate]) -> str:
+    """What the gates of a layer scale: ``'output'``, ``'input'`` or ``'both'``."""
+    sides = {gate.side for gate in gates}
+    return 'both' if len(sides) > 1 else next(iter(sides), OUTPUT)
 
 
 def saturation(gates: list[ConstantGate], v: Tensor) -> str:

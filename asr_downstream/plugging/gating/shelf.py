@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from asr_downstream.modules.affine import Constants, scaled_weight
 from asr_downstream.plugging.gating.recurrence import recomputing
 
 __all__ = ['Ready', 'Shelf']
@@ -27,25 +28,35 @@ ORDER = itertools.count()
 
 
 class Ready(NamedTuple):
-    """The constant gates of a site, and what is already scaled by them.
+    """What the constant gates of a site come to, and what is already scaled by them.
 
     Attributes:
-        v: gates ``(C,)``.
-        weight: weight of a norm times v; None: the layer scales its weight itself.
-        bias: bias of the layer times v; None likewise, or where the layer has no bias.
+        constants: gates, shift, and gates of the inputs.
+        weight: weight of a norm times the gates; None: the layer scales its weight itself.
+        bias: bias of the layer times the gates, plus the shift; None likewise, or where the layer has no bias.
     """
 
-    v: Tensor
+    constants: Constants
     weight: Tensor | None = None
     bias: Tensor | None = None
 
+    @property
+    def v(self) -> Tensor | None:
+        """Gates of the outputs."""
+        return self.constants.gate
+
     def parameters(self, layer: Any) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of ``layer``, scaled."""
-        return layer.scale_weight(layer, self.v) if self.weight is None else self.weight, self.scaled_bias(layer)
+        """Weight and bias of ``layer``, scaled and shifted."""
+        gate, _, inputs = self.constants
+        weight = scaled_weight(layer, layer.weight, gate, inputs) if self.weight is None else self.weight
+        return weight, self.scaled_bias(layer)
 
     def scaled_bias(self, layer: Any) -> Tensor | None:
-        """Bias of ``layer``, scaled; None where it has none."""
-        return layer.bias * self.v if self.bias is None and layer.bias is not None else self.bias
+        """Bias of ``layer``, scaled and shifted; None where it has none."""
+        gate, shift, _ = self.constants
+        if self.bias is not None or layer.bias is None or gate is None:
+            return layer.bias if self.bias is None else self.bias
+        return layer.bias * gate if shift is None else torch.addcmul(shift, layer.bias, gate)
 
 
 class Forward:

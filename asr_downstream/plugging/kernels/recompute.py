@@ -1,6 +1,7 @@
 """Gates of convolutions and linear layers that cost the backward pass no memory: what it needs is computed again.
 
-Constant gates v: conv(x; W v, b v) would keep the product W v beside W. The backward pass multiplies again.
+Constant gates v: conv(x; W v, b v) would keep the product W v beside W. The backward pass multiplies again. So it is
+with gates u of the inputs, whose product with the columns of W is a second one.
 
 Input-dependent gates: y = conv(x), h = gate(mean(y)), z = y h. The product keeps y, which the stock model does not: in
 a UNet that is a tenth of all saved activations. But y follows from x and the weights, which the convolution keeps
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from asr_downstream.attention.kernels.functions import ordinary
+from asr_downstream.modules.affine import scaled_weight
 from asr_downstream.plugging.gating.shelf import Ready
 from asr_downstream.plugging.kernels.memory import low_memory
 
@@ -82,12 +84,13 @@ class Scale(torch.autograd.Function):
         return dy, dh, None, None, None, None
 
 
-def can_rescale(layer: Any, x: Tensor) -> bool:
+def can_rescale(layer: Any, x: Tensor, ready: Ready) -> bool:
     """Whether a plugged layer with constant gates may take `rescaled_layer` for its input ``x``."""
+    gate, _, inputs = ready.constants
     return (
         layer.recomputes
         and ordinary()
-        and layer.weight.requires_grad
+        and any(t is not None and t.requires_grad for t in (layer.weight, gate, inputs))
         and x.dtype == layer.weight.dtype
         and not torch.is_autocast_enabled(x.device.type)
         and layer.has_backward(x)
@@ -102,28 +105,41 @@ def rescaled_layer(layer: Any, x: Tensor, ready: Ready) -> Tensor:
         x: input of the layer.
         ready: its gates.
     """
-    return Rescaled.apply(x, layer.weight, ready.scaled_bias(layer), ready.v, layer)
+    return Rescaled.apply(x, layer.weight, ready.scaled_bias(layer), ready.v, ready.constants.inputs, layer)
 
 
 class Rescaled(torch.autograd.Function):
-    """``stock_forward(x, W v, b)``; keeps W and v."""
+    """``stock_forward(x, W v u, b)`` with v along the rows and u along the columns of W; keeps W, v and u."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor, layer: Any) -> Tensor:
-        ctx.save_for_backward(x, weight, v)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, v: Tensor | None, u: Tensor | None, layer: Any
+    ) -> Tensor:  # fmt: skip
+        ctx.save_for_backward(x, weight, v, u)
         ctx.layer = layer
         ctx.bias = bias is not None
-        return layer.stock_forward(x, weight * v.view(-1, *(1,) * (weight.dim() - 1)), bias)
+        return layer.stock_forward(x, scaled_weight(layer, weight, v, u), bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, v = ctx.saved_tensors
-        rows = v.view(-1, *(1,) * (weight.dim() - 1))
-        dx, dw, db = ctx.layer.stock_backward(dy, x, weight * rows, ctx.bias, ctx.needs_input_grad[0])
-        return dx, dw * rows, db, products(dw, weight), None
+        x, weight, v, u = ctx.saved_tensors
+        rows = scaled_weight(ctx.layer, weight, v, None)
+        scaled = scaled_weight(ctx.layer, rows, None, u)
+        dx, dw, db = ctx.layer.stock_backward(dy, x, scaled, ctx.bias, ctx.needs_input_grad[0])
+        du = None if u is None else column_products(dw, rows, getattr(ctx.layer, 'groups', 1))
+        dw = scaled_weight(ctx.layer, dw, None, u)
+        dv = None if v is None else row_products(dw, weight)
+        dw = scaled_weight(ctx.layer, dw, v, None) if ctx.needs_input_grad[1] else None
+        return dx, dw, db, dv, du, None
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
+def column_products(a: Tensor, b: Tensor, groups: int) -> Tensor:
+    """Inner products of the columns of ``a`` and ``b`` ``(D, C / groups, *)``, group by group: ``(C,)``."""
+    by_group = (a * b).unflatten(0, (groups, -1))
+    return by_group.sum((1, *range(3, by_group.dim()))).flatten()
+
+
+def row_products(a: Tensor, b: Tensor) -> Tensor:
     """Inner products of the rows of ``a`` and ``b`` ``(C, *)``: in one operator, where no copy is needed for that."""
     if not (a.is_contiguous() and b.is_contiguous()):
         return (a * b).flatten(1).sum(1)
