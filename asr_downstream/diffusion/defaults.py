@@ -21,6 +21,9 @@ plug: dict | list | None = None  # which attention, such as dict(type='ASR', att
 # Which self-attention is replaced by LSTMs, after the plug: dict(type='FAR', variant='M3', layers='all'), see
 # asr_downstream.far.replace. tools/distill_far.py writes it into the configs of its stages.
 replace: dict | None = None
+# What learns: 'all', 'gates' (with a plug; preserve=True starts from the base), 'norms', 'bias', several with +,
+# patterns of names of weights, or a list of these. The rest is frozen.
+learns: str | list[str] = 'all'
 
 # What the model is conditioned on: None, dict(type='ClassLabels', drop=0.1), or
 # dict(type='Text', pretrained_model_name_or_path=..., drop=0.1); drop is for classifier-free guidance.

@@ -198,6 +198,7 @@ class Training:
             AsrError: the loss is not finite, or too many files are bad.
         """
         config, total = self.config, self.config.max_train_steps
+        self.task.begin(self.run if self.accelerator.is_main_process else None)
         loader = self.build_loader()
         with ExitStack() as stack:
             self.reporter = self.build_reporter(stack)

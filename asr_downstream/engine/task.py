@@ -60,6 +60,13 @@ class Task:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         return [{'params': trained, 'weight_decay': config.adam_weight_decay}]
 
+    def begin(self, run: Path | None) -> None:
+        """Called before the first step, with the weights that the training starts from, or goes on from.
+
+        Args:
+            run: folder of the run; on the main process alone.
+        """
+
     def to(self, device: torch.device) -> None:
         """Move what is frozen besides the model; the loop moves the model."""
 

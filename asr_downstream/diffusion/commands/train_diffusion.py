@@ -3,6 +3,7 @@
     asr-downstream train-diffusion unet-w32-asr-se_digits    # a ready config, by its name or path
     asr-downstream train-diffusion CONFIG --data /data/images --output-dir runs/a
     asr-downstream train-diffusion CONFIG --cfg-options learning_rate=1e-3 model.layers_per_block=1
+    asr-downstream train-diffusion CONFIG --learns gates   # the rest is frozen; for model=dict(pretrained_...=...)
     asr-downstream train-diffusion CONFIG --dry-run        # config, sites, cost and memory; trains nothing
     asr-downstream train-diffusion CONFIG --resume         # from the newest complete checkpoint of the run
 
@@ -35,6 +36,12 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument(
         '--resume', nargs='?', const='latest', metavar='CHECKPOINT', help="'latest' (the default) or a checkpoint"
     )
+    parser.add_argument(
+        '--learns',
+        nargs='+',
+        metavar='WHAT',
+        help="gates, norms, bias, gates+norms or patterns of weights, 'conv_out.*' (default: all); the rest is frozen",
+    )
     parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
     parser.add_argument('--dry-run', action='store_true', help='print the plan and stop')
     cli.add_options(parser)
@@ -42,7 +49,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     from asr_downstream.diffusion.config import load_config
 
-    options = dict(args.cfg_options or {}) | ({} if args.seed is None else {'seed': args.seed})
+    given = {'seed': args.seed, 'learns': args.learns}
+    options = dict(args.cfg_options or {}) | {key: value for key, value in given.items() if value is not None}
     config = load_config(find_config(args.config, 'diffusion/configs'), options, args.data)
     if args.output_dir is not None:
         config.output_dir = str(args.output_dir)

@@ -7,13 +7,14 @@ from mmengine.config import Config
 from rich.table import Table
 
 from asr_downstream.console.text import render
-from asr_downstream.diffusion.models.components import Parts, build_parts
-from asr_downstream.diffusion.training.task import Denoising
+from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.training.task import Denoising, learning_of
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.loop import recompute_activations
 from asr_downstream.files.configs import work_dir_of
 from asr_downstream.measure import cost
 from asr_downstream.plugging.describe import describe
+from asr_downstream.plugging.learning.choose import Learning
 
 __all__ = ['plan']
 
@@ -30,15 +31,18 @@ def plan(config: Config) -> str:
     parts = build_parts(config)
     assert parts.images is not None
     sites = describe(parts.model)
+    task = Denoising(config, parts)
+    learning = learning_of(config, parts.model)
     total = cost.parameters(parts.model)
     gmacs = cost.gmacs(lambda: parts.model(**parts.inputs()))
     rows = {
         'output': str(work_dir_of(config)),
         'data': f'{len(parts.images):,} images, {len(parts.images.source.classes)} classes',
         'parameters': f'{total:,}, of which {sites.parameters:,} fold away or go with the plug',
+        'learns': str(learning).removeprefix('learns '),
         'GMACs a forward and image': f'{gmacs:.4f} (torch.utils.flop_counter / 2)',
         'steps': steps_of(config, len(parts.images)),
-        'memory a process': memory(config, parts),
+        'memory a process': memory(task, learning),
     }
     table = Table(show_header=False, title='plan')
     for key, value in rows.items():
@@ -53,13 +57,14 @@ def steps_of(config: Config, images: int) -> str:
     return f'{config.max_train_steps:,} of {batch} images a process, {epochs:.2f} epochs with one process'
 
 
-def memory(config: Config, parts: Parts) -> str:
+def memory(task: Denoising, learning: Learning) -> str:
     """Weights, gradients, Adam's moments and the average, activations as measured on a batch of one, what is frozen."""
-    weights = sum(p.numel() * p.element_size() for p in parts.model.parameters())
-    states = weights * (4 + config.use_ema)
+    config, parts = task.config, task.parts
+    states = sum(p.nbytes for p in parts.model.parameters()) + learning.gradients + (learning.state or 0)
+    states += learning.gradients if config.use_ema else 0  # the average has as many numbers as the gradients
     if config.gradient_checkpointing:
         recompute_activations(parts.model)
-    parts.model.train()
+    task.train_mode()
     stream = generator('memory')
     batch = {
         'image': torch.randn(1, *parts.shape, generator=stream),
@@ -67,7 +72,6 @@ def memory(config: Config, parts: Parts) -> str:
         'timestep': torch.zeros(1, dtype=torch.long),
         'condition': parts.condition.arguments(parts.condition.of_samples([0])),
     }
-    task = Denoising(config, parts)
     one = cost.saved_bytes(parts.model, lambda: task.loss(parts.model, batch)[0])
     frozen = [m for m in (parts.vae, parts.condition.encoder) if m is not None]
     states += sum(p.numel() * p.element_size() for module in frozen for p in module.parameters())

@@ -9,6 +9,7 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
+from asr_downstream.adapters.base import remember
 from asr_downstream.diffusion.config import SCHEMA
 from asr_downstream.diffusion.data import Samples
 from asr_downstream.diffusion.evaluation.pictures import grid, save_grid
@@ -17,11 +18,25 @@ from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.models.pretrained import same_schedule
 from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.engine.config import portable
+from asr_downstream.engine.optim import build_optimiser
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import DataError
+from asr_downstream.files.configs import plain
+from asr_downstream.plugging.learning.choose import KEPT, Learning, choose, words_of
+from asr_downstream.plugging.learning.restrict import restrict, trained_beside_gates, warn_of_another_start
 
-__all__ = ['Denoising']
+__all__ = ['Denoising', 'learning_of']
+
+
+def learning_of(config: Config, model: nn.Module) -> Learning:
+    """What learns in a model by a config; the model is not changed.
+
+    Raises:
+        PlugError: ``learns`` means nothing in it.
+    """
+    learning = choose(model, plain(config.learns))
+    return learning.measured(model, lambda params: build_optimiser([{'params': params}], config))
 
 
 class Denoising(Task):
@@ -33,7 +48,9 @@ class Denoising(Task):
     """
 
     schema = SCHEMA
-    fixed: tuple[str, ...] = ('model', 'plug', 'replace', 'condition', 'vae', 'noise_scheduler', 'snr_gamma')
+    fixed: tuple[str, ...] = (
+        'model', 'plug', 'replace', 'learns', 'condition', 'vae', 'noise_scheduler', 'snr_gamma',
+    )  # fmt: skip
 
     def __init__(self, config: Config, parts: Parts) -> None:
         self.config = config
@@ -41,12 +58,22 @@ class Denoising(Task):
         self.model = parts.model
         self.images = parts.images
         self.sampler = build_sampler(config.sampler, parts.scheduler)
+        restrict(self.model, learning_of(config, self.model))
+        if 'gates' in words_of(plain(config.learns)) and 'pretrained_model_name_or_path' in config.model:
+            warn_of_another_start(self.model)
 
     def same(self, key: str, before: Any, now: Any) -> bool:
-        """Compare noise schedules by what they are for the model."""
+        """Compare noise schedules by what they are for the model, and what learns by what it means."""
+        if key == 'learns':
+            return words_of(before) == words_of(now)
         if key == 'noise_scheduler' and isinstance(before, dict) and isinstance(now, dict):
             return same_schedule(before, now)
         return super().same(key, before, now)
+
+    def begin(self, run: Path | None) -> None:
+        """Remember the base of a training in which not everything learns, for files of its gates."""
+        if KEPT in vars(self.model):
+            remember(self.model, trained_beside_gates(self.model), run)
 
     def samples(self) -> Samples:
         """See `Parts.samples`."""

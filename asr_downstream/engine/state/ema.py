@@ -24,6 +24,8 @@ __all__ = ['EMA']
 class EMA:
     """Average of the parameters and floating-point buffers of a model; other buffers, and infinite ones, are copied.
 
+    Frozen parameters are those of the model itself, and take no memory.
+
     Args:
         model: the model, unwrapped.
         max_decay: upper bound of the decay.
@@ -37,8 +39,12 @@ class EMA:
         self.max_decay = max_decay
         self.inv_gamma = inv_gamma
         self.power = power
-        self.state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        self.averaged = [name for name, value in self.state.items() if value.is_floating_point() and is_finite(value)]
+        self.frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+        found = {name: value.detach() for name, value in model.state_dict().items()}
+        self.state = {name: value if name in self.frozen else value.clone() for name, value in found.items()}
+        moving = [name for name in self.state if name not in self.frozen]
+        self.averaged = [name for name in moving if self.state[name].is_floating_point() and is_finite(found[name])]
+        self.copied = [name for name in moving if name not in set(self.averaged)]
 
     def decay_at(self, step: int) -> float:
         """Decay after ``step`` optimiser steps, counted from 1."""
@@ -51,13 +57,16 @@ class EMA:
         mean = self.averaged
         decay = self.decay_at(step)
         torch._foreach_lerp_([self.state[n] for n in mean], [current[n].detach() for n in mean], 1 - decay)
-        for name in self.state.keys() - set(mean):
+        for name in self.copied:
             self.state[name].copy_(current[name])
 
     @contextmanager
     def applied_to(self, model: nn.Module) -> Iterator[nn.Module]:
         """Put the average into ``model`` inside the block, and its own values back after it, also after an error."""
-        own = {name: value.detach().clone() for name, value in self.matching(model.state_dict()).items()}
+        own = {
+            name: value.detach() if name in self.frozen else value.detach().clone()
+            for name, value in self.matching(model.state_dict()).items()
+        }
         try:
             model.load_state_dict(self.state)
             yield model
@@ -80,8 +89,8 @@ class EMA:
                     f'{path}: {name} is of another shape, {tuple(value.shape)} instead of '
                     f'{tuple(self.state[name].shape)}; resume from an earlier checkpoint'
                 )
-        for name, value in state.items():
-            self.state[name].copy_(value)
+        for name in (*self.averaged, *self.copied):
+            self.state[name].copy_(state[name])
 
     def matching(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """Return ``state`` if it has exactly the names of the average."""
