@@ -23,6 +23,7 @@ from asr_downstream.modules.slots import BASE, HasGates, inside_gate
 from asr_downstream.plugging.attach import detach
 from asr_downstream.plugging.bank.hooks import uninstall
 from asr_downstream.plugging.gating.shared_unit import unregister
+from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.save import for_json
 
 __all__ = ['load_gates', 'unload']
@@ -95,7 +96,7 @@ def resolved(path: str, layer: Any, adapter: Adapter) -> list[Store]:
     """
     gate, _, inputs = adapter.sites[path].constants
     stores: list[Store] = []
-    for side, wanted in (('output', gate), ('input', inputs)):
+    for side, wanted in ((OUTPUT, gate), (INPUT, inputs)):
         gates = gates_of(layer, side)
         if wanted is None or not gates:
             if (wanted is None) != (not gates):
@@ -114,18 +115,18 @@ def resolved(path: str, layer: Any, adapter: Adapter) -> list[Store]:
             )
         reference = first.reference.double() * found / wanted.to(found.device)
         stores.append(partial(first.reference.copy_, reference))
-    return stores + shifted(path, gates_of(layer, 'output'), adapter)
+    return stores + shifted(path, gates_of(layer, OUTPUT), adapter)
 
 
 def gates_of(layer: Any, side: str) -> list[Any]:
     """Constant gates of one side of a layer."""
-    return [g for g in layer.gate or () if getattr(g, 'side', 'output') == side]
+    return [g for g in layer.gate or () if g.side == side]
 
 
 def shifted(path: str, gates: list[Any], adapter: Adapter) -> list[Store]:
     """What makes the shifts of a layer come to that of a file: the last one, and those before it to 0."""
     shift = adapter.sites[path].constants.shift
-    learnt = [g for g in gates if getattr(g, 'bias', None) is not None]
+    learnt = [g for g in gates if g.bias is not None]
     if shift is None or not learnt:
         if shift is not None:
             raise CheckpointError(f'{path}: {adapter.name} has a shift, and its gates learn none; plug with shift=True')

@@ -83,6 +83,25 @@ def test_gates_of_inputs_are_saved_applied_and_put_back(tmp_path: Path) -> None:
     assert differing(fresh.eval(), stock) == []
 
 
+@pytest.mark.parametrize('last', [[], [SE, FREE]], ids=['alone', 'before others'])
+def test_a_shift_goes_into_the_last_gate_that_learns_one(tmp_path: Path, last: list[Any]) -> None:
+    stock = base(torch.float64)
+    shift = dict(SE, shift=True)
+    path = saved(tmp_path, stock, shift)
+    fresh = train(plugged(stock, [shift, shift, *last]))
+    load_gates(fresh, path)
+    x, wanted = torch.randn(X, dtype=torch.float64), apply_gates(stock, path)
+    assert verify(fresh, wanted, x).relative < 1e-10
+    assert verify(train(fresh), wanted, x).relative > 1e-3
+    load_gates(fresh, none := saved(tmp_path, stock, SE, 'none'))
+    assert verify(fresh, apply_gates(stock, none), x).relative < 1e-10
+    with pytest.raises(CheckpointError, match='has a shift, and its gates learn none; plug with shift=True'):
+        load_gates(plugged(stock, [SE, *last]), path)
+    inputs = saved(tmp_path, stock, dict(SE, side='input', sites=['*.conv3']), 'inputs')
+    with pytest.raises(CheckpointError, match='are on other sides of the layer'):
+        load_gates(plugged(stock, dict(SE, sites=['*.conv3'])), inputs)
+
+
 def test_what_cannot_be_put_back_is_refused_by_name(tmp_path: Path) -> None:
     stock = base()
     path = saved(tmp_path, stock, SE)
