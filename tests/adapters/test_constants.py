@@ -65,7 +65,7 @@ def computed(layer: nn.Module, several: list[Constants], x: Tensor, dim: int) ->
 
 
 def apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / b.abs().max())
+    return float(((a - b).abs().max() / b.abs().max()).detach())
 
 
 @cases

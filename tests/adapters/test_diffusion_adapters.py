@@ -129,3 +129,20 @@ def test_what_a_run_remembers_is_its_base(tmp_path: Path) -> None:
     done = call('save', run, tmp_path / 'b.safetensors', '--heads', 'changed', '--learnt')
     assert {*list_gates(tmp_path / 'b.safetensors').heads} == {'conv_in.bias'}
     assert list_gates(tmp_path / 'b.safetensors').learnt
+
+
+def test_a_training_with_learns_from_the_pipeline_to_the_pipeline(tmp_path: Path, base: Path) -> None:
+    model = dict(type='UNet2DModel', pretrained_model_name_or_path=str(base), subfolder='unet')
+    settings = dict(model=model, plug=dict(ASR, preserve=True), learns=['gates', 'conv_out.*'], max_train_steps=2)
+    run = train_run(config_for(tmp_path, **settings)).parent
+    assert (run / BASE_FILE).is_file()
+    done = call('save', run, tmp_path / 'a.safetensors')
+    assert done.returncode == 0, done.stderr
+    assert {*list_gates(tmp_path / 'a.safetensors').heads} == {'conv_out.weight', 'conv_out.bias'}
+    done = call('apply', base, tmp_path / 'a.safetensors', tmp_path / 'night')
+    assert done.returncode == 0, done.stderr
+    applied = load(tmp_path / 'night')
+    assert differing(applied, fold(load_run(run).parts.model)[0]) == []
+    changed = differing(applied, load(base))
+    assert {'conv_out.weight', 'conv_out.bias'} < {*changed}
+    assert all(name.startswith(('conv_out', *list_gates(tmp_path / 'a.safetensors').sites)) for name in changed)
