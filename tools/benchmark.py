@@ -4,6 +4,7 @@
     python tools/benchmark.py unet                 # the same on UNets of diffusers
     python tools/benchmark.py det                  # detectors, folded and fused; scoring of 5,000 images
     python tools/benchmark.py det --case Faster    # or RetinaNet, or scoring
+    python tools/benchmark.py learns               # a detector of which only gates, norms or the head learn
     python tools/benchmark.py far --rounds 15      # multi-head LSTMs against attention: bars, ways to run, tokens
     python tools/benchmark.py far --rounds 15 --page docs/benchmarks.md     # and writes the figures into that page
     python tools/benchmark.py launches             # operators dispatched, counted: the same on every machine
@@ -138,6 +139,17 @@ def det(args: Namespace, parser: cli.Parser, save: Save) -> None:
     save({'detectors': detectors, 'scoring': scoring, 'versions': versions()})
 
 
+def learns(args: Namespace, parser: cli.Parser, save: Save) -> None:
+    """Measure a detector of which a part learns."""
+    from bench import learns
+
+    from asr_downstream.measure.versions import versions
+
+    measured = learns.measure(args.rounds)
+    print(learns.table(measured))
+    save({**measured, 'versions': versions()})
+
+
 def plug(args: Namespace, parser: cli.Parser, save: Save) -> None:
     """Measure plugs on ResNets."""
     from bench import plug
@@ -201,6 +213,7 @@ BENCHMARKS: dict[str, Callable[[Namespace, cli.Parser, Save], None]] = {
     'plug': plug,
     'unet': unet,
     'det': det,
+    'learns': learns,
     'far': far,
     'launches': launches,
 }

@@ -43,7 +43,7 @@ from bench.forms import (
 )  # fmt: skip
 from bench.launches import cell, count_arms
 
-__all__ = ['CASES', 'SCALED', 'depth_table', 'fold_seconds', 'measure', 'ratios', 'table']
+__all__ = ['CASES', 'SCALED', 'depth_table', 'fold_seconds', 'measure', 'ratios', 'table', 'with_fastest']
 
 
 def total(outputs: Any) -> Tensor:
