@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ __all__ = [
     'files_in',
     'flush',
     'not_ours',
+    'open_to_others',
     'read_json',
     'remove',
     'sha256',
@@ -61,6 +63,7 @@ def write_atomically(path: Path, write: Callable[[Path], Any], needed: int | Non
         with writing(path, needed):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(temporary)
+            open_to_others(temporary)
             flush(temporary)
             os.replace(temporary, path)
     finally:
@@ -82,6 +85,7 @@ def write_together(writes: dict[Path, Callable[[Path], Any]]) -> None:
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write(aside(path))
+                open_to_others(aside(path))
                 flush(aside(path))
         for path in writes:
             with writing(path):
@@ -112,6 +116,7 @@ def whole_folder(folder: Path, needed: int | None = None) -> Iterator[Path]:
     try:
         with writing(folder, needed):
             yield building
+            open_to_others(building)
             remove(old)  # of a process that was killed just here; the new folder is complete by now
             before = target.is_symlink() or target.exists()
             if before:
@@ -186,6 +191,18 @@ def size(count: int) -> str:
             return f'{value:.3g} {unit}' if unit != 'bytes' else f'{count} bytes'
         value /= 1000
     return f'{value:,.1f} TB'
+
+
+def open_to_others(path: Path) -> None:
+    """Give a file, or every file in a folder, the permissions that new files have here.
+
+    safetensors makes its files for their owner alone, and what is shipped is often served by another user.
+    """
+    mask = os.umask(0o077)  # there is no other way to ask for it
+    os.umask(mask)
+    for file in [path] if path.is_file() else path.rglob('*'):
+        if file.is_file() and not file.is_symlink() and stat.S_IMODE(file.stat().st_mode) == 0o600:
+            file.chmod(0o666 & ~mask)
 
 
 def flush(path: Path) -> None:

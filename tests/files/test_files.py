@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -17,8 +18,9 @@ from conftest import ROOT, files_of_at_most
 from filelock import FileLock
 from safetensors.torch import save_file
 
+from asr_downstream.engine.state import checkpoints
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files.atomic import check_writable, whole_folder, write_atomically, writing
+from asr_downstream.files.atomic import check_writable, whole_folder, write_atomically, write_together, writing
 from asr_downstream.files.locks import check_free, occupied
 from asr_downstream.files.weights import read_checkpoint
 
@@ -171,3 +173,31 @@ def test_to_look_whether_a_folder_is_free_disturbs_nobody(tmp_path: Path) -> Non
     threading.Timer(0.1, lock.release).start()
     with occupied(tmp_path):
         pass
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='permissions of POSIX')
+@pytest.mark.parametrize('way', ['file', 'together', 'folder', 'checkpoint'])
+@pytest.mark.parametrize(('mask', 'mode'), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_what_is_written_has_the_permissions_of_new_files(tmp_path: Path, way: str, mask: int, mode: int) -> None:
+    """safetensors makes files for their owner alone."""
+
+    def save(path: Path) -> None:
+        save_file({'a': torch.ones(2)}, path)
+
+    before = os.umask(mask)
+    try:
+        path = tmp_path / 'out' / 'a.safetensors'
+        if way == 'file':
+            write_atomically(path, save)
+        elif way == 'together':
+            path.parent.mkdir()
+            write_together({path: save})
+        elif way == 'folder':
+            with whole_folder(path.parent) as building:
+                save(building / path.name)
+        else:
+            save(checkpoints.begin(tmp_path, 3) / path.name)
+            path = checkpoints.complete(tmp_path, 3) / path.name
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(path.stat().st_mode) == mode

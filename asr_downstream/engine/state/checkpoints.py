@@ -14,7 +14,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from asr_downstream.errors import CheckpointError
-from asr_downstream.files.atomic import flush, read_json, remove, sha256, writable_folder, write_json, writing
+from asr_downstream.files.atomic import (
+    flush,
+    open_to_others,
+    read_json,
+    remove,
+    sha256,
+    writable_folder,
+    write_json,
+    writing,
+)
 
 __all__ = [
     'aside',
@@ -64,6 +73,7 @@ def complete(run: Path, step: int) -> Path:
     files = sorted(p for p in folder.rglob('*') if p.is_file())
     entries = {p.relative_to(folder).as_posix(): {'bytes': p.stat().st_size, 'sha256': sha256(p)} for p in files}
     with writing(target):
+        open_to_others(folder)
         for path in files:
             flush(path)
         write_json(folder / MANIFEST, {'files': entries})
