@@ -50,7 +50,7 @@ def test_arms_are_timed(kind: str, precision: str, models: dict[str, nn.Module],
         assert arm['milliseconds'].median > 0
         assert (arm['peak_memory'] is None) == (device.type == 'cpu')
         assert device.type == 'cpu' or arm['peak_memory'] > 4 * sum(p.numel() for p in models[STOCK].parameters())
-    assert found['arms'][STOCK]['over_stock'] == (1, 1, 1)
+    assert found['arms'][STOCK]['over_stock'] == (1, 1, 1, 1)
     for name, model in models.items():  # copies were measured
         assert all(torch.equal(t, before[name][key]) for key, t in model.state_dict().items())
 
