@@ -105,7 +105,8 @@ class Adapter(Printed):
                 'output' if inputs is None else 'input' if gate is None else 'both',
             )
         heads = sum(v.numel() for v in self.heads.values())
-        taken = '' if self.path is None else f', {size(self.path.stat().st_size)}'
+        there = self.path is not None and self.path.is_file()  # it may have been moved since
+        taken = f', {size(self.path.stat().st_size)}' if there and self.path else ''
         lines = [
             f'{self.name}: {self.numbers:,} constants of {len(self.sites)} layers for {self.model or "a model"}{taken}',
             f'heads: {some(list(self.heads))} ({heads:,} numbers)' if self.heads else 'heads: none',

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import is_dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -12,9 +14,11 @@ from conftest import randomise
 from helpers.shared import DIA, images, plugged
 from torch import nn
 
-from asr_downstream import describe, far, fold, fold_calibrated, record, verify
+from asr_downstream import describe, far, fold, fold_calibrated, record, save_gates, verify
 from asr_downstream.console.text import Printed
+from asr_downstream.folding.native.report import NativeBlock, NativeReport
 from asr_downstream.plugging.describe import Description
+from asr_downstream.plugging.learning.choose import choose
 
 SE = dict(type='Attention', attention=dict(type='SE', reduction=4))
 ASR = dict(type='ASR', attention=dict(type='SE'))
@@ -52,6 +56,23 @@ def comparison() -> Any:
     return Comparison(evaluation('unfolded'), evaluation(), Differences(1e-5, 1e-6, 0, 1), 1.0)
 
 
+def learning() -> Any:
+    return choose(plugged(ASR), 'gates')
+
+
+def adapter() -> Any:
+    model = plugged({**ASR, 'preserve': True}, training=False)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_('.gate.' in name)
+    with TemporaryDirectory() as folder:
+        return save_gates(model, Path(folder) / 'night.safetensors')
+
+
+def removed() -> Any:
+    block = NativeBlock('layer.1.se', 'SELayer', 16, 0.25, 'layer.1.conv', 'outputs', 1e-16)
+    return NativeReport((block,), calibrated().calibration, verify(*[nn.Linear(4, 4).eval()] * 2, torch.ones(1, 4)))
+
+
 RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     'describe': (lambda: describe(plugged([ASR, SE])), ['layer2.1.bn3', 'ASR(SE) + Attention(SE)']),
     'describe, shared': (lambda: describe(plugged(DIA)), ['shared DIALSTM', '3 sites']),
@@ -63,6 +84,9 @@ RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     'verify': (lambda: verify(*[randomise(nn.Linear(4, 4)).eval()] * 2, torch.ones(1, 4)), ['(1, 4)', '0.00e+00']),
     'record': (lambda: recorded(SE), ['layer2.1.bn3', '(2, 64)']),
     'record, states': (lambda: recorded(DIA), ['layer2.1.bn3', 'states']),
+    'learning': (learning, ['learns gates', 'numbers']),
+    'adapter': (adapter, ['night.safetensors', 'layer2.1.bn3']),
+    'removed attention': (removed, ['layer.1.se', 'SELayer', '0.25']),
     'evaluation': (evaluation, ['folded', '1,234']),
     'comparison': (comparison, ['unfolded', 'x 1.000']),
 }
