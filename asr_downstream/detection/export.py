@@ -117,10 +117,27 @@ def fold_checkpoint(
         checks = {'float32': compared(folded, shipped, checkpoint)}
     content = report_content(config, checkpoint, report, checks, seconds)
     content['still_plugged'] = kept
-    written = card_path(out)
-    content['card'] = written.name
+    content['card'] = card_path(out).name
     tested = tested_before(checkpoint, content['checkpoint']['sha256'])
     text = detector_card(plain, out, content, meta, said, tested)
+
+    write_shipped(out, shipped, plain, meta, content, text)
+    return {**content, 'report': report}
+
+
+def write_shipped(
+    out: Path, shipped: nn.Module, config: Config, meta: dict[str, Any], content: dict[str, Any], card: str
+) -> None:
+    """Write what belongs together: weights, the config beside them, the model card, and the report.
+
+    Args:
+        out: file of the weights.
+        shipped: the detector.
+        config: that builds it.
+        meta: of the checkpoint that it was made from.
+        content: of the report; gets the hash of the weights.
+        card: text of the model card.
+    """
 
     def write_report(path: Path) -> None:
         content['folded'] = {'file': out.name, 'sha256': sha256(aside(out)), 'config': out.with_suffix('.py').name}
@@ -129,12 +146,11 @@ def fold_checkpoint(
     write_together(
         {
             out: lambda p: write_weights(p, out.suffix, shipped, meta),
-            out.with_suffix('.py'): lambda p: p.write_text(plain.pretty_text),
-            written: lambda p: p.write_text(text),
+            out.with_suffix('.py'): lambda p: p.write_text(config.pretty_text),
+            card_path(out): lambda p: p.write_text(card),
             out.parent / 'fold_report.json': write_report,
         }
     )
-    return {**content, 'report': report}
 
 
 def compared(model: nn.Module, folded: nn.Module, checkpoint: Path) -> Verification:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import json
 import time
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -25,10 +24,10 @@ from asr_downstream.detection.evaluation.calibrate import (
     preprocessed_features,
 )
 from asr_downstream.detection.evaluation.evaluate import evaluate
-from asr_downstream.detection.export import FORMATS, compared, report_content, write_weights
+from asr_downstream.detection.export import FORMATS, compared, report_content, write_shipped
 from asr_downstream.detection.models.detectors import build_detector, load_detector
 from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError
-from asr_downstream.files.atomic import aside, check_could_write, sha256, write_together
+from asr_downstream.files.atomic import check_could_write
 from asr_downstream.files.card import card_of
 from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.native.fold import fold_native
@@ -102,22 +101,9 @@ def remove_attention(
     load_state(shipped, folded.cpu().state_dict(), checkpoint)
     content = report_content(config, checkpoint, first, {'float32': compared(folded, shipped, checkpoint)}, seconds)
     content.update(still_plugged=[], native=found.as_dict(), **{REMOVED: list(plain.get(REMOVED, ()))})
-    written = card_path(out)
-    content['card'] = written.name
+    content['card'] = card_path(out).name
     text = detector_card(plain, out, content, meta, said)
-
-    def write_report(path: Path) -> None:
-        content['folded'] = {'file': out.name, 'sha256': sha256(aside(out)), 'config': out.with_suffix('.py').name}
-        path.write_text(json.dumps(content, indent=2) + '\n')
-
-    write_together(
-        {
-            out: lambda p: write_weights(p, out.suffix, shipped, meta),
-            out.with_suffix('.py'): lambda p: p.write_text(plain.pretty_text),
-            written: lambda p: p.write_text(text),
-            out.parent / 'fold_report.json': write_report,
-        }
-    )
+    write_shipped(out, shipped, plain, meta, content, text)
     return {**content, 'report': found}
 
 
