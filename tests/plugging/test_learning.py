@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from conftest import randomise
+from helpers.learning import DIA, SRM, changed, freezing, made, state_of, step
 from helpers.plugged import ASR, CLASSIC, X, tiny
 from torch import Tensor, nn
 
-from asr_downstream import describe, fold, plug
+from asr_downstream import describe, plug
 from asr_downstream.errors import PlugError
 from asr_downstream.measure.cost import optimiser_bytes
-from asr_downstream.models.resnet_cifar import ResNet
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.gating.gates import Gate
-from asr_downstream.plugging.learning.choose import KEPT, choose
+from asr_downstream.plugging.learning.choose import choose
 from asr_downstream.plugging.learning.restrict import release, restrict, trained_beside_gates, warn_of_another_start
 
-DIA = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4))
-SRM = dict(type='Attention', attention=dict(type='SRM'))
 IS_NORM = ('bn1', 'bn2', 'bn3', 'downsample.1')
 LEARNT = {
     'gates': lambda name: bool(GATES.search(name)),
@@ -34,32 +29,6 @@ LEARNT = {
     'bias': lambda name: name.endswith('.bias') and not GATES.search(name),
     'fc.*': lambda name: name.startswith('fc.'),
 }
-
-
-def made(spec: Any = ASR) -> ResNet:
-    model = tiny()
-    if spec is not None:
-        plug(model, dict(spec, preserve=True))
-    return model.train()
-
-
-def step(model: nn.Module, times: int = 3, make: Any = torch.optim.AdamW) -> torch.optim.Optimizer:
-    """Train as a trainer does: with ``train()`` before every step."""
-    optimiser = make([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(times):
-        model.train()
-        optimiser.zero_grad()
-        model(torch.randn(X)).square().mean().backward()
-        optimiser.step()
-    return optimiser
-
-
-def changed(model: nn.Module, before: dict[str, Tensor]) -> set[str]:
-    return {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy(model.state_dict())
 
 
 @pytest.mark.parametrize('spec', [ASR, DIA, CLASSIC, SRM], ids=lambda s: f'{s["type"]}-{s["attention"]["type"]}')
@@ -129,25 +98,6 @@ def test_gradients_are_those_of_a_model_in_which_all_learn(spec: Any) -> None:
         torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-10, atol=1e-14, msg=name)
 
 
-class FreezesItself(ResNet):
-    """Freezes its first stage whenever the mode is switched, as mmdet's ``frozen_stages`` does."""
-
-    def train(self, mode: bool = True) -> Any:
-        super().train(mode)
-        self.layer1.eval()
-        for parameter in self.layer1.parameters():
-            parameter.requires_grad_(False)
-        return self
-
-
-def freezing(spec: Any = ASR) -> ResNet:
-    model = made(None)
-    model.__class__ = FreezesItself
-    model.train()
-    plug(model, dict(spec, preserve=True), frozen=True)
-    return model.train()
-
-
 def test_gates_learn_in_what_the_model_freezes_and_nothing_else_does() -> None:
     model = randomise(freezing(SRM))
     learning = choose(model, 'gates')
@@ -178,90 +128,6 @@ def test_what_the_model_freezes_stays_frozen_unless_a_pattern_names_it() -> None
     model.requires_grad_(False)
     with pytest.raises(PlugError, match="learns='norms': the model itself has frozen all of them"):
         choose(model, 'norms')
-
-
-def copied(model: Any) -> Any:
-    return copy.deepcopy(model)
-
-
-def pickled(model: Any) -> Any:
-    return pickle.loads(pickle.dumps(model))
-
-
-def saved(model: Any) -> Any:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-@pytest.mark.parametrize('again', [copied, pickled, saved])
-def test_copies_are_restricted_as_well(again: Any) -> None:
-    model = randomise(made())
-    kind = type(model)
-    restrict(model, choose(model, 'gates'))
-    other = again(model)
-    assert type(other) is type(model)
-    assert type(other).__name__ == kind.__name__
-    assert isinstance(other, kind)
-    before, own = state_of(other), state_of(model)
-    step(other)
-    assert changed(other, before) == {n for n, _ in model.named_parameters() if GATES.search(n)}
-    assert not changed(model, own)
-    release(other)
-    assert type(other) is kind
-
-
-def test_releasing_gives_the_model_back() -> None:
-    model = made()
-    kind, flags = type(model), [m.training for m in model.modules()]
-    restrict(model, choose(model, 'gates'))
-    assert [m.training for m in model.modules()] != flags
-    assert type(model) is not kind
-    release(model)
-    release(model)
-    assert type(model) is kind
-    assert [m.training for m in model.modules()] == flags
-    assert all(p.requires_grad for p in model.parameters())
-    assert KEPT not in vars(model)
-
-
-def test_another_choice_takes_the_place_of_the_first() -> None:
-    model = made()
-    fresh = choose(model, 'norms')
-    restrict(model, choose(model, 'gates'))
-    assert choose(model, 'norms') == fresh
-    restrict(model, fresh)
-    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(fresh.names)
-
-
-def test_folding_gives_a_stock_model_that_learns_again() -> None:
-    model = randomise(made())
-    restrict(model, choose(model, 'gates'))
-    folded, _ = fold(model.eval())
-    assert type(folded) is ResNet
-    assert KEPT not in vars(folded)
-    assert all(p.requires_grad for p in folded.parameters())
-    assert all(m.training for m in folded.train().modules())
-    assert not torch.equal(folded.layer1[0].bn3.weight, model.layer1[0].bn3.weight)
-    x = torch.randn(X)
-    torch.testing.assert_close(folded.eval()(x), model(x), rtol=1e-4, atol=1e-5)
-    assert describe(model).learning is not None  # the live model is as it was
-    stock = tiny()
-    restrict(stock, choose(stock, 'norms'))
-    with pytest.warns(UserWarning, match='no plugged sites'):
-        folded, _ = fold(stock.eval())
-    assert type(folded) is ResNet
-    assert all(p.requires_grad for p in folded.parameters())
-
-
-def test_a_model_that_keeps_its_dynamic_gates_is_released_too() -> None:
-    model = tiny()
-    plug(model, [ASR, CLASSIC])
-    restrict(model, choose(model, 'gates'))
-    partly, _ = fold(model.eval(), dynamic='keep')
-    assert describe(partly).learning is None
-    assert type(partly) is ResNet
 
 
 def test_numbers_and_bytes_are_counted() -> None:
@@ -382,42 +248,6 @@ def test_a_weight_that_two_layers_share_learns_by_either_name() -> None:
     assert learning.gradients_saved == 4 * (9 + 3 * 3)
 
 
-def test_data_parallel_training_changes_nothing_else(tmp_path: Path) -> None:
-    model = randomise(freezing())
-    alone = copy.deepcopy(model)
-    restrict(model, choose(model, 'gates'))
-    restrict(alone, choose(alone, 'gates'))
-    dist = torch.distributed
-    dist.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
-    try:
-        before = state_of(model)
-        torch.manual_seed(1)
-        step(nn.parallel.DistributedDataParallel(model))
-        assert changed(model, before) == {n for n, _ in model.named_parameters() if GATES.search(n)}
-    finally:
-        dist.destroy_process_group()
-    torch.manual_seed(1)
-    step(alone)
-    for name, value in alone.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value, msg=name)
-
-
-@pytest.mark.parametrize('spec', [DIA, CLASSIC], ids=lambda spec: spec['type'])
-def test_low_memory_gives_the_same_gradients(spec: Any) -> None:
-    spec = {**spec, 'memory': 'low'}
-    one = randomise(made(spec)).double()
-    other = copy.deepcopy(one).eval()
-    restrict(one, choose(one, 'gates'))
-    x = torch.randn(X, dtype=torch.float64)
-    one.train()(x).square().mean().backward()
-    other(x).square().mean().backward()
-    expected = dict(other.named_parameters())
-    found = {n: p.grad for n, p in one.named_parameters() if p.grad is not None}
-    assert found.keys() == {n for n in expected if GATES.search(n)}
-    for name, gradient in found.items():
-        torch.testing.assert_close(gradient, expected[name].grad, rtol=1e-9, atol=1e-13, msg=name)
-
-
 def test_gates_that_do_not_start_at_one_are_said() -> None:
     model = tiny()
     plug(model, ASR)
@@ -436,12 +266,3 @@ def test_what_changes_beside_gates_is_known_with_its_statistics() -> None:
     before = state_of(model)
     step(model)
     assert {name for name in changed(model, before) if not GATES.search(name)} == set(trained_beside_gates(model))
-
-
-def test_half_precision_changes_nothing_else() -> None:
-    model = randomise(made())
-    restrict(model, choose(model, 'gates'))
-    before = state_of(model)
-    with torch.autocast('cpu', torch.bfloat16):
-        step(model)
-    assert changed(model, before) == {n for n, _ in model.named_parameters() if GATES.search(n)}
