@@ -321,12 +321,13 @@ def train_on_a_part(rank: int, world: int, file: str, out: str, spec: dict, chec
     torch.distributed.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ('spec', 'checkpointed'),
     [
-        pytest.param(DIA, False, id='DIA', marks=pytest.mark.slow),
+        pytest.param(DIA, False, id='DIA'),
         pytest.param(DIA, True, id='DIA-cp'),
-        pytest.param(ASR_DIA, True, id='ASR-DIA-cp', marks=pytest.mark.slow),
+        pytest.param(ASR_DIA, True, id='ASR-DIA-cp'),
     ],
 )
 def test_two_processes_give_the_weights_of_one(spec: dict, checkpointed: bool, tmp_path: Path) -> None:

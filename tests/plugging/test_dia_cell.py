@@ -162,6 +162,7 @@ def test_gradients_of_many_outputs_at_once() -> None:
     same(list(together), [torch.stack(each) for each in zip(*apart, strict=True)])
 
 
+@pytest.mark.slow
 def test_compiled_autograd() -> None:
     unit, inputs = cell(), descriptors(3)
     expected = torch.autograd.grad(loss(run(unit, inputs)), list(unit.parameters()))

@@ -249,9 +249,8 @@ def test_functional_call_and_func_grad(spec: Any) -> None:
     assert_same(list(grads.values()), expected[: len(grads)])
 
 
-@pytest.mark.parametrize(
-    'spec', [pytest.param(s, id=n, marks=() if n == 'DIA' else pytest.mark.slow) for n, s in SPECS.items()]
-)
+@pytest.mark.slow  # test_dia_corners and test_plug compile as well
+@pytest.mark.parametrize('spec', [pytest.param(s, id=n) for n, s in SPECS.items()])
 def test_torch_compile(spec: Any) -> None:
     model = plugged(spec)
     other = copy.deepcopy(model)

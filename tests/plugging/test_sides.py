@@ -200,6 +200,7 @@ def test_while_statistics_are_synchronised(monkeypatch: pytest.MonkeyPatch) -> N
     assert (stock(x) - expected).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_compiled_and_transformed() -> None:
     model = plugged([SHIFT, {**INPUT, 'sites': ['*.conv2', 'fc']}]).double()
     x = torch.randn(X, dtype=torch.float64)
