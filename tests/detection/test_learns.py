@@ -60,7 +60,7 @@ IN = {
 }
 
 
-@pytest.mark.parametrize('path', [ASR, DIA])
+@pytest.mark.parametrize('path', [ASR, pytest.param(DIA, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('learns', IN)
 def test_only_what_was_named_changes(digits: Path, stock: Path, tmp_path: Path, path: str, learns: str) -> None:
     start = AtStart()
@@ -107,8 +107,14 @@ def test_the_start_is_the_base_bit_for_bit_also_in_training_mode(digits: Path, s
         assert torch.equal(found, wanted)
 
 
-@pytest.mark.parametrize('stop', [DieAt, SignalAt])
-@pytest.mark.parametrize('options', [{'learns': 'gates'}, {'learns': ['gates+norms', 'bbox_head.*'], 'ema': True}])
+@pytest.mark.parametrize('stop', [DieAt, pytest.param(SignalAt, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    'options',
+    [
+        pytest.param({'learns': 'gates'}, marks=pytest.mark.slow),
+        {'learns': ['gates+norms', 'bbox_head.*'], 'ema': True},
+    ],
+)
 def test_a_resumed_training_is_the_one_without_the_stop(
     digits: Path, stock: Path, tmp_path: Path, stop: Any, options: dict[str, Any]
 ) -> None:
@@ -261,6 +267,7 @@ def test_the_command_trains_what_it_was_told(digits: Path, stock: Path, tmp_path
     assert "'gaets' matches no weight of RetinaNet; did you mean 'gates'?" in wrong.stderr
 
 
+@pytest.mark.slow
 def test_a_launch_trains_as_one_process_does(
     digits: Path, stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
