@@ -8,6 +8,7 @@ Diffusion: two UNets (stock, ASR(SE)); writes work_dirs/demo/diffusion/samples.p
 FAR: a ViT, its attention replaced by LSTMs, and half of their units pruned; writes work_dirs/demo/far/relations.png,
 shipped/, summary.json.
 Detection: three RetinaNets (stock, ASR(SE), DIA); writes work_dirs/demo/detections.png, shipped/, summary.json.
+At the end work_dirs/demo/report.html has all of it: verdicts, curves, pictures.
 The exit code is 1 if a folded model does not equal the unfolded one, a model has not learnt, or the pruned model is
 more than one point below its teacher.
 """
@@ -52,8 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         summary = detection(args.out, ROOT / 'det_configs' / 'digits', ROOT / 'tools', args.epochs)
         failed += [name for name, held in summary['checks'].items() if not held]
+    print(f'{write_report(args.out)}: all of it in one file')
     if failed:
         sys.exit(f'did not hold: {", ".join(failed)}')
+
+
+def write_report(out: Path) -> Path:
+    """Write a page about the parts of the demo that are there."""
+    from asr_downstream.commands.reports.find import sections_of
+    from asr_downstream.commands.reports.render import write
+
+    command = ' '.join(['python tools/demo.py', *sys.argv[1:]])
+    write(out / 'report.html', sections_of([out]), 'Demo: train with attention, ship the stock model', command)
+    return out / 'report.html'
 
 
 if __name__ == '__main__':

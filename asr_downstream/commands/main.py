@@ -87,6 +87,16 @@ COMMANDS = {
         'tools/evaluate_far.py',
         'compare a teacher with its distilled and pruned models',
     ),
+    'ablate': Command(
+        'asr_downstream.commands.ablate',
+        'tools/ablate.py',
+        'train arms over seeds, and say with intervals whether an attention helps',
+    ),
+    'report': Command(
+        'asr_downstream.commands.report',
+        'tools/report.py',
+        'write one HTML file about runs: verdicts, curves, pictures, provenance',
+    ),
     'fold': Command(
         'asr_downstream.commands.fold',
         'tools/fold.py',

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from helpers.diffusion import (
     write_images,
 )
 
-from asr_downstream.diffusion.evaluation.compare import compare_runs
+from asr_downstream.diffusion.evaluation.compare import compare_runs, plain_ticks, plt
 from asr_downstream.diffusion.evaluation.encoder import load_encoder, train_encoder
 from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
 from asr_downstream.diffusion.evaluation.fold import compare, fold_run
@@ -216,3 +217,16 @@ def test_compare_sees_a_difference(run: Path) -> None:
     folded.down_blocks[0].resnets[0].conv2.weight.data.mul_(1.1)
     with pytest.raises(FoldError, match='in float32'):
         compare(ours, folded)
+
+
+@pytest.mark.parametrize('losses', [[0.34, 0.12], [2.0, 2.1], [30.0, 0.02]])
+def test_axes_of_losses_have_plain_numbers(losses: list[float]) -> None:
+    figure, axis = plt.subplots()
+    axis.plot(losses)
+    axis.set_yscale('log')
+    plain_ticks(axis)
+    figure.canvas.draw()
+    texts = [text.get_text() for text in axis.get_yticklabels(which='both') if text.get_text()]
+    plt.close(figure)
+    assert 3 <= len(texts) <= 8
+    assert all(re.fullmatch(r'[\d.]+', text) for text in texts)

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
+from asr_downstream.console.ticks import labels, log_ticks
 from asr_downstream.diffusion.evaluation.pictures import grid
 from asr_downstream.diffusion.evaluation.results import Result, read_results, tables
 from asr_downstream.engine.trackers import read_log
@@ -89,10 +90,19 @@ def draw_curves(path: Path, curves: dict[str, list[dict]], results: dict[str, li
     loss.legend(drawn, labels, frameon=False, fontsize=8)
     for axis in axes:
         axis.spines[['top', 'right']].set_visible(False)
+        if axis.has_data():
+            plain_ticks(axis)
     try:
         write_atomically(path, lambda p: figure.savefig(p, dpi=110, format='png'))
     finally:
         plt.close(figure)
+
+
+def plain_ticks(axis: Axes) -> None:
+    """Give a logarithmic axis plain numbers, also where it spans less than a power of ten."""
+    found = log_ticks(*axis.get_ylim())
+    axis.set_yticks(found, labels(found))
+    axis.set_yticks([], minor=True)
 
 
 def draw_fid(axis: Axes, results: list[Result]) -> None:
