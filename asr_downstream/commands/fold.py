@@ -138,7 +138,7 @@ def fold_detector(args: argparse.Namespace) -> None:
     result = fold_checkpoint(config, checkpoint, out, args.trust, plan, card)
     found = result['feature_map_difference']
     if not result['sites']:
-        print(f'nothing to fold, {config_file} plugs nothing: the weights are shipped as they are')
+        print(f'nothing to fold, the model of {config_file} has no gates: the weights are shipped as they are')
     elif plan is None:
         print(
             f'folded {len(result["sites"])} sites in {result["fold_seconds"]:.2f} s; relative difference of the '

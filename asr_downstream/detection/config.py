@@ -206,7 +206,9 @@ def narrowed(spec: dict[str, Any], sites: list[str]) -> dict[str, Any] | None:
             f'share={spec["share"]!r}: what a budget keeps of listed groups has no config of its own; use '
             f"share='stage' or 'width', or fold without a budget"
         )
-    constant = spec['type'] == 'ASR' or not getattr(find(ATTENTIONS, spec['attention']['type']), 'uses_input', True)
+    attention = spec.get('attention')  # a Start has none
+    uses_input = attention is not None and getattr(find(ATTENTIONS, attention['type']), 'uses_input', True)
+    constant = spec['type'] == 'ASR' or not uses_input
     patterns = spec.get('sites', 'residual')
     own = [
         site

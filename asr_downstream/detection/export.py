@@ -87,7 +87,8 @@ def fold_checkpoint(
     stock = not describe(plugged).sites
     if stock and calibrate is not None:
         raise CheckpointError(
-            f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug; leave out --calibrate'
+            f'{checkpoint}: nothing to fold, the model of {config.filename} has no plug with gates; '
+            f'leave out --calibrate'
         )
     if calibrate is None:
         check_exact(plugged, checkpoint, '--calibrate N')

@@ -203,7 +203,7 @@ def folding(report: dict[str, Any]) -> str:
     """What folding changed."""
     sites, plugged = len(report['sites']), report['parameters']['plugged']
     if not sites and report['calibration'] is None:
-        return 'There was nothing to fold: the run has no plug, and its weights are shipped as they were trained.'
+        return 'There was nothing to fold: the run has no gates, and its weights are shipped as they were trained.'
     text = f'{sites} sites were folded; while it trained the model had {plugged:,} parameters.\n'
     if report['difference'] is None:
         change = report['calibration']['output_change']

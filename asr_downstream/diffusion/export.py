@@ -61,7 +61,9 @@ def fold_and_ship(
     metadata = metadata or Metadata()
     plugged = bool(describe(run.parts.model).sites)
     if calibrate is not None and not plugged:
-        raise CheckpointError(f'{run.folder}: nothing to calibrate, its model has no plug; leave --calibrate out')
+        raise CheckpointError(
+            f'{run.folder}: nothing to calibrate, its model has no plug with gates; leave --calibrate out'
+        )
     results = [r for r in read_results(run.folder) if r.step == run.step and r.weights == run.sha256]
     check_writable(out.absolute().parent)
     if run.config.replace is not None:

@@ -29,7 +29,7 @@ from asr_downstream.plugging.gating.shared_unit import unregister
 from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.learning.restrict import release
-from asr_downstream.plugging.save import forget, keep_dynamic
+from asr_downstream.plugging.save import forget, keep_dynamic, starts
 
 __all__ = [
     'Comparison',
@@ -116,10 +116,11 @@ def fold_gates(
     layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Plugged)}
     check_sites_bare(model, layers, FoldError)
     if not layers:
-        message = (
-            f'{type(model).__name__} has no plugged sites: it is a stock model or was folded before; copied as it is'
-        )
-        warn(message)
+        name = type(model).__name__
+        message = f'{name}: its sites were scaled and have no gates, so it is a stock model; copied as it is'
+        if not starts(model):
+            message = f'{name} has no plugged sites: it is a stock model or was folded before; copied as it is'
+            warn(message)
         return make_stock_(copy_of(model, FoldError)), FoldReport(message=message)
     check_mode(model)
     check_constant(layers, dynamic)

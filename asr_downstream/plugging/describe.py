@@ -10,6 +10,7 @@ from torch import nn
 
 from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import PlugError
+from asr_downstream.modules.affine import output_channels
 from asr_downstream.modules.check import check_module
 from asr_downstream.plugging.attach import orphans
 from asr_downstream.plugging.gating.gates import ConstantGate, Gate, side_of
@@ -20,9 +21,10 @@ from asr_downstream.plugging.kernels.memory import LOW, PLAIN, chosen
 from asr_downstream.plugging.kernels.recompute import regainable
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.learning.choose import KEPT, Learning
+from asr_downstream.plugging.save import starts
 from asr_downstream.plugging.sites import find_sites
 
-__all__ = ['Description', 'SharedRow', 'SiteRow', 'check_connected', 'describe']
+__all__ = ['Description', 'SharedRow', 'SiteRow', 'StartRow', 'check_connected', 'describe']
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class SiteRow:
         path: name in ``named_modules()``.
         layer: name of the stock class.
         channels: number of gates, of the output if it has some.
-        plug: such as ``'ASR(SE) + Attention(SE)'``, ``'ASR(SE) + shift'`` or ``'input ASR(SE)'``.
+        plug: such as ``'ASR(SE) + Attention(SE)'``, ``'ASR(SE) + shift'``, ``'input ASR(SE)'`` or
+            ``'Start(0.5) + ASR(SE)'``.
         parameters: number of parameters that the plug added here, without shared ones.
         folds: whether all its gates are constant.
         memory: form of its input-dependent gates in training, ``'plain'`` or ``'low'``; ``''`` without such.
@@ -48,6 +51,23 @@ class SiteRow:
     folds: bool
     memory: str = ''
     side: str = OUTPUT
+
+
+@dataclass(frozen=True)
+class StartRow:
+    """A layer that was scaled when it was plugged and is stock, see `asr_downstream.plugging.plugs.start`.
+
+    Attributes:
+        path: name in ``named_modules()``.
+        layer: name of its class.
+        channels: number of its output channels.
+        value: by what it was multiplied.
+    """
+
+    path: str
+    layer: str
+    channels: int
+    value: float
 
 
 @dataclass(frozen=True)
@@ -73,10 +93,11 @@ class Description(Printed):
 
     Attributes:
         model: class name of the model.
-        sites: one row a site, in the order of ``named_modules()``.
+        sites: one row a site with gates, in the order of ``named_modules()``.
         shared: one row a shared attention.
         candidates: where nothing is plugged: paths of the layers that ``sites='residual'`` means.
         learning: what learns, where that is not everything; see `asr_downstream.plugging.learning.restrict.restrict`.
+        starts: one row a site without gates that was scaled.
     """
 
     model: str
@@ -84,6 +105,7 @@ class Description(Printed):
     shared: tuple[SharedRow, ...] = ()
     candidates: tuple[str, ...] = ()
     learning: Learning | None = None
+    starts: tuple[StartRow, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -95,10 +117,11 @@ class Description(Printed):
 
     def tables(self) -> list[Table | str]:
         """Return the table of the sites, or a line that says what could be one."""
-        if not self.sites:
+        if not self.sites and not self.starts:
             found = f"sites='residual' means {some(list(self.candidates))}"
             return [f'{self.model}: no plugged sites; {found if self.candidates else "no residual block is known"}']
-        table = Table(title=f'{self.model}: {len(self.sites)} sites, {self.parameters:,} parameters added')
+        sites = len(self.sites) + len(self.starts)
+        table = Table(title=f'{self.model}: {sites} sites, {self.parameters:,} parameters added')
         for name, justify in (('site', 'left'), ('layer', 'left'), ('channels', 'right'), ('plug', 'left')):
             table.add_column(name, justify=justify)  # type: ignore[arg-type]
         table.add_column('parameters', justify='right')
@@ -110,6 +133,8 @@ class Description(Printed):
             folds = 'exactly' if row.folds else 'no: depends on the input'
             cells = row.path, row.layer, str(row.channels), row.plug, f'{row.parameters:,}', folds
             table.add_row(*cells, *[row.memory] * forms, *[row.side] * sides)
+        for start in self.starts:
+            table.add_row(start.path, start.layer, str(start.channels), start_label(start.value), '0', 'is stock')
         for unit in self.shared:
             if unit is self.shared[0]:
                 table.add_section()
@@ -126,6 +151,7 @@ def describe(model: nn.Module) -> Description:
     check_module(model, 'describe')
     rows = []
     units: dict[SharedUnit, list[str]] = {}
+    scaled = starts(model)
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
             continue
@@ -139,7 +165,7 @@ def describe(model: nn.Module) -> Description:
                 path=path,
                 layer=layer.stock.__name__,
                 channels=(outputs or gates)[0].channels,
-                plug=' + '.join(label(gates)),
+                plug=' + '.join([*([start_label(scaled.pop(path))] if path in scaled else []), *label(gates)]),
                 parameters=sum(p.numel() for gate in gates for p in gate.parameters()),
                 folds=all(isinstance(gate, ConstantGate) for gate in gates),
                 memory=training_form(layer),
@@ -148,8 +174,19 @@ def describe(model: nn.Module) -> Description:
         )
     check_connected(model)
     shared = tuple(shared_row(unit, paths) for unit, paths in units.items())
-    found = () if rows else candidates(model)
-    return Description(type(model).__name__, tuple(rows), shared, found, vars(model).get(KEPT))
+    found = () if rows or scaled else candidates(model)
+    stock = tuple(start_row(path, model.get_submodule(path), value) for path, value in scaled.items())
+    return Description(type(model).__name__, tuple(rows), shared, found, vars(model).get(KEPT), stock)
+
+
+def start_row(path: str, layer: nn.Module, value: float) -> StartRow:
+    """Row of a stock layer that was scaled."""
+    return StartRow(path, type(layer).__name__, output_channels(layer), value)
+
+
+def start_label(value: float) -> str:
+    """What the column of plugs says of a scaled layer."""
+    return f'Start({value:g})'
 
 
 def shared_row(unit: SharedUnit, paths: list[str]) -> SharedRow:

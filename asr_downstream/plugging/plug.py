@@ -24,8 +24,9 @@ from asr_downstream.plugging.gating.gates import ConstantGate, DynamicGate, Gate
 from asr_downstream.plugging.gating.shared_unit import SharedUnit, check_free, register
 from asr_downstream.plugging.gating.sides import OUTPUT
 from asr_downstream.plugging.layers import Plugged
-from asr_downstream.plugging.plugs import Plug
-from asr_downstream.plugging.save import Attached, attached, watch
+from asr_downstream.plugging.plugs import Selection
+from asr_downstream.plugging.plugs.start import check_starts, scale
+from asr_downstream.plugging.save import Attached, attached, starts, watch
 from asr_downstream.plugging.sites import Site, find_sites
 from asr_downstream.registry import PLUGS, REBUILDERS, build
 
@@ -46,7 +47,8 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
             of the gates, see `asr_downstream.load_plugged`.
         spec: ``dict(type='ASR', attention=dict(type='SE'), sites='residual', repeat=1, init=0.1, preserve=False)``
             or a list of such dicts, applied from the layer outwards: ``[ASR, Attention]``; ``shift=True`` and
-            ``side='input'``: see `asr_downstream.plugging.gating.sides`.
+            ``side='input'``: see `asr_downstream.plugging.gating.sides`. ``dict(type='Start', value=0.5)``, first in
+            a list, has no gates: see `asr_downstream.plugging.plugs.start`.
         frozen: whether sites in frozen blocks are plugged like others: where only the gates learn, they learn there
             too, see `asr_downstream.plugging.learning.restrict.restrict`.
 
@@ -61,12 +63,13 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
     specs = spec_list(spec)
     if not specs:
         raise PlugError("the spec is empty: expected dict(type='ASR', attention=dict(type='SE')) or a list of such")
-    plugs: list[Plug] = [build(PLUGS, s) for s in specs]
+    plugs: list[Selection] = [build(PLUGS, s) for s in specs]
 
     layers: dict[str, nn.Module] = {}
     gates: defaultdict[str, list[Gate]] = defaultdict(list)
     units: list[SharedUnit] = []
     records: list[Attached] = []
+    scaled: dict[str, float] = {}  # path -> by what
     check_bare(model, PlugError)
     for number, item in enumerate(plugs):
         sites = item.select(trainable_sites(model, item, frozen))
@@ -75,33 +78,41 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
             layers[site.path] = site.layer
         check_sites_bare(model, [site.path for site in sites], PlugError)
         check_own(model, {site.path: site.layer for site in sites}, PlugError)
-        built, shared = item.build(sites, partial(own_random_stream, number))
+        before = sum(other.start is None for other in plugs[:number])  # gates are the same with a Start and without
+        built, shared = item.build(sites, partial(own_random_stream, before))
         units += shared
         constant = all(isinstance(gate, ConstantGate) for of_site in built.values() for gate in of_site)
-        records.append(attached(specs[number], list(built), constant))
+        records.append(attached(specs[number], list(built), constant, item.start))
+        if item.start is not None:
+            check_starts(list(built), starts(model) | scaled, gates)
+            scaled.update(dict.fromkeys(built, item.start))
         for path, of_site in built.items():
-            if any(isinstance(g, DynamicGate) for g in gates[path]) and any(
+            if any(isinstance(g, DynamicGate) for g in gates.get(path, ())) and any(
                 isinstance(g, ConstantGate) and g.side == OUTPUT for g in of_site
             ):
                 raise PlugError(
                     f'{path}: constant gates outside of an input-dependent attention do not fold; '
                     f'put the ASR first in the list: [ASR, Attention]'
                 )
-            gates[path] += of_site
+            if of_site:
+                gates[path] += of_site
 
     if units:
         check_free(model)
     register(model, units)
-    for path, layer in layers.items():
+    for path, value in scaled.items():
+        scale(layers[path], value)
+    for path, of_site in gates.items():
         attach(
-            layer,
-            [g for g in gates[path] if isinstance(g, ConstantGate)],
-            [g for g in gates[path] if isinstance(g, DynamicGate)],
+            layers[path],
+            [g for g in of_site if isinstance(g, ConstantGate)],
+            [g for g in of_site if isinstance(g, DynamicGate)],
         )
     bank.install(model, [g for of_site in gates.values() for g in of_site if isinstance(g, ConstantGate)])
     model.plug_sites = [*getattr(model, 'plug_sites', []), *records]  # type: ignore[assignment]
     model.plug_spec = [*getattr(model, 'plug_spec', []), *copy.deepcopy(specs)]  # type: ignore[assignment]
-    watch(model)
+    if gates:
+        watch(model)
     return describe(model)
 
 
@@ -121,7 +132,7 @@ def spec_list(spec: Any) -> list[dict[str, Any]]:
     return list(spec)
 
 
-def trainable_sites(model: nn.Module, item: Plug, also_frozen: bool) -> list[Site]:
+def trainable_sites(model: nn.Module, item: Selection, also_frozen: bool) -> list[Site]:
     """Sites of one plug. Frozen ones are skipped, with a warning, unless ``sites`` is a list that names them."""
     sites = find_sites(model, item.sites)
     if also_frozen or not any(p.requires_grad for p in model.parameters()):
@@ -132,7 +143,7 @@ def trainable_sites(model: nn.Module, item: Plug, also_frozen: bool) -> list[Sit
     advice = 'unfreeze them first (mmdet: frozen_stages=0 or -1)'
     if not isinstance(item.sites, str):
         warnings.warn(
-            f'{len(frozen)} sites lie in frozen blocks and their gates may never train: {some(frozen)}; '
+            f'{len(frozen)} sites lie in frozen blocks and may never train: {some(frozen)}; '
             f'{advice}, or leave them out of sites=[...]',
             stacklevel=3,
         )
@@ -143,7 +154,7 @@ def trainable_sites(model: nn.Module, item: Plug, also_frozen: bool) -> list[Sit
             f'all {len(frozen)} sites lie in frozen blocks: {some(frozen)}; {advice}, or name them with sites=[...]'
         )
     warnings.warn(
-        f'{len(frozen)} sites lie in frozen blocks, where gates would never train, and were not plugged: '
+        f'{len(frozen)} sites lie in frozen blocks, where nothing would train, and were not plugged: '
         f'{some(frozen)}; to plug them, {advice}',
         stacklevel=3,
     )

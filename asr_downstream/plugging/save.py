@@ -50,6 +50,7 @@ __all__ = [
     'records',
     'safe_state',
     'save_config',
+    'starts',
     'unwritable',
     'watch',
 ]
@@ -78,16 +79,37 @@ class Attached:
     Attributes:
         spec: with the paths of the sites in the place of patterns, which may mean others in a fresh model.
         constant: all its gates are constant.
+        start: by what it has multiplied the layers, once; None: it has not.
     """
 
     spec: dict[str, Any]
     constant: bool
+    start: float | None = None
 
 
-def attached(spec: dict[str, Any], paths: list[str], constant: bool) -> Attached:
+def attached(spec: dict[str, Any], paths: list[str], constant: bool, start: float | None = None) -> Attached:
     """Make the record of a plug at the sites of these paths."""
     kept = {key: value for key, value in plain(spec).items() if key != 'skip'}
-    return Attached(copy.deepcopy({**kept, 'sites': paths}), constant)
+    return Attached(copy.deepcopy({**kept, 'sites': paths}), constant, start)
+
+
+def starts(model: nn.Module, inside: bool = True) -> dict[str, float]:
+    """Sites that were multiplied by a number when they were plugged, see `asr_downstream.plugging.plugs.start`.
+
+    Args:
+        model: plugged or not.
+        inside: whether to look at parts that were plugged by themselves.
+
+    Returns:
+        Path -> number.
+    """
+    found = {}
+    for path, plugs in records(model, PLUGS) if inside else [('', vars(model).get(PLUGS, []))]:
+        prefix = f'{path}.' if path else ''
+        for plug in plugs:
+            if plug.start is not None:
+                found.update({prefix + site: plug.start for site in plug.spec['sites']})
+    return found
 
 
 def keep_dynamic(model: nn.Module, left: set[str]) -> None:

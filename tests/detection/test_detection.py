@@ -169,6 +169,35 @@ def test_a_live_plugged_backbone_is_initialised_as_stock_and_keeps_its_gates() -
     assert torch.equal(model.layer2[0].bn2.constant(), torch.ones(16))
 
 
+def test_a_start_outlives_the_initialisation_and_pretrained_weights_and_is_not_taken_twice(tmp_path: Path) -> None:
+    half = dict(type='Start', value=0.5)
+    ends = [f'layer{stage}.{block}.bn2' for stage in (1, 2, 3, 4) for block in (0, 1)]
+
+    def halved(model: torch.nn.Module, stock: torch.nn.Module) -> None:
+        for name, value in stock.state_dict().items():
+            factor = 0.5 if name.rpartition('.')[0] in ends and name.endswith(('weight', 'bias')) else 1
+            assert torch.equal(model.state_dict()[name], factor * value), name
+
+    torch.manual_seed(3)
+    stock = tiny(BACKBONES[0][0])
+    stock.init_weights()
+    torch.manual_seed(3)
+    model = plugged(BACKBONES[0][0], half)
+    assert type(model).stock_class is type(stock)
+    model.init_weights()
+    halved(model, stock)
+    model.init_weights()
+    halved(model, stock)
+
+    path = tmp_path / 'stock.pth'
+    torch.save(randomise(stock).state_dict(), path)
+    model = plugged(BACKBONES[0][0], half, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model.init_weights()
+    halved(model, stock)
+    model.load_state_dict(stock.state_dict())  # a checkpoint to go on from
+    assert verify(in_eval(model), in_eval(stock), torch.randn(X)).absolute == 0
+
+
 def test_norm_eval_does_not_freeze_the_norms_of_an_attention() -> None:
     model = plugged(BACKBONES[0][0], dict(type='Attention', attention=dict(type='SRM')), norm_eval=True)
     model.train()

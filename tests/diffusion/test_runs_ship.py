@@ -14,9 +14,11 @@ from helpers.diffusion import ASR, DIT, UNET, assert_refused, call, config_for, 
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
+from asr_downstream import describe
 from asr_downstream.diffusion.card import shipped_results
 from asr_downstream.diffusion.evaluation.results import Result, save_results
 from asr_downstream.diffusion.export import fold_and_ship
+from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.far.export import load_far
@@ -67,6 +69,24 @@ def test_there_is_nothing_to_calibrate_without_a_plug(stock: Path, tmp_path: Pat
     done = call('tools/fold.py', stock, tmp_path / 'out', '--calibrate', 4)
     assert_refused(done, 'no plug')
     assert not (tmp_path / 'out').exists()
+
+
+def test_a_start_is_taken_when_a_model_is_built_and_its_run_ships_as_it_is(tmp_path: Path) -> None:
+    half = dict(type='Start', value=0.5)
+    plain, halved = (build_model(config_for(tmp_path, plug=plug)) for plug in (None, half))
+    ends = [row.path for row in describe(halved).starts]
+    assert len(ends) >= 5
+    for name, value in plain.state_dict().items():
+        factor = 0.5 if name.rpartition('.')[0] in ends else 1
+        assert torch.equal(halved.state_dict()[name], factor * value), name
+    run = trained(tmp_path, plug=half, max_train_steps=2)
+    loaded = load_run(run)
+    weights = load_file(loaded.checkpoint / 'ema.safetensors')
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.parts.model.state_dict().items())
+    report = fold_and_ship(loaded, tmp_path / 'out')
+    assert (report['sites'], report['plug']) == ([], half)
+    shipped = load_file(tmp_path / 'out/unet/diffusion_pytorch_model.safetensors')
+    assert all(torch.equal(value, weights[name]) for name, value in shipped.items())
 
 
 def test_a_run_with_replaced_attention_ships_for_this_package(tmp_path: Path) -> None:

@@ -145,6 +145,11 @@ def test_config(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert plain.model == config.model
         assert not describe(stock).sites
         return
+    if plug.type == 'Start':
+        model = build_detector(config)
+        assert len(describe(model).starts) >= 5
+        stock.load_state_dict(model.state_dict(), strict=True)
+        return
     with warnings.catch_warnings():
         warnings.filterwarnings('error', message='.*sites lie in frozen blocks')
         model = build_detector(config)

@@ -76,7 +76,9 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         scoring_tools(fast=True)
     model, _ = load_detector(config, checkpoint, plan.trust)
     if plan.folding and not describe(model).sites:
-        raise CheckpointError(f'{checkpoint}: nothing to fold, {config.filename} plugs nothing; test without --fold')
+        raise CheckpointError(
+            f'{checkpoint}: nothing to fold, the model of {config.filename} has no gates; test without --fold'
+        )
     if plan.folding == 'exact':
         check_exact(model, checkpoint, '--fold calibrated --calibrate N')
     if plan.tta:

@@ -31,6 +31,7 @@ from asr_downstream.plugging.gating.shared_unit import SharedUnit
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import Spec
 from asr_downstream.plugging.plug import plug as attach_plug
+from asr_downstream.plugging.plugs.start import scaled_again
 from asr_downstream.registry import MODELS
 
 __all__ = ['PluggedModel', 'plugged_class']
@@ -70,8 +71,11 @@ class PluggedModel:
         return result
 
     def init_weights(self) -> None:
-        """Initialise as the stock class does; gates and LSTMs keep the start that they have chosen."""
-        with additions_aside(self):  # type: ignore[arg-type]
+        """Initialise as the stock class does; gates and LSTMs keep the start that they have chosen.
+
+        What a `Start` has scaled is scaled again where it was set anew, also from pretrained weights of ``init_cfg``.
+        """
+        with additions_aside(self), scaled_again(self):  # type: ignore[arg-type]
             super().init_weights()  # type: ignore[misc]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:

@@ -249,7 +249,7 @@ def build_runner(config: Config) -> Runner:
     if replaced.rows:
         runner.logger.info(f'\n{replaced}')
     if config.get('fold_eval') and not (description.sites and all(site.folds for site in description.sites)):
-        what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no plug'
+        what = "gates that depend on the input; those of dict(type='ASR') fold" if description.sites else 'no gates'
         raise AsrError(f'{config.filename}: fold_eval=True, but the model has {what}')
     return runner
 

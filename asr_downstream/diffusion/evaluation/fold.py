@@ -65,7 +65,7 @@ def fold_run(run: Run, calibrate: int | None = None) -> tuple[nn.Module, FoldRep
     """
     model = run.parts.model
     if not describe(model).sites:
-        raise CheckpointError(f'{run.folder}: nothing to fold, its model has no plug')
+        raise CheckpointError(f'{run.folder}: nothing to fold, its model has no plug with gates')
     if calibrate is None:
         folded, report = fold_exactly(model)
     else:
@@ -80,7 +80,7 @@ def as_trained(run: Run) -> tuple[nn.Module, FoldReport]:
     """Model of a run without a plug, put into a stock one of its own, and a report that says so."""
     stock = stock_of(run)
     load_state(stock, run.parts.model.state_dict(), run.checkpoint)
-    return stock, FoldReport(message=f'{run.folder.name}: nothing to fold, it has no plug; shipped as it was trained')
+    return stock, FoldReport(message=f'{run.folder.name}: nothing to fold, it has no gates; shipped as it was trained')
 
 
 def stock_of(run: Run) -> nn.Module:
