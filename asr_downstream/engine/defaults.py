@@ -23,10 +23,16 @@ gradient_accumulation_steps: Count = 1
 learning_rate: Above = 1e-4
 lr_scheduler: Literal[
     'constant', 'constant_with_warmup', 'linear', 'cosine', 'cosine_with_restarts', 'polynomial',
-    'cosine_with_min_lr', 'cosine_warmup_with_min_lr',
+    'cosine_with_min_lr', 'cosine_warmup_with_min_lr', 'step',
 ] = 'cosine'  # fmt: skip
 lr_warmup_steps: Number = 500
-lr_scheduler_kwargs: dict = {}  # of the schedule: num_cycles, power, lr_end, min_lr or min_lr_rate, warmup_lr_rate
+# Of the schedule: num_cycles, power, lr_end, min_lr or min_lr_rate, warmup_lr_rate; of 'step' milestones=[0.5, 0.75],
+# as shares of all steps or as steps, and gamma=0.1.
+lr_scheduler_kwargs: dict = {}
+optimizer: Literal['adamw', 'sgd'] = 'adamw'
+weight_decay: AtLeast | None = None  # None: adam_weight_decay with adamw, 0 with sgd
+momentum: Share = 0.9  # of sgd
+nesterov: bool = False  # of sgd
 adam_beta1: Share = 0.9
 adam_beta2: Share = 0.999
 adam_weight_decay: AtLeast = 0.05

@@ -22,7 +22,7 @@ from asr_downstream.engine.data.images import BadFiles
 from asr_downstream.engine.data.sampler import Draws, mix
 from asr_downstream.engine.launch import gather_bad, others_may_end, start_processes
 from asr_downstream.engine.meters import Window
-from asr_downstream.engine.optim import build_optimiser, build_schedule, decays_of, set_rates
+from asr_downstream.engine.optim import build_optimiser, build_schedule, decays_of, optimiser_of, set_rates
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.engine.state.save import bytes_of, save_training
@@ -130,6 +130,7 @@ class Training:
             self.ema = EMA(self.model, config.ema_max_decay, config.ema_inv_gamma, config.ema_power)
         self.progress = Progress.of(config, accelerator.num_processes, len(self.samples), task.fixed)
         self.window = Window(accelerator, config)
+        self.moments = optimiser_of(config).moments(config)
         self.checkpoint: Path | None = None
         self.norm: Any = 0.0
 
@@ -162,7 +163,7 @@ class Training:
             stack.enter_context(occupied(self.run))
             check_is_new(self.run, resume)
             checkpoints.remove_leftovers(self.run)
-            check_writable(self.run, bytes_of(self.model, self.ema))
+            check_writable(self.run, bytes_of(self.model, self.ema, self.moments))
 
     def take_up(self, start: Path) -> None:
         """Continue from a checkpoint.
@@ -180,7 +181,9 @@ class Training:
             checkpoints.set_aside_later(self.run, start)
         self.accelerator.wait_for_everyone()
         decays = decays_of(self.optimiser)  # of the config; loading brings those of the checkpoint
-        together(self.accelerator, lambda: load_training(start, self.accelerator, self.model, self.ema, found))
+        together(
+            self.accelerator, lambda: load_training(start, self.accelerator, self.model, self.ema, found, self.moments)
+        )
         progress.step, progress.scheduled, progress.since = found.step, found.scheduled, found.step
         if found.settings.get('images') == progress.settings['images']:  # else they are others
             progress.bad = found.bad
@@ -331,7 +334,9 @@ class Training:
         limit = self.config.checkpoints_total_limit
         self.progress.since = self.window.since
         self.progress.window = gather_object([self.window.state()])
-        self.checkpoint = save_training(self.run, self.accelerator, self.model, self.ema, self.progress, limit)
+        self.checkpoint = save_training(
+            self.run, self.accelerator, self.model, self.ema, self.progress, limit, self.moments
+        )
 
     def validate(self, step: int) -> None:
         """Let the main process validate the averaged weights, and the others wait."""

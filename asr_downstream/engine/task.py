@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 
 from asr_downstream.engine.config import Schema
 from asr_downstream.engine.data.images import Images
+from asr_downstream.engine.optim import decay_of
 from asr_downstream.engine.trackers import Reporter
 
 __all__ = ['Task']
@@ -56,9 +57,9 @@ class Task:
         raise NotImplementedError
 
     def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
-        """Groups of parameters for AdamW, each with ``params`` and ``weight_decay``."""
+        """Groups of parameters for the optimiser, each with ``params`` and ``weight_decay``."""
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        return [{'params': trained, 'weight_decay': config.adam_weight_decay}]
+        return [{'params': trained, 'weight_decay': decay_of(config)}]
 
     def begin(self, run: Path | None) -> None:
         """Called before the first step, with the weights that the training starts from, or goes on from.

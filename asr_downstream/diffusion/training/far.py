@@ -20,7 +20,7 @@ from asr_downstream.diffusion.runs import load_run, read_run_config
 from asr_downstream.diffusion.training.task import Denoising
 from asr_downstream.engine import defaults
 from asr_downstream.engine.config import portable
-from asr_downstream.engine.optim import decaying_groups
+from asr_downstream.engine.optim import decay_of, decaying_groups
 from asr_downstream.errors import AsrError, PlugError
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
@@ -68,7 +68,7 @@ class Replaced(Denoising):
 
     def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
         """Matrices and kernels decay, vectors (biases, norms) do not."""
-        return decaying_groups(self.model, config.adam_weight_decay)
+        return decaying_groups(self.model, decay_of(config))
 
     def example(self, batch: int = 1) -> dict[str, Any]:
         """Arguments of a forward on noise."""

@@ -34,9 +34,24 @@ __all__ = ['bytes_of', 'save_training']
 
 
 def save_training(
-    run: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, progress: Progress, limit: int | None
+    run: Path,
+    accelerator: Accelerator,
+    model: nn.Module,
+    ema: EMA | None,
+    progress: Progress,
+    limit: int | None,
+    moments: int = 2,
 ) -> Path:
     """Write a checkpoint; every process calls this.
+
+    Args:
+        run: folder.
+        accelerator: of the training.
+        model: unwrapped.
+        ema: of the training.
+        progress: of the training.
+        limit: checkpoints to keep; None: all.
+        moments: tensors that the optimiser keeps of every parameter.
 
     Returns:
         ``run/checkpoint-<step>``, complete; older ones beyond ``limit`` are gone.
@@ -45,7 +60,7 @@ def save_training(
         AsrError: it cannot be written, or something is not finite. Nothing of it is left.
     """
     target, main = checkpoints.final(run, progress.step), accelerator.is_main_process
-    folder, needed = checkpoints.aside(run, progress.step), bytes_of(model, ema)
+    folder, needed = checkpoints.aside(run, progress.step), bytes_of(model, ema, moments)
     sharded = accelerator.distributed_type in SHARDED
 
     def begin() -> None:
@@ -91,11 +106,11 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
-def bytes_of(model: nn.Module, ema: EMA | None) -> int:
-    """Least size of a checkpoint: weights, their average, and the two moments of AdamW."""
+def bytes_of(model: nn.Module, ema: EMA | None, moments: int = 2) -> int:
+    """Least size of a checkpoint: weights, their average, and the ``moments`` that the optimiser keeps of each."""
     weights = sum(value.nbytes for value in model.state_dict().values())
-    moments = 2 * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
-    return weights + moments + (0 if ema is None else sum(value.nbytes for value in ema.state.values()))
+    state = moments * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    return weights + state + (0 if ema is None else sum(value.nbytes for value in ema.state.values()))
 
 
 def check_space(target: Path, needed: int) -> None:

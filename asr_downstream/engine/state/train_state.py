@@ -36,11 +36,14 @@ WEIGHTS, AVERAGE, PROGRESS, OPTIMISER = 'model.safetensors', 'ema.safetensors', 
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 
 
+# What a checkpoint of any task is bound to: the state of its optimiser is that of no other.
+BOUND = ('optimizer',)
 # What may change; the run then goes on, but not as without the stop.
 COURSE = (
     'seed', 'processes', 'images', 'train_batch_size', 'gradient_accumulation_steps', 'max_train_steps',
     'learning_rate', 'lr_scheduler', 'lr_scheduler_kwargs', 'lr_warmup_steps', 'max_grad_norm', 'mixed_precision',
-    'gradient_checkpointing', 'adam_beta1', 'adam_beta2', 'adam_weight_decay', 'adam_epsilon',
+    'gradient_checkpointing', 'weight_decay', 'momentum', 'nesterov', 'adam_beta1', 'adam_beta2', 'adam_weight_decay',
+    'adam_epsilon',
     'use_ema', 'ema_max_decay', 'ema_inv_gamma', 'ema_power',
 )  # fmt: skip
 
@@ -93,7 +96,7 @@ class Progress:
     def of(cls, config: Config, processes: int, images: int, fixed: tuple[str, ...]) -> Progress:
         """Start of a training; ``fixed`` are the keys that its checkpoints are bound to."""
         known = {'processes': processes, 'images': images}
-        settings = {key: known[key] if key in known else plain(config[key]) for key in (*fixed, *COURSE)}
+        settings = {key: known[key] if key in known else plain(config[key]) for key in (*fixed, *BOUND, *COURSE)}
         return cls(step=0, scheduled=0, settings=as_json(settings))
 
 
@@ -124,7 +127,7 @@ def useless(path: Path, reason: str) -> CheckpointError:
 
 
 def load_training(
-    checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, found: Progress
+    checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, found: Progress, moments: int = 2
 ) -> None:
     """Load a checkpoint into a prepared training; every process calls this.
 
@@ -134,6 +137,7 @@ def load_training(
         model: of the training.
         ema: of the training.
         found: progress of the checkpoint.
+        moments: tensors that the optimiser keeps of every parameter.
 
     Raises:
         CheckpointError: it was made for another model, without the average that the config asks for, or its files are
@@ -170,7 +174,8 @@ def load_training(
             hook.remove()
     accelerator.step = 0  # forwards since the last optimiser step: checkpoints are written right after one
     if not sharded:
-        check_optimiser(accelerator._optimizers[0], model, found, checkpoint / OPTIMISER)
+        expected = bool(found.scheduled and moments and found.settings.get('momentum', True))
+        check_optimiser(accelerator._optimizers[0], model, expected, checkpoint / OPTIMISER)
 
 
 def weights_of(path: Path, model: nn.Module) -> dict[str, Tensor]:
@@ -196,14 +201,20 @@ def read_safely(path: Path) -> None:
         raise useless(path, f'is missing, damaged or unsafe ({first_line(error)[:120]})') from error
 
 
-def check_optimiser(optimiser: Any, model: nn.Module, found: Progress, path: Path) -> None:
+def check_optimiser(optimiser: Any, model: nn.Module, expected: bool, path: Path) -> None:
     """Refuse a state of the optimiser that does not belong to the weights; torch looks at their number alone.
+
+    Args:
+        optimiser: of the training.
+        model: of the training.
+        expected: whether it has a state.
+        path: for messages.
 
     Raises:
         CheckpointError: see above.
     """
     states = optimiser.state
-    if found.scheduled and not any(states.values()):
+    if expected and not any(states.values()):
         raise useless(path, 'has no state of the optimiser')
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
@@ -238,7 +249,7 @@ def check_same_run(
     """
     now = expected.settings
     before = {key: as_json(defaults.get(key)) for key in now} | found.settings
-    for key in fixed:
+    for key in (*fixed, *BOUND):
         if not same(key, before[key], now[key]):
             raise CheckpointError(
                 f'{checkpoint}: was trained with {key}={before[key]}, the config says {now[key]}; use the config of '

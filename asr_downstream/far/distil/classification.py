@@ -19,7 +19,7 @@ from asr_downstream.engine.config import portable
 from asr_downstream.engine.data.augment import Augmentation, build_augmentations
 from asr_downstream.engine.data.images import Images, build_images
 from asr_downstream.engine.data.sampler import generator
-from asr_downstream.engine.optim import decaying_groups
+from asr_downstream.engine.optim import decay_of, decaying_groups
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError, DataError, did_you_mean
@@ -152,7 +152,7 @@ class Classification(Task):
 
     def parameter_groups(self, config: Config) -> list[dict[str, Any]]:
         """Matrices decay, vectors (biases, norms) do not."""
-        return decaying_groups(self.model, config.adam_weight_decay)
+        return decaying_groups(self.model, decay_of(config))
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model."""
