@@ -1,0 +1,48 @@
+"""LoRA of peft on a UNet, to compare adapters of gates with: a model that configs can name.
+
+    pip install -c constraints.txt peft
+    PYTHONPATH=tools asr-downstream train-diffusion diffusion/configs/unet-w32-adapt_cifar10.py --output-dir OUT
+        --cfg-options custom_imports.imports.0=bench.lora model.type=LoRAUNet2DModel model.base=BASE model.rank=4
+
+The base is frozen; of the runs that this trains, `asr-downstream evaluate` measures the adapted model as it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import diffusers
+from torch import nn
+
+from asr_downstream.diffusion.models.build import MODELS
+
+__all__ = ['LoRAUNet2DModel', 'adapter_numbers']
+
+LAYERS = (nn.Conv2d, nn.Linear)
+
+
+@MODELS.register_module()
+def LoRAUNet2DModel(base: str, rank: int = 4, embedding: bool = False) -> diffusers.UNet2DModel:  # noqa: N802  as a class
+    """Load a UNet and add LoRA to its convolutions and linear layers.
+
+    Args:
+        base: folder of the pipeline or of the model.
+        rank: of the products that are added to the weights; alpha is the same number.
+        embedding: whether to adapt the embedding of the timestep too.
+    """
+    from peft import LoraConfig, inject_adapter_in_model  # an experiment's, and no extra of this package
+
+    folder = Path(base)
+    unet = diffusers.UNet2DModel.from_pretrained(folder / 'unet' if (folder / 'unet').is_dir() else folder)
+    names = [
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, LAYERS) and (embedding or not name.startswith('time_embedding'))
+    ]
+    inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), unet)
+    return unet
+
+
+def adapter_numbers(model: nn.Module) -> int:
+    """Numbers that learn."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
