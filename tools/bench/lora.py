@@ -1,8 +1,7 @@
 """LoRA of peft on a UNet, to compare adapters of gates with: a model that configs can name.
 
-    pip install -c constraints.txt peft
-    PYTHONPATH=tools asr-downstream train-diffusion diffusion/configs/unet-w32-adapt_cifar10.py --output-dir OUT
-        --cfg-options custom_imports.imports.0=bench.lora model.type=LoRAUNet2DModel model.base=BASE model.rank=4
+    pip install -c constraints.txt --no-deps peft
+    PYTHONPATH=tools asr-downstream train-diffusion tools/bench/unet-w32-lora_cifar10.py --cfg-options model.base=BASE
 
 The base is frozen; of the runs that this trains, `asr-downstream evaluate` measures the adapted model as it is.
 """
@@ -16,7 +15,7 @@ from torch import nn
 
 from asr_downstream.diffusion.models.build import MODELS
 
-__all__ = ['LoRAUNet2DModel', 'adapter_numbers']
+__all__ = ['LoRAUNet2DModel']
 
 LAYERS = (nn.Conv2d, nn.Linear)
 
@@ -41,8 +40,3 @@ def LoRAUNet2DModel(base: str, rank: int = 4, embedding: bool = False) -> diffus
     ]
     inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=names), unet)
     return unet
-
-
-def adapter_numbers(model: nn.Module) -> int:
-    """Numbers that learn."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
