@@ -101,6 +101,7 @@ DEFINED_IN = {
 # Rooms that need no extra: ``asr_downstream.far`` is there without an import of its own.
 ROOMS = (
     'adapters',
+    'analysis',
     'attention',
     'console',
     'errors',

@@ -37,6 +37,7 @@ __all__ = [
     'MODELS',
     'PLUGS',
     'REBUILDERS',
+    'RUNS',
     'TASKS',
     'TRANSFORMS',
     'Registry',
@@ -84,7 +85,12 @@ class Registry(EngineRegistry):
 
 
 ATTENTIONS = Registry('attention', locations=['asr_downstream.attention'])
-HOOKS = EngineRegistry('hook', parent=ENGINE_HOOKS, scope=SCOPE, locations=['asr_downstream.detection.training.save'])
+HOOKS = EngineRegistry(
+    'hook',
+    parent=ENGINE_HOOKS,
+    scope=SCOPE,
+    locations=['asr_downstream.detection.training.save', 'asr_downstream.detection.training.gates'],
+)
 LOOPS = EngineRegistry('loop', parent=ENGINE_LOOPS, scope=SCOPE, locations=['asr_downstream.detection.training.loops'])
 TRANSFORMS = EngineRegistry(
     'transform', parent=ENGINE_TRANSFORMS, scope=SCOPE, locations=['asr_downstream.detection.data.loading']
@@ -112,6 +118,16 @@ REBUILDERS = Registry(
         'asr_downstream.far.model.replace',
         'asr_downstream.folding.native.rebuild',
     ],
+)
+# Kind of run -> how it is opened for an analysis, see `asr_downstream.analysis.runs`.
+RUNS = Registry(
+    'run',
+    error=AsrError,
+    typed=False,
+    modules={
+        'detection': 'asr_downstream.detection.analysis',
+        'diffusion': 'asr_downstream.diffusion.analysis',
+    },
 )
 # Package of a framework -> the module of data about its classes: ``SITES``, where the residual branches of its blocks
 # end; and, where there is more to say, ``LAYERS``, which of its layers are layers of torch, ``THEN``, which modules

@@ -97,6 +97,11 @@ COMMANDS = {
         'tools/report.py',
         'write one HTML file about runs: verdicts, curves, pictures, provenance',
     ),
+    'analyze': Command(
+        'asr_downstream.commands.analyze',
+        'tools/analyze.py',
+        'measure gates, their correlation, noise and cost of trained models',
+    ),
     'fold': Command(
         'asr_downstream.commands.fold',
         'tools/fold.py',

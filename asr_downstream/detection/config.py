@@ -36,6 +36,7 @@ FROZEN_TOO = 'plug_frozen'
 REMOVED = 'removed_attention'
 # Arguments that models of this package take besides those of their stock classes.
 OWN = ('plug', FROZEN_TOO, 'replace', 'distil')
+OWN_HOOKS = ('GatesHook',)  # hooks of this package that stand in the place of none of MMEngine's
 
 
 def load_config(
@@ -152,12 +153,22 @@ def stock_config(config: Config) -> Config:
                 strip(value)
 
     strip(stock._cfg_dict)
+    hooks = [hook for hook in stock.get('custom_hooks') or [] if not is_own(hook)]
+    if stock.get('custom_hooks') and not hooks:
+        stock.pop('custom_hooks')
+    elif hooks:
+        stock.custom_hooks = hooks
     imports = stock.get('custom_imports')
     if imports:
         imports.imports = [name for name in imports.imports if name not in plugin_modules()]
         if not imports.imports:
             stock.pop('custom_imports')
     return stock
+
+
+def is_own(hook: Any) -> bool:
+    """Whether a hook of a config is of this package alone."""
+    return isinstance(hook, dict) and hook.get('type') in OWN_HOOKS
 
 
 def drop_own(node: dict[str, Any]) -> None:

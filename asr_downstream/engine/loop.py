@@ -16,6 +16,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.data import DataLoader
 
+from asr_downstream.analysis.training import FILE, GateRecorder
 from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent, until_stopped
 from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.data.images import BadFiles
@@ -205,6 +206,7 @@ class Training:
         loader = self.build_loader()
         with ExitStack() as stack:
             self.reporter = self.build_reporter(stack)
+            self.gates = self.build_recorder(stack)
             self.bad = BadFiles(self.task.images, self.reporter.say if self.reporter else lambda line: None)
             self.bad.found.update(self.progress.bad)
             self.window.start(self.progress.step)
@@ -261,9 +263,19 @@ class Training:
         stack.callback(reporter.close)
         return reporter
 
+    def build_recorder(self, stack: ExitStack) -> GateRecorder | None:
+        """Open ``gates.jsonl``, if the config asks for it; on the main process only."""
+        if not self.config.gate_steps or not self.accelerator.is_main_process:
+            return None
+        recorder = GateRecorder(self.model, self.run / FILE, self.config.gate_steps, start=self.progress.step)
+        stack.callback(recorder.close)
+        return recorder
+
     def step(self, step: int, batches: Iterator[dict[str, Any]]) -> None:
         """Make one optimiser step."""
         accelerator, config = self.accelerator, self.config
+        if self.gates is not None:
+            self.gates.before(step)
         torch.manual_seed(mix(config.seed, 'model', accelerator.process_index, step))  # dropout
         self.lost = torch.zeros((), device=accelerator.device)
         for _ in range(config.gradient_accumulation_steps):
@@ -279,6 +291,8 @@ class Training:
                 self.optimiser.zero_grad()
             self.window.add(loss, others)
             self.lost += loss.detach().float()
+        if self.gates is not None:
+            self.gates.after(step)
         if not self.optimiser.step_was_skipped:
             self.schedule.step()
             self.progress.scheduled += 1

@@ -23,7 +23,7 @@ from asr_downstream.modules.copies import batch_of
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.record import record
 
-__all__ = ['Constancy', 'Step', 'default_step', 'groups', 'measure_constancy']
+__all__ = ['Constancy', 'Moments', 'Step', 'default_step', 'groups', 'measure_constancy']
 
 Step: TypeAlias = Callable[[nn.Module, Any], Any]
 
@@ -103,27 +103,56 @@ def measure_constancy(
 
 
 class Moments:
-    """Running sums of the gates of one site, in float64."""
+    """Running mean and standard deviation of the gates of one site, in float64.
+
+    They are taken of the differences from the first gates: gates that do not move have a deviation of exactly 0.
+
+    Attributes:
+        count: number of samples.
+    """
 
     def __init__(self) -> None:
         self.count = 0
-        self.total = torch.zeros(())
-        self.squares = torch.zeros(())
+        self.origin = torch.zeros(())  # the first gates
+        self.centre = torch.zeros(())  # mean of the differences from them
+        self.squares = torch.zeros(())  # sum of the squares of the differences from the mean
 
     def add(self, gates: Tensor) -> None:
         """Add gates ``(B, C, *)``."""
         rows = gates.double().flatten(2).movedim(1, -1).flatten(0, -2) if gates.dim() > 2 else gates.double()
-        self.count += rows.shape[0]
-        self.total = self.total.to(rows) + rows.sum(0)
-        self.squares = self.squares.to(rows) + rows.square().sum(0)
+        if not len(rows):  # a head that had nothing to look at
+            return
+        if not self.count:
+            self.origin = rows[0].clone()
+            self.centre = self.squares = torch.zeros_like(self.origin)
+        rows = rows - self.origin
+        count, centre = len(rows), rows.mean(0)
+        apart, whole = centre - self.centre, self.count + count
+        own = (rows - centre).square().sum(0)
+        self.squares = self.squares + own + apart.square() * (self.count * count / whole)
+        self.centre = self.centre + apart * (count / whole)
+        self.count = whole
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean over the samples, ``(C,)``."""
+        return self.origin + self.centre
+
+    @property
+    def std(self) -> Tensor:
+        """Standard deviation over the samples, ``(C,)``."""
+        return (self.squares / max(1, self.count)).sqrt()
 
     def constancy(self, path: str, group: str) -> Constancy:
-        """Finish."""
-        mean = self.total / self.count
+        """Finish.
+
+        Raises:
+            FoldError: the gates are not finite.
+        """
+        mean = self.mean
         if not mean.isfinite().all():
             raise FoldError(f'{path}: its gates are not finite on the calibration data; the training diverged')
-        std = (self.squares / self.count - mean.square()).clamp_min(0).sqrt()
-        return Constancy(path, group, mean, float(std.mean()), float(mean.std(unbiased=False)), self.count)
+        return Constancy(path, group, mean, float(self.std.mean()), float(mean.std(unbiased=False)), self.count)
 
 
 def groups(model: nn.Module) -> dict[str, str]:

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 Size = Sequence[int]  # shape of a tensor
 
-__all__ = ['gmacs', 'optimiser_bytes', 'parameters', 'saved_bytes']
+__all__ = ['Saved', 'counting', 'gmacs', 'optimiser_bytes', 'parameters', 'saved_bytes']
 
 
 def onednn_lstm(x: Size, *weights: Any, out_shape: Any = None, **kwargs: Any) -> int:
@@ -39,10 +39,14 @@ def gmacs(call: Callable[[], Any]) -> float:
     Half of the operations that torch.utils.flop_counter counts; it passes over the LSTMs of oneDNN and cuDNN, which
     are counted here.
     """
-    counter = FlopCounterMode(display=False, custom_mapping=LSTMS)
-    with torch.no_grad(), counter:
+    with torch.no_grad(), counting() as counter:
         call()
     return counter.get_total_flops() / 2e9
+
+
+def counting() -> FlopCounterMode:
+    """Return a counter of operations that knows LSTMs."""
+    return FlopCounterMode(display=False, custom_mapping=LSTMS)
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
@@ -52,20 +56,33 @@ def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:
         model: whose parameters and buffers do not count.
         forward: computes a scalar loss.
     """
-    own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-
-    def pack(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+    saved = Saved(model)
+    with saved:
         loss = forward()  # keeps the graph alive until it is counted, so that no address is used twice
-    count = sum(kept.values())
     del loss
-    return count
+    return saved.bytes
+
+
+class Saved(torch.autograd.graph.saved_tensors_hooks):
+    """Counts inside of its block what autograd keeps, see `saved_bytes`; what was computed has to stay alive in it.
+
+    Attributes:
+        bytes: so far.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        kept: set[int] = set()
+        self.bytes = 0
+
+        def pack(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in own | kept:
+                kept.add(storage.data_ptr())
+                self.bytes += storage.nbytes()
+            return t
+
+        super().__init__(pack, lambda t: t)
 
 
 def optimiser_bytes(parameters: Iterable[Tensor], make: Callable[[list[nn.Parameter]], Any]) -> int | None:

@@ -52,7 +52,7 @@ class Recording(Printed):
 
 
 @contextmanager
-def record(model: nn.Module) -> Iterator[Recording]:
+def record(model: nn.Module, constant: bool = True) -> Iterator[Recording]:
     """Record the gates and states of all forwards inside, in one thread.
 
     Where a site has constant and input-dependent gates, the input-dependent ones are recorded.
@@ -60,6 +60,11 @@ def record(model: nn.Module) -> Iterator[Recording]:
         with record(model) as seen:
             model(images)
         seen.gates['layer1.0.bn3'][0]  # (B, C)
+
+    Args:
+        model: plugged.
+        constant: whether to record constant gates too. A site whose gates are watched computes them itself: the same
+            numbers to rounding, but not to the bit.
     """
     check_module(model, 'record')
     found = Recording()
@@ -69,9 +74,9 @@ def record(model: nn.Module) -> Iterator[Recording]:
     for path, layer in model.named_modules():
         if not isinstance(layer, Plugged):
             continue
-        constant = list(layer.gate or ())  # type: ignore[attr-defined]
-        inputs = [gate for gate in constant if gate.side == INPUT]
-        outputs = list(layer.dynamic or ()) or [gate for gate in constant if gate.side != INPUT]  # type: ignore[attr-defined]
+        fixed = list(layer.gate or ()) if constant else []  # type: ignore[attr-defined]
+        inputs = [gate for gate in fixed if gate.side == INPUT]
+        outputs = list(layer.dynamic or ()) or [gate for gate in fixed if gate.side != INPUT]  # type: ignore[attr-defined]
         for gates, kept in ((outputs, found.gates), (inputs, found.inputs)):
             for number, gate in enumerate(gates):
                 of_site = kept.setdefault(path, [])

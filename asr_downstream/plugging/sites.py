@@ -27,7 +27,19 @@ from asr_downstream.plugging.gating.sides import INPUT, OUTPUT
 from asr_downstream.plugging.layers import LAYERS, Plugged, plugged_class
 from asr_downstream.registry import FRAMEWORKS, framework_data
 
-__all__ = ['NOT_SITES', 'SITES', 'Branch', 'Site', 'find_sites', 'known_sites', 'register_site', 'sites_table']
+__all__ = [
+    'NOT_SITES',
+    'SITES',
+    'Branch',
+    'Site',
+    'block_of',
+    'branch_end',
+    'branches',
+    'find_sites',
+    'known_sites',
+    'register_site',
+    'sites_table',
+]
 
 
 @dataclass(frozen=True)

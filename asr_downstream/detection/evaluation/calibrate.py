@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,15 @@ from asr_downstream.folding.calibrated import fold_calibrated
 from asr_downstream.folding.report import FoldReport
 from asr_downstream.plugging.describe import describe
 
-__all__ = ['CalibrationPlan', 'calibration_batches', 'check_exact', 'fold_over_images', 'preprocessed_features']
+__all__ = [
+    'CalibrationPlan',
+    'ImageBatches',
+    'calibration_batches',
+    'check_exact',
+    'fold_over_images',
+    'preprocessed_features',
+    'training_images',
+]
 
 
 @dataclass(frozen=True)
@@ -48,12 +57,40 @@ class CalibrationPlan:
             raise DataError(f'calibration needs at least 1 image, not {self.images}')
 
 
+class ImageBatches(Sequence[Any]):
+    """Batches of images of a data set, loaded when they are asked for.
+
+    Args:
+        dataset: of MMDetection.
+        collate: makes a batch of items.
+        order: which images.
+        size: images in a batch.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Any], order: list[int], size: int) -> None:
+        self.dataset, self.collate, self.order, self.size = dataset, collate, order, size
+
+    def __len__(self) -> int:
+        return -(-len(self.order) // self.size)
+
+    def __getitem__(self, number: Any) -> Any:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        chosen = self.order[number * self.size : (number + 1) * self.size]
+        return self.collate([self.dataset[index] for index in chosen])
+
+
 def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]:
     """Load training images as the test pipeline prepares them: no augmentation, since the gates are to be typical.
 
     Raises:
         DataError: the config has no training set, or it is empty.
     """
+    return list(training_images(config, images, seed))
+
+
+def training_images(config: Config, images: int, seed: int = 0) -> ImageBatches:
+    """Batches of `calibration_batches`, one at a time."""
     if not config.get('train_dataloader') or not config.get('test_dataloader'):
         raise DataError(f'{config.filename}: calibration needs a train_dataloader and a test_dataloader')
     test = config.test_dataloader
@@ -64,11 +101,7 @@ def calibration_batches(config: Config, images: int, seed: int = 0) -> list[Any]
     if not len(built.dataset):
         raise DataError(f'{config.filename}: the training set is empty')
     order = torch.randperm(len(built.dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
-    size = test.get('batch_size', 1)
-    return [
-        built.collate_fn([built.dataset[i] for i in order[start : start + size]])
-        for start in range(0, len(order), size)
-    ]  # fmt: skip
+    return ImageBatches(built.dataset, built.collate_fn, order, test.get('batch_size', 1))
 
 
 def pipeline_of(dataset: Any) -> Any:

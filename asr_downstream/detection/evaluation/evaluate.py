@@ -33,7 +33,7 @@ from asr_downstream.measure import cost
 from asr_downstream.measure.timing import paired_times
 from asr_downstream.modules.copies import copy_of
 
-__all__ = ['Detections', 'Evaluation', 'Seen', 'evaluate', 'gmacs', 'measure_latency', 'metric']
+__all__ = ['Detections', 'Evaluation', 'Seen', 'detect', 'evaluate', 'gmacs', 'measure_latency', 'metric']
 
 # Boxes (n, 4) as x1, y1, x2, y2 in pixels, scores (n,), labels (n,).
 Detections: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -97,7 +97,7 @@ def metric(value: float) -> str:
 
 @torch.no_grad()
 def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0) -> Evaluation:
-    """Run ``model`` over the test set of ``config`` and score it with the config's evaluator.
+    """Run ``model`` over the test set of ``config``, score it with the config's evaluator, and count what it costs.
 
     Args:
         config: with a test set and its evaluator. COCO metrics are scored by
@@ -106,6 +106,24 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
         name: column head.
         fast: score with faster-coco-eval instead of pycocotools.
         pictures: number of images to keep for pictures.
+
+    Raises:
+        DataError: see `detect`.
+    """
+    scores, detections, seen = detect(config, model, name, fast, pictures)
+    result = described(model, name, scores.summary, detections, first_image(config))
+    result.classes, result.seen = scores.classes, seen
+    return result
+
+
+@torch.no_grad()
+def detect(
+    config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0
+) -> tuple[Scores, dict[Any, Detections], dict[Any, Seen]]:
+    """Run ``model`` over the test set of ``config`` and score it; arguments as of `evaluate`.
+
+    Returns:
+        The scores, the detections by image id, and of the first images what a picture needs.
 
     Raises:
         DataError: the config has no test set or evaluator, or ``fast`` is asked of metrics that are not COCO's.
@@ -134,10 +152,7 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
                 seen[sample.img_id] = Seen(Path(sample.img_path), found.masks.cpu() if 'masks' in found else None)
     truths = annotated(loader.dataset, seen)
     seen = {image: shown._replace(truth=truths.get(image)) for image, shown in seen.items()}
-    scores = scored(evaluator, len(loader.dataset), fast)
-    result = described(model, name, scores.summary, detections, first_image(config))
-    result.classes, result.seen = scores.classes, seen
-    return result
+    return scored(evaluator, len(loader.dataset), fast), detections, seen
 
 
 def annotated(dataset: Any, images: Collection[Any]) -> dict[Any, Detections]:

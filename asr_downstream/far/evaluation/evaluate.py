@@ -32,6 +32,7 @@ __all__ = [
     'load_family',
     'measure_family',
     'note_results',
+    'relation_maps',
     'sweep',
     'sweep_table',
     'table',
@@ -233,6 +234,18 @@ def compare_relations(models: dict[str, nn.Module], task: Classification, images
     Returns:
         Name -> path of the attention -> similarity to the teacher, mean over images and tokens.
     """
+    maps = relation_maps(models, task, images)
+    scores = {
+        name: {layer: similarity(found[layer], maps[TEACHER][layer]) for layer in found}
+        for name, found in maps.items()
+        if name != TEACHER
+    }
+    draw_relations(path, maps, scores)
+    return scores
+
+
+def relation_maps(models: dict[str, nn.Module], task: Classification, images: int) -> dict[str, dict[str, Tensor]]:
+    """Maps of `compare_relations`: name -> path of the attention -> ``(images, N, N)``, the teacher first."""
     batch = torch.utils.data.default_collate(
         [task.validation().dataset[n] for n in range(min(images, len(task.held_out)))]
     )
@@ -245,10 +258,4 @@ def compare_relations(models: dict[str, nn.Module], task: Classification, images
     maps |= {name: mixer_maps(model, inputs) for name, model in models.items() if name != TEACHER}
     maps[UNTRAINED] = mixer_maps(untrained, inputs)
     maps[UNIFORM] = {layer: torch.ones_like(found) / found.shape[-1] for layer, found in maps[TEACHER].items()}
-    scores = {
-        name: {layer: similarity(found[layer], maps[TEACHER][layer]) for layer in found}
-        for name, found in maps.items()
-        if name != TEACHER
-    }
-    draw_relations(path, maps, scores)
-    return scores
+    return maps

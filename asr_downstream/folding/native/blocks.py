@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from asr_downstream.console.progress import bar
 from asr_downstream.errors import FoldError
@@ -15,7 +16,7 @@ from asr_downstream.folding.constancy import Constancy, Moments, Step
 from asr_downstream.modules.copies import batch_of, copy_of
 from asr_downstream.modules.native import Native, native_of
 
-__all__ = ['Constant', 'find_blocks', 'measure_blocks', 'put', 'registered_once', 'with_constants']
+__all__ = ['Constant', 'Watched', 'find_blocks', 'measure_blocks', 'put', 'registered_once', 'with_constants']
 
 
 class Constant(nn.Module):
@@ -77,23 +78,37 @@ def registered_once(model: nn.Module) -> set[int]:
 class Watched:
     """Gates of one block, as its forward computes them.
 
+    Args:
+        block: the block.
+        native: what its gates are.
+        take: is given the gates ``(B, C)`` of every forward; default: they are added to ``moments``.
+
     Attributes:
         moments: of the gates so far.
         odd: why the block is not what its entry says; '' if it is.
     """
 
-    def __init__(self, block: nn.Module, native: Native) -> None:
+    def __init__(self, block: nn.Module, native: Native, take: Callable[[Tensor], None] | None = None) -> None:
         self.axis = native.axis
         self.moments = Moments()
+        self.take = take or self.moments.add
         self.odd = ''
         self.gates: list[Tensor] = []
+        self.handles: list[RemovableHandle] = []
         try:
             gate = block.get_submodule(native.gate)
         except AttributeError:
             self.odd = f'has no {native.gate!r}, which should compute its gates'
             return
-        gate.register_forward_hook(lambda module, args, output: self.gates.append(output))
-        block.register_forward_hook(lambda module, args, output: self.add(args, output))
+        self.handles = [
+            gate.register_forward_hook(lambda module, args, output: self.gates.append(output)),
+            block.register_forward_hook(lambda module, args, output: self.add(args, output)),
+        ]
+
+    def remove(self) -> None:
+        """Stop watching."""
+        for handle in self.handles:
+            handle.remove()
 
     def add(self, args: Any, output: Any) -> None:
         """Take the gates of one forward, if the output is the input times them."""
@@ -110,7 +125,7 @@ class Watched:
         if not fits or not torch.allclose(output, x * along(g, x, self.axis), rtol=tolerance, atol=0, equal_nan=True):
             self.odd = 'does not return its input times the gates of each image and channel'
             return
-        self.moments.add(g)
+        self.take(g)
 
 
 @torch.no_grad()

@@ -1,0 +1,1 @@
+"""Measurements of what attention does in a trained model: its gates, their correlation, noise, cost."""

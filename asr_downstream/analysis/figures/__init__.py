@@ -1,0 +1,1 @@
+"""What the analyses draw, as SVG and PNG."""
