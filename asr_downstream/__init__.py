@@ -101,7 +101,6 @@ DEFINED_IN = {
 # Rooms that need no extra: ``asr_downstream.far`` is there without an import of its own.
 ROOMS = (
     'adapters',
-    'analysis',
     'attention',
     'console',
     'errors',

@@ -119,7 +119,7 @@ REBUILDERS = Registry(
         'asr_downstream.folding.native.rebuild',
     ],
 )
-# Kind of run -> how it is opened for an analysis, see `asr_downstream.analysis.runs`.
+# Kind of run -> how it is opened for an analysis, see `asr_downstream.folding.analysis.runs`.
 RUNS = Registry(
     'run',
     error=AsrError,

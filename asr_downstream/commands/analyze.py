@@ -63,8 +63,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parsers['noise'].add_argument('--seed', type=int, default=0, help='of the noise (default: 0)')
     args = parser.parse_args(argv)
 
-    from asr_downstream.analysis import suite
-    from asr_downstream.analysis.runs import Wanted, names_of
+    from asr_downstream.folding.analysis import suite
+    from asr_downstream.folding.analysis.runs import Wanted, names_of
 
     out = args.out or Path('work_dirs/analysis') / args.word
     wanted = Wanted(args.images, args.data, args.config, cli.ema(args), args.trust)

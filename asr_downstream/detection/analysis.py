@@ -1,4 +1,4 @@
-"""Detectors as analyses see them, see `asr_downstream.analysis.runs`."""
+"""Detectors as analyses see them, see `asr_downstream.folding.analysis.runs`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import Tensor, nn
 
-from asr_downstream.analysis.attacks import Attack
-from asr_downstream.analysis.runs import Change, OpenRun, Wanted
-from asr_downstream.analysis.stripes import Metric
 from asr_downstream.detection.config import load_config
 from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.evaluation.calibrate import pipeline_of, preprocessed_features, training_images
@@ -25,6 +22,9 @@ from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.detection.training.checkpoints import noted
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import sha256
+from asr_downstream.folding.analysis.attacks import Attack
+from asr_downstream.folding.analysis.runs import Change, OpenRun, Wanted
+from asr_downstream.folding.analysis.stripes import Metric
 from asr_downstream.registry import RUNS
 
 __all__ = ['files_of', 'open_detector']

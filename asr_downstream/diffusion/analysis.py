@@ -1,4 +1,4 @@
-"""Diffusion models as analyses see them, see `asr_downstream.analysis.runs`."""
+"""Diffusion models as analyses see them, see `asr_downstream.folding.analysis.runs`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.analysis.runs import OpenRun, Wanted
-from asr_downstream.analysis.stripes import Metric
 from asr_downstream.diffusion.evaluation.fold import call
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.engine.data.sampler import generator
+from asr_downstream.folding.analysis.runs import OpenRun, Wanted
+from asr_downstream.folding.analysis.stripes import Metric
 from asr_downstream.registry import RUNS
 
 __all__ = ['NoisyImages', 'open_diffusion']

@@ -16,7 +16,6 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from asr_downstream.analysis.training import FILE, GateRecorder
 from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent, until_stopped
 from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.data.images import BadFiles
@@ -40,6 +39,7 @@ from asr_downstream.errors import AsrError, CompleteError, OtherProcessError
 from asr_downstream.files.atomic import check_writable
 from asr_downstream.files.configs import plain
 from asr_downstream.files.locks import check_free, occupied
+from asr_downstream.folding.analysis.training import FILE, GateRecorder
 
 __all__ = ['check_folder', 'recompute_activations', 'train']
 

@@ -82,7 +82,7 @@ def test_correlation_and_cost_of_detectors(detectors: dict[str, Path], tmp_path:
 
 @pytest.mark.det
 def test_noise_of_detectors(detectors: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from asr_downstream.analysis import noise
+    from asr_downstream.folding.analysis import noise
 
     monkeypatch.setattr(noise, 'STRENGTHS', {kind: sizes[:1] for kind, sizes in noise.STRENGTHS.items()})
     kinds = ['gaussian', 'batch-norm', 'fgsm']
@@ -102,12 +102,12 @@ def test_noise_of_detectors(detectors: dict[str, Path], tmp_path: Path, monkeypa
 @pytest.mark.det
 def test_without_noise_a_detector_finds_the_same(detectors: dict[str, Path]) -> None:
     pytest.importorskip('mmdet')
-    from asr_downstream.analysis.attacks import ATTACKS
-    from asr_downstream.analysis.noise import IMAGES, ImageNoise
-    from asr_downstream.analysis.runs import Wanted, open_run
     from asr_downstream.detection.analysis import attacked, with_boxes
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.evaluation.evaluate import detect
+    from asr_downstream.folding.analysis.attacks import ATTACKS
+    from asr_downstream.folding.analysis.noise import IMAGES, ImageNoise
+    from asr_downstream.folding.analysis.runs import Wanted, open_run
 
     run = open_run(detectors['ASR'], Wanted(images=4))
     config = load_config(next(detectors['ASR'].glob('*.py')))

@@ -12,7 +12,7 @@ from helpers.plugged import ASR, CLASSIC, assert_untouched, snapshot, tiny
 from torch import Tensor, nn
 
 from asr_downstream import AsrError, fold, plug, register_site
-from asr_downstream.analysis.bound import measure_growth, operator_norm
+from asr_downstream.folding.analysis.bound import measure_growth, operator_norm
 from asr_downstream.models.resnet_cifar import BasicBlock
 from asr_downstream.plugging.sites import SITES
 

@@ -13,7 +13,7 @@ from helpers.plugged import ASR, CLASSIC, tiny
 from torch import Tensor
 
 from asr_downstream import AsrError, plug
-from asr_downstream.analysis.correlation import find_correlations, pearson
+from asr_downstream.folding.analysis.correlation import find_correlations, pearson
 
 RAMP = torch.linspace(0.2, 0.9, C, dtype=torch.float64)
 DATA = [images(torch.arange(4)), images(torch.arange(4, 7))]

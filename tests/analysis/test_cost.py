@@ -12,7 +12,7 @@ from helpers.natives import C, SqueezeExcitation, batches, host
 from helpers.plugged import ASR, CLASSIC, assert_untouched, snapshot, tiny
 
 from asr_downstream import AsrError, describe, fold, plug
-from asr_downstream.analysis.cost import measure_costs, without_attention
+from asr_downstream.folding.analysis.cost import measure_costs, without_attention
 from asr_downstream.measure import cost
 
 X = torch.randn(2, 3, 16, 16)

@@ -16,16 +16,16 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from PIL import Image
 
-from asr_downstream.analysis.correlation import find_correlations
-from asr_downstream.analysis.cost import measure_costs
-from asr_downstream.analysis.figures.base import COLOURS, MAP, figure, label_ends, spread, styles
-from asr_downstream.analysis.figures.correlation import draw_correlations
-from asr_downstream.analysis.figures.cost import draw_costs
-from asr_downstream.analysis.figures.noise import draw_noise
-from asr_downstream.analysis.figures.stripes import draw_gates, draw_groups, draw_ratios
-from asr_downstream.analysis.figures.training import draw_training
-from asr_downstream.analysis.noise import Curve, NoiseCurves
-from asr_downstream.analysis.stripes import find_stripes
+from asr_downstream.folding.analysis.correlation import find_correlations
+from asr_downstream.folding.analysis.cost import measure_costs
+from asr_downstream.folding.analysis.figures.base import COLOURS, MAP, figure, label_ends, spread, styles
+from asr_downstream.folding.analysis.figures.correlation import draw_correlations
+from asr_downstream.folding.analysis.figures.cost import draw_costs
+from asr_downstream.folding.analysis.figures.noise import draw_noise
+from asr_downstream.folding.analysis.figures.stripes import draw_gates, draw_groups, draw_ratios
+from asr_downstream.folding.analysis.figures.training import draw_training
+from asr_downstream.folding.analysis.noise import Curve, NoiseCurves
+from asr_downstream.folding.analysis.stripes import find_stripes
 
 RAMP = torch.linspace(0.2, 0.9, C, dtype=torch.float64)
 DATA = [images(torch.arange(6))]

@@ -14,9 +14,9 @@ from helpers.plugged import ASR, tiny
 from torch import Tensor, nn
 
 from asr_downstream import AsrError, fold, plug
-from asr_downstream.analysis.attacks import ATTACKS, fgsm, pgd
-from asr_downstream.analysis.noise import IMAGES, NORMS, STRENGTHS, ImageNoise, noise_kinds, noisy_norms, sweep
-from asr_downstream.analysis.stripes import Metric
+from asr_downstream.folding.analysis.attacks import ATTACKS, fgsm, pgd
+from asr_downstream.folding.analysis.noise import IMAGES, NORMS, STRENGTHS, ImageNoise, noise_kinds, noisy_norms, sweep
+from asr_downstream.folding.analysis.stripes import Metric
 
 X = torch.rand(4, 3, 8, 8, dtype=torch.float64) * 0.4 + 0.25  # far from black and white
 

@@ -11,7 +11,7 @@ import torch
 from helpers.plugged import ASR, CLASSIC, tiny
 
 from asr_downstream import DataError, plug, record
-from asr_downstream.analysis.training import FILE, GateRecorder, read_training
+from asr_downstream.folding.analysis.training import FILE, GateRecorder, read_training
 
 DIA = dict(type='DIA', attention=dict(type='DIALSTM', reduction=4))
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from asr_downstream import AsrError
-from asr_downstream.analysis.runs import MARKS, OpenRun, Wanted, kind_of, names_of, open_run
 from asr_downstream.errors import CheckpointError
+from asr_downstream.folding.analysis.runs import MARKS, OpenRun, Wanted, kind_of, names_of, open_run
 from asr_downstream.registry import RUNS
 
 

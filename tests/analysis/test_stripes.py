@@ -16,8 +16,8 @@ from helpers.plugged import ASR, CLASSIC, assert_untouched, snapshot, tiny
 from torch import Tensor, nn
 
 from asr_downstream import AsrError, FoldError, plug, record
-from asr_downstream.analysis.gates import CONSTANT, INPUT, NATIVE, Thinned, collect, per_image, places_of
-from asr_downstream.analysis.stripes import Metric, find_stripes, with_mean_gates
+from asr_downstream.folding.analysis.gates import CONSTANT, INPUT, NATIVE, Thinned, collect, per_image, places_of
+from asr_downstream.folding.analysis.stripes import Metric, find_stripes, with_mean_gates
 from asr_downstream.folding.constancy import Moments
 
 MEANS = torch.linspace(0.2, 0.9, C, dtype=torch.float64)

@@ -9,8 +9,8 @@ from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
-from asr_downstream.analysis.training import FILE, GateRecorder
 from asr_downstream.detection.training.loops import bare
+from asr_downstream.folding.analysis.training import FILE, GateRecorder
 from asr_downstream.registry import HOOKS
 
 __all__ = ['GatesHook']
@@ -18,7 +18,7 @@ __all__ = ['GatesHook']
 
 @HOOKS.register_module()
 class GatesHook(Hook):
-    """Writes ``gates.jsonl`` to the work dir, see `asr_downstream.analysis.training`.
+    """Writes ``gates.jsonl`` to the work dir, see `asr_downstream.folding.analysis.training`.
 
         custom_hooks = [dict(type='asr_downstream.GatesHook', interval=100)]
 

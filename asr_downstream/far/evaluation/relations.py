@@ -18,13 +18,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from asr_downstream.analysis.figures.base import MAP, figure
-from asr_downstream.analysis.suite import Job
 from asr_downstream.console.text import render
 from asr_downstream.errors import AsrError
 from asr_downstream.far.evaluation.evaluate import TEACHER, load_family, relation_maps, task_of
 from asr_downstream.far.evaluation.token_relations import similarity
 from asr_downstream.files.atomic import check_writable
+from asr_downstream.folding.analysis.figures.base import MAP, figure
+from asr_downstream.folding.analysis.suite import Job
 
 __all__ = ['Looks', 'locality', 'relations']
 

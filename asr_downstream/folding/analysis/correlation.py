@@ -23,9 +23,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from asr_downstream.analysis.gates import Place, per_image, places_of, stream
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError
+from asr_downstream.folding.analysis.gates import Place, per_image, places_of, stream
 from asr_downstream.folding.constancy import Step, default_step
 
 __all__ = ['Correlations', 'StageCorrelation', 'find_correlations', 'pearson']
@@ -136,7 +136,7 @@ def find_correlations(
         text: what the progress line says.
 
     Raises:
-        AsrError: no stage has two sites with gates, or see `asr_downstream.analysis.gates.stream`.
+        AsrError: no stage has two sites with gates, or see `asr_downstream.folding.analysis.gates.stream`.
     """
     places = places_of(model)
     sums: dict[tuple[str, ...], Sums] = {}

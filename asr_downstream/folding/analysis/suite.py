@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from asr_downstream.analysis.bound import Growth, measure_growth
-from asr_downstream.analysis.correlation import find_correlations
-from asr_downstream.analysis.cost import measure_costs
-from asr_downstream.analysis.noise import STRENGTHS, ImageNoise, NoiseCurves, noise_kinds, sweep
-from asr_downstream.analysis.runs import OpenRun, Wanted, open_run
-from asr_downstream.analysis.stripes import find_stripes
-from asr_downstream.analysis.training import FILE, read_training
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import check_writable, write_json
+from asr_downstream.folding.analysis.bound import Growth, measure_growth
+from asr_downstream.folding.analysis.correlation import find_correlations
+from asr_downstream.folding.analysis.cost import measure_costs
+from asr_downstream.folding.analysis.noise import STRENGTHS, ImageNoise, NoiseCurves, noise_kinds, sweep
+from asr_downstream.folding.analysis.runs import OpenRun, Wanted, open_run
+from asr_downstream.folding.analysis.stripes import find_stripes
+from asr_downstream.folding.analysis.training import FILE, read_training
 from asr_downstream.folding.calibrated import fold_calibrated
 from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.measure.versions import versions
@@ -73,14 +73,14 @@ class Job:
 
 
 def stripes(job: Job, metric: bool = True) -> str:
-    """Measure and draw how much gates depend on the image, see `asr_downstream.analysis.stripes`.
+    """Measure and draw how much gates depend on the image, see `asr_downstream.folding.analysis.stripes`.
 
     Args:
         job: what is analysed.
         metric: whether to measure the metric before and after the gates are replaced by their means.
     """
-    from asr_downstream.analysis.figures.stripes import draw_gates, draw_groups, draw_ratios
-    from asr_downstream.analysis.figures.training import draw_training
+    from asr_downstream.folding.analysis.figures.stripes import draw_gates, draw_groups, draw_ratios
+    from asr_downstream.folding.analysis.figures.training import draw_training
 
     measured, content = [], {}
     for name, run in job.opened():
@@ -105,8 +105,8 @@ def without_channels(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def correlation(job: Job) -> str:
-    """Measure and draw how the gates of the sites of a stage correlate, see `asr_downstream.analysis.correlation`."""
-    from asr_downstream.analysis.figures.correlation import draw_correlations
+    """Measure and draw how gates of a stage correlate, see `asr_downstream.folding.analysis.correlation`."""
+    from asr_downstream.folding.analysis.figures.correlation import draw_correlations
 
     measured, content = [], {}
     for name, run in job.opened():
@@ -119,13 +119,13 @@ def correlation(job: Job) -> str:
 
 
 def cost(job: Job, rounds: int = 30) -> str:
-    """Measure and draw what attention costs, see `asr_downstream.analysis.cost`.
+    """Measure and draw what attention costs, see `asr_downstream.folding.analysis.cost`.
 
     Args:
         job: what is analysed; the batch is the first of the data.
         rounds: of timing.
     """
-    from asr_downstream.analysis.figures.cost import draw_costs
+    from asr_downstream.folding.analysis.figures.cost import draw_costs
 
     measured, content = [], {}
     for name, run in job.opened():
@@ -138,7 +138,7 @@ def cost(job: Job, rounds: int = 30) -> str:
 
 
 def noise(job: Job, kinds: Sequence[str] | None = None, fold: bool = False, seed: int = 0) -> str:
-    """Sweep noise and draw what is left of the metric, see `asr_downstream.analysis.noise`.
+    """Sweep noise and draw what is left of the metric, see `asr_downstream.folding.analysis.noise`.
 
     Args:
         job: what is analysed.
@@ -146,7 +146,7 @@ def noise(job: Job, kinds: Sequence[str] | None = None, fold: bool = False, seed
         fold: whether to measure a folded copy of each run beside it; gates that depend on the input become their mean.
         seed: of the noise.
     """
-    from asr_downstream.analysis.figures.noise import draw_growth, draw_noise
+    from asr_downstream.folding.analysis.figures.noise import draw_growth, draw_noise
 
     found: list[NoiseCurves] = []
     grown: list[Growth] = []

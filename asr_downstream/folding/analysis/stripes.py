@@ -18,9 +18,9 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from asr_downstream.analysis.gates import INPUT, NATIVE, By, SiteGates, collect
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import FoldError
+from asr_downstream.folding.analysis.gates import INPUT, NATIVE, By, SiteGates, collect
 from asr_downstream.folding.calibrated import change_of, settle, with_means
 from asr_downstream.folding.constancy import Step, default_step
 from asr_downstream.folding.native.blocks import with_constants
@@ -178,12 +178,12 @@ def find_stripes(
         data: batches, read twice.
         step: runs the model on a batch.
         metric: of the functional test; None: only the change of the outputs is measured.
-        by: see `asr_downstream.analysis.gates.collect`.
+        by: see `asr_downstream.folding.analysis.gates.collect`.
         grouped: what ``by`` gives.
         keep: about how many images are kept for the heat map.
 
     Raises:
-        AsrError: see `asr_downstream.analysis.gates.collect`.
+        AsrError: see `asr_downstream.folding.analysis.gates.collect`.
         FoldError: outputs of other shapes after the replacement; let ``step`` return feature maps.
     """
     sites = tuple(collect(model, data, step, by, keep, f'{name}: gates'))

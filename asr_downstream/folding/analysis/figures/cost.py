@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from asr_downstream.analysis.cost import Costs
-from asr_downstream.analysis.figures.base import figure, plain_axes, styles
+from asr_downstream.folding.analysis.cost import Costs
+from asr_downstream.folding.analysis.figures.base import figure, plain_axes, styles
 
 __all__ = ['draw_costs']
 

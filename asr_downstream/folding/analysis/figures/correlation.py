@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 
-from asr_downstream.analysis.correlation import Correlations, StageCorrelation
-from asr_downstream.analysis.figures.base import MAP, figure
+from asr_downstream.folding.analysis.correlation import Correlations, StageCorrelation
+from asr_downstream.folding.analysis.figures.base import MAP, figure
 
 __all__ = ['draw_correlations']
 

@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from asr_downstream.analysis.attacks import Attack
-from asr_downstream.analysis.stripes import Metric
 from asr_downstream.errors import AsrError, CheckpointError, did_you_mean
+from asr_downstream.folding.analysis.attacks import Attack
+from asr_downstream.folding.analysis.stripes import Metric
 from asr_downstream.folding.constancy import Step, default_step
 from asr_downstream.registry import RUNS, find
 
@@ -64,7 +64,7 @@ class OpenRun:
         changed: ``changed(model, change)``: inside the block, images go through a change before the model sees them;
             None: the model takes no images.
         attack: ``attack(model, attack) -> metric``: the metric on images that an attack of
-            `asr_downstream.analysis.attacks` has changed; None: there is no loss to attack.
+            `asr_downstream.folding.analysis.attacks` has changed; None: there is no loss to attack.
         folder: of the training, where ``gates.jsonl`` may be; None: there is none.
         facts: where the weights come from, for the report.
     """

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from asr_downstream.analysis.bound import Growth
-from asr_downstream.analysis.figures.base import GREY, figure, label_ends, plain_axes, styles
-from asr_downstream.analysis.noise import NoiseCurves
+from asr_downstream.folding.analysis.bound import Growth
+from asr_downstream.folding.analysis.figures.base import GREY, figure, label_ends, plain_axes, styles
+from asr_downstream.folding.analysis.noise import NoiseCurves
 
 __all__ = ['draw_growth', 'draw_noise']
 

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.analysis.gates import CONSTANT, INPUT, places_of
 from asr_downstream.errors import DataError
 from asr_downstream.files.atomic import write_atomically, writing
+from asr_downstream.folding.analysis.gates import CONSTANT, INPUT, places_of
 from asr_downstream.folding.constancy import Moments
 from asr_downstream.plugging.record import record
 

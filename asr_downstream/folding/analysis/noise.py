@@ -17,10 +17,10 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from asr_downstream.analysis.attacks import ATTACKS, Attack
-from asr_downstream.analysis.stripes import Metric
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError, did_you_mean
+from asr_downstream.folding.analysis.attacks import ATTACKS, Attack
+from asr_downstream.folding.analysis.stripes import Metric
 from asr_downstream.modules.slots import inside_gate
 
 __all__ = ['IMAGES', 'NORMS', 'STRENGTHS', 'Curve', 'ImageNoise', 'NoiseCurves', 'noise_kinds', 'noisy_norms', 'sweep']
@@ -62,7 +62,7 @@ IMAGES: dict[str, Draw] = {'constant': constant, 'gaussian': gaussian, 'salt-and
 
 
 class ImageNoise:
-    """A change of images, see `asr_downstream.analysis.runs.Change`; values stay between black and white.
+    """A change of images, see `asr_downstream.folding.analysis.runs.Change`; values stay between black and white.
 
     Args:
         kind: one of `IMAGES`.
@@ -203,7 +203,7 @@ def sweep(
         models: by name, in eval mode.
         metric: of a model.
         kinds: of noise, see `noise_kinds`.
-        changed: see `asr_downstream.analysis.runs.OpenRun`.
+        changed: see `asr_downstream.folding.analysis.runs.OpenRun`.
         attack: likewise.
         strengths: of each kind, besides 0; default: `STRENGTHS`.
         seed: of what is drawn.

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from asr_downstream.analysis.figures.base import MAP, figure, label_ends, plain_axes, spread, styles
+from asr_downstream.folding.analysis.figures.base import MAP, figure, label_ends, plain_axes, spread, styles
 
 __all__ = ['draw_training']
 

@@ -11,9 +11,9 @@ import torch
 from matplotlib.axes import Axes
 from torch import Tensor
 
-from asr_downstream.analysis.figures.base import GREY, MAP, figure, label_ends, plain_axes, spread, styles
-from asr_downstream.analysis.gates import SiteGates
-from asr_downstream.analysis.stripes import Stripes
+from asr_downstream.folding.analysis.figures.base import GREY, MAP, figure, label_ends, plain_axes, spread, styles
+from asr_downstream.folding.analysis.gates import SiteGates
+from asr_downstream.folding.analysis.stripes import Stripes
 
 __all__ = ['draw_gates', 'draw_groups', 'draw_ratios']
 
