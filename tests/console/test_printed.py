@@ -16,6 +16,11 @@ from torch import nn
 
 from asr_downstream import describe, far, fold, fold_calibrated, record, save_gates, verify
 from asr_downstream.console.text import Printed
+from asr_downstream.folding.analysis.bound import BlockGrowth, Growth
+from asr_downstream.folding.analysis.correlation import find_correlations
+from asr_downstream.folding.analysis.cost import measure_costs
+from asr_downstream.folding.analysis.noise import Curve, NoiseCurves
+from asr_downstream.folding.analysis.stripes import find_stripes
 from asr_downstream.folding.native.report import NativeBlock, NativeReport
 from asr_downstream.plugging.describe import Description
 from asr_downstream.plugging.learning.choose import choose
@@ -87,6 +92,14 @@ RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     'learning': (learning, ['learns gates', 'numbers']),
     'adapter': (adapter, ['night.safetensors', 'layer2.1.bn3']),
     'removed attention': (removed, ['layer.1.se', 'SELayer', '0.25']),
+    'stripes': (lambda: find_stripes('SE', plugged(SE, training=False), DATA), ['layer2.1.bn3', 'outputs change by']),
+    'correlations': (lambda: find_correlations('SE', plugged(SE, training=False), DATA), ['layer2', 'own']),
+    'costs': (lambda: measure_costs('SE', plugged(SE, training=False), DATA[0], rounds=1), ['layer2.1.bn3', 'latency']),
+    'noise': (
+        lambda: NoiseCurves('AP', (Curve('stock', 'gaussian', (0.0, 0.1), (0.5, 0.25)),)),
+        ['0.2500', 'gaussian'],
+    ),
+    'growth': (lambda: Growth('stock', 'gaussian', (BlockGrowth('layer1.0', 1.5, 1.75),)), ['layer1.0', '1.750']),
     'evaluation': (evaluation, ['folded', '1,234']),
     'comparison': (comparison, ['unfolded', 'x 1.000']),
 }

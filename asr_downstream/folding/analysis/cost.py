@@ -191,10 +191,13 @@ def measure_costs(name: str, model: nn.Module, batch: Any, step: Step = default_
                 path,
                 places[path].kind if path in places else '',
                 own.get(path, 0),
-                *(found['model'][path] - found['stock'][path] for found in (macs, launches, trained, saved)),
-                milliseconds=median(extra),
-                low=low,
-                high=high,
+                macs['model'][path] - macs['stock'][path],
+                launches['model'][path] - launches['stock'][path],
+                trained['model'][path] - trained['stock'][path],
+                saved['model'][path] - saved['stock'][path],
+                median(extra),
+                low,
+                high,
             )
         )
     *sites, elsewhere = rows
