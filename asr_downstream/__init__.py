@@ -24,9 +24,9 @@ from asr_downstream.console.lazy import attach
 
 if TYPE_CHECKING:
     from asr_downstream import far
-    from asr_downstream.adapters import apply_gates, list_gates, load_gates, save_gates, unload
     from asr_downstream.attention import ChannelAttention, pool
     from asr_downstream.errors import AsrError, CheckpointError, DataError, FoldError, PlugError
+    from asr_downstream.folding.adapters import apply_gates, list_gates, load_gates, save_gates, unload
     from asr_downstream.folding.calibrated import fold_calibrated
     from asr_downstream.folding.fold import fold
     from asr_downstream.folding.fuse_conv_bn import fuse_conv_bn
@@ -80,7 +80,7 @@ __all__ = [
 
 # Module -> the public names that it defines.
 DEFINED_IN = {
-    'adapters': ('apply_gates', 'list_gates', 'load_gates', 'save_gates', 'unload'),
+    'folding.adapters': ('apply_gates', 'list_gates', 'load_gates', 'save_gates', 'unload'),
     'attention': ('ChannelAttention', 'pool'),
     'errors': ('AsrError', 'CheckpointError', 'DataError', 'FoldError', 'PlugError'),
     'folding.calibrated': ('fold_calibrated',),
@@ -100,7 +100,6 @@ DEFINED_IN = {
 }
 # Rooms that need no extra: ``asr_downstream.far`` is there without an import of its own.
 ROOMS = (
-    'adapters',
     'attention',
     'console',
     'errors',

@@ -91,7 +91,7 @@ def save_adapter(args: argparse.Namespace) -> None:
 
 def show(args: argparse.Namespace) -> None:
     """Print what files hold."""
-    from asr_downstream.adapters.file import list_gates
+    from asr_downstream.folding.adapters.file import list_gates
 
     for path in args.files:
         print(list_gates(path))
@@ -99,8 +99,8 @@ def show(args: argparse.Namespace) -> None:
 
 def apply_adapters(args: argparse.Namespace) -> None:
     """Put adapters into a base."""
-    from asr_downstream.adapters.apply import given
-    from asr_downstream.adapters.ship import apply_to_file, apply_to_folder
+    from asr_downstream.folding.adapters.apply import given
+    from asr_downstream.folding.adapters.ship import apply_to_file, apply_to_folder
 
     base, *paths, out = args.paths
     strengths = args.strength * len(paths) if len(args.strength) == 1 else args.strength
@@ -125,7 +125,7 @@ def apply_adapters(args: argparse.Namespace) -> None:
 
 def convert_adapter(args: argparse.Namespace) -> None:
     """Convert an adapter of another library."""
-    from asr_downstream.adapters.folders import weights_at
-    from asr_downstream.adapters.foreign.convert import convert_gates
+    from asr_downstream.folding.adapters.folders import weights_at
+    from asr_downstream.folding.adapters.foreign.convert import convert_gates
 
     print(convert_gates(args.source, args.out, weights_at(args.base)))

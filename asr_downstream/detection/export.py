@@ -14,10 +14,6 @@ from mmengine.config import Config
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from asr_downstream.adapters.apply import Given
-from asr_downstream.adapters.file import Adapter
-from asr_downstream.adapters.save import save_of_training
-from asr_downstream.adapters.ship import apply_to_file
 from asr_downstream.detection.card import card_path, detector_card
 from asr_downstream.detection.config import partly_stock_config, stock_config
 from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, check_exact, fold_over_images
@@ -27,6 +23,10 @@ from asr_downstream.errors import AsrError, CheckpointError, FoldError
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.files.atomic import aside, check_could_write, sha256, write_together
 from asr_downstream.files.card import card_of
+from asr_downstream.folding.adapters.apply import Given
+from asr_downstream.folding.adapters.file import Adapter
+from asr_downstream.folding.adapters.save import save_of_training
+from asr_downstream.folding.adapters.ship import apply_to_file
 from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.report import FoldReport
 from asr_downstream.folding.verify import Verification, check_same
@@ -230,8 +230,8 @@ def apply_to_detector(
     Args:
         config: of the training or stock; its heads are those of the result.
         base: stock checkpoint.
-        adapters: see `asr_downstream.adapters.apply.given`.
-        out: see `asr_downstream.adapters.ship.apply_to_file`; likewise the rest.
+        adapters: see `asr_downstream.folding.adapters.apply.given`.
+        out: see `asr_downstream.folding.adapters.ship.apply_to_file`; likewise the rest.
         force: see above.
         trust: see above.
     """

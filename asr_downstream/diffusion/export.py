@@ -11,8 +11,6 @@ from typing import Any
 import diffusers
 import torch
 
-from asr_downstream.adapters.file import Adapter
-from asr_downstream.adapters.save import save_of_training
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
 from asr_downstream.diffusion.evaluation.fold import as_trained, compare, fold_run
@@ -26,6 +24,8 @@ from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far.export import save_far
 from asr_downstream.files.atomic import check_writable, files_in, not_ours, sha256, whole_folder, write_json
 from asr_downstream.files.configs import plain
+from asr_downstream.folding.adapters.file import Adapter
+from asr_downstream.folding.adapters.save import save_of_training
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.versions import versions
 from asr_downstream.plugging.describe import describe

@@ -18,10 +18,10 @@ from helpers.plugged import ASR, X, tiny
 from torch import nn
 
 from asr_downstream import CheckpointError, FoldError, fold, plug, verify
-from asr_downstream.adapters.apply import apply_gates, apply_to_state, given
-from asr_downstream.adapters.base import base_state, remember
-from asr_downstream.adapters.file import list_gates
-from asr_downstream.adapters.save import save_gates
+from asr_downstream.folding.adapters.apply import apply_gates, apply_to_state, given
+from asr_downstream.folding.adapters.base import base_state, remember
+from asr_downstream.folding.adapters.file import list_gates
+from asr_downstream.folding.adapters.save import save_gates
 
 
 @pytest.mark.parametrize('spec', SPECS.values(), ids=SPECS)

@@ -11,7 +11,7 @@ from conftest import randomise
 from helpers.plugged import ASR, tiny
 
 from asr_downstream import CheckpointError, fold, plug
-from asr_downstream.adapters.base import (
+from asr_downstream.folding.adapters.base import (
     BASE_FILE,
     base_state,
     digest,

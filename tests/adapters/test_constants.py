@@ -13,10 +13,10 @@ from helpers.cases import LAYER_CASES, LayerCase
 from torch import Tensor, nn
 
 from asr_downstream import CheckpointError, apply_gates
-from asr_downstream.adapters.apply import apply_to_state, given
-from asr_downstream.adapters.base import Frozen, digests
-from asr_downstream.adapters.file import Adapter, Site, read_adapter, write_adapter
-from asr_downstream.adapters.layers import KINDS, kind_of
+from asr_downstream.folding.adapters.apply import apply_to_state, given
+from asr_downstream.folding.adapters.base import Frozen, digests
+from asr_downstream.folding.adapters.file import Adapter, Site, read_adapter, write_adapter
+from asr_downstream.folding.adapters.layers import KINDS, kind_of
 from asr_downstream.modules.affine import Constants, input_channels, output_channels
 
 BAR = 1e-10

@@ -19,10 +19,10 @@ from helpers.tiny_detection import tiny as tiny_config
 from mmdet.registry import MODELS
 
 from asr_downstream import apply_gates, fold, list_gates, save_gates, unload
-from asr_downstream.adapters.base import BASE_FILE, remember
 from asr_downstream.detection.config import load_config
 from asr_downstream.detection.export import fold_checkpoint
 from asr_downstream.detection.models.detectors import build_detector
+from asr_downstream.folding.adapters.base import BASE_FILE, remember
 
 STOCK = 'det_configs/digits/retinanet_r18-w16_fpn_digits.py'
 PLUGGED = 'det_configs/digits/retinanet_r18-w16-asr-se_fpn_digits.py'

@@ -17,9 +17,9 @@ from helpers.diffusion import ASR, UNET, config_for, rewrite, trained
 from helpers.shared import NOISE, unet
 
 from asr_downstream import apply_gates, fold, list_gates, plug, save_gates, unload, verify
-from asr_downstream.adapters.base import BASE_FILE, remember
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train as train_run
+from asr_downstream.folding.adapters.base import BASE_FILE, remember
 
 SPECS: dict[str, Any] = {
     'convolutions': ASR,

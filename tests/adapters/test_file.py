@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from asr_downstream import AsrError, CheckpointError
-from asr_downstream.adapters.file import KEY, MOST, list_gates, read_adapter, write_adapter
+from asr_downstream.folding.adapters.file import KEY, MOST, list_gates, read_adapter, write_adapter
 
 Change = Callable[[dict[str, Any], dict[str, Tensor]], Any]
 

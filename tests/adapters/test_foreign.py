@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from asr_downstream import CheckpointError, apply_gates, verify
-from asr_downstream.adapters.foreign.convert import convert_gates
+from asr_downstream.folding.adapters.foreign.convert import convert_gates
 
 
 class Block(nn.Module):

@@ -13,11 +13,11 @@ from helpers.plugged import X, assert_untouched, snapshot
 from torch import nn
 
 from asr_downstream import CheckpointError, fold, plug, verify
-from asr_downstream.adapters.apply import apply_gates
-from asr_downstream.adapters.base import remember
-from asr_downstream.adapters.file import list_gates
-from asr_downstream.adapters.load import load_gates, unload
-from asr_downstream.adapters.save import save_gates
+from asr_downstream.folding.adapters.apply import apply_gates
+from asr_downstream.folding.adapters.base import remember
+from asr_downstream.folding.adapters.file import list_gates
+from asr_downstream.folding.adapters.load import load_gates, unload
+from asr_downstream.folding.adapters.save import save_gates
 from asr_downstream.modules.slots import HasGates
 
 

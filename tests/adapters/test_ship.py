@@ -13,11 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from asr_downstream import AsrError, CheckpointError, apply_gates, fold
-from asr_downstream.adapters.apply import given
-from asr_downstream.adapters.save import save_gates
-from asr_downstream.adapters.ship import apply_to_file, apply_to_folder
 from asr_downstream.commands import fold as fold_command
 from asr_downstream.files.atomic import sha256
+from asr_downstream.folding.adapters.apply import given
+from asr_downstream.folding.adapters.save import save_gates
+from asr_downstream.folding.adapters.ship import apply_to_file, apply_to_folder
 
 
 def equal(state: dict[str, torch.Tensor], model: nn.Module) -> bool:

@@ -28,7 +28,6 @@ from helpers.tiny_detection import (
 from mmengine.hooks import EMAHook, Hook
 from mmengine.model import MMDistributedDataParallel
 
-from asr_downstream.adapters.base import BASE_FILE
 from asr_downstream.console.stopping import Stopped
 from asr_downstream.detection.config import load_config, partly_stock_config, stock_config
 from asr_downstream.detection.models.detectors import build_detector, load_detector
@@ -37,6 +36,7 @@ from asr_downstream.detection.training.launch import join
 from asr_downstream.detection.training.learning import META, LearningRunner, learning_of
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
 from asr_downstream.files.weights import read_checkpoint
+from asr_downstream.folding.adapters.base import BASE_FILE
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.learning.restrict import restrict
 

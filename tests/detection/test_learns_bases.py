@@ -24,11 +24,11 @@ from helpers.tiny_detection import (
     weights,
 )
 
-from asr_downstream.adapters.base import BASE_FILE, read_base
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.training.learning import META, learning_of
 from asr_downstream.errors import CheckpointError, PlugError
 from asr_downstream.files.weights import read_checkpoint
+from asr_downstream.folding.adapters.base import BASE_FILE, read_base
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.describe import describe
 

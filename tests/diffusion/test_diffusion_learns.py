@@ -26,7 +26,6 @@ from helpers.diffusion import (
     write_config,
 )
 
-from asr_downstream.adapters.base import BASE_FILE, read_base
 from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.training.plan import plan
@@ -34,6 +33,7 @@ from asr_downstream.diffusion.training.task import Denoising
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError, PlugError
+from asr_downstream.folding.adapters.base import BASE_FILE, read_base
 from asr_downstream.modules.slots import GATES
 
 KEPT = dict(ASR, preserve=True)

@@ -14,9 +14,9 @@ from conftest import randomise
 from torch import nn
 
 from asr_downstream import plug
-from asr_downstream.adapters.base import remember
 from asr_downstream.commands import gates
 from asr_downstream.console import cli
+from asr_downstream.folding.adapters.base import remember
 from asr_downstream.modules.slots import inside_gate
 from helpers.plugged import tiny
 
@@ -60,7 +60,7 @@ def adapted(stock: nn.Module, spec: Any = SE, heads: tuple[str, ...] = ()) -> nn
 
 def saved(folder: Path, stock: nn.Module, spec: Any = SE, name: str = 'a', heads: tuple[str, ...] = ()) -> Path:
     """The adapter file of such a model."""
-    from asr_downstream.adapters.save import save_gates
+    from asr_downstream.folding.adapters.save import save_gates
 
     path = folder / f'{name}.safetensors'
     save_gates(adapted(stock, spec, heads), path)

@@ -21,11 +21,11 @@ from mmengine.runner import Runner
 from mmengine.runner.checkpoint import CheckpointLoader
 from torch import nn
 
-from asr_downstream.adapters.base import remember
 from asr_downstream.detection.training.loops import bare
 from asr_downstream.errors import AsrError, CheckpointError, warn
 from asr_downstream.files.configs import plain
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.folding.adapters.base import remember
 from asr_downstream.modules.slots import GATES, inside_gate
 from asr_downstream.plugging.learning.choose import ALL, KEPT, Learning, choose, named_by, words_of
 from asr_downstream.plugging.learning.restrict import restrict, trained_beside_gates, warn_of_another_start

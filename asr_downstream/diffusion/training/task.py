@@ -9,7 +9,6 @@ import torch
 from mmengine.config import Config
 from torch import Tensor, nn
 
-from asr_downstream.adapters.base import remember
 from asr_downstream.diffusion.config import SCHEMA
 from asr_downstream.diffusion.data import Samples
 from asr_downstream.diffusion.evaluation.pictures import grid, save_grid
@@ -23,6 +22,7 @@ from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import DataError
 from asr_downstream.files.configs import plain
+from asr_downstream.folding.adapters.base import remember
 from asr_downstream.plugging.learning.choose import KEPT, Learning, choose, words_of
 from asr_downstream.plugging.learning.restrict import restrict, trained_beside_gates, warn_of_another_start
 

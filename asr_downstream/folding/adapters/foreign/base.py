@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from asr_downstream.adapters.file import Site
-from asr_downstream.adapters.layers import kind_of, member
 from asr_downstream.errors import CheckpointError
+from asr_downstream.folding.adapters.file import Site
+from asr_downstream.folding.adapters.layers import kind_of, member
 from asr_downstream.modules.affine import Constants
 
 __all__ = ['Converted', 'Layers', 'by_module', 'refuse_others', 'site_of']
@@ -41,7 +41,7 @@ class Converted:
 
     Attributes:
         method: what it calls itself.
-        sites: see `asr_downstream.adapters.file.Adapter`.
+        sites: see `asr_downstream.folding.adapters.file.Adapter`.
         heads: likewise.
     """
 

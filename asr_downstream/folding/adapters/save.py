@@ -9,8 +9,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.adapters.apply import Given, apply_to_state
-from asr_downstream.adapters.base import (
+from asr_downstream.console.text import some
+from asr_downstream.errors import CheckpointError, FoldError
+from asr_downstream.folding.adapters.apply import Given, apply_to_state
+from asr_downstream.folding.adapters.base import (
     BASE_FILE,
     COUNTER,
     Base,
@@ -21,11 +23,9 @@ from asr_downstream.adapters.base import (
     matching,
     read_base,
 )
-from asr_downstream.adapters.file import Adapter, Site, write_adapter
-from asr_downstream.adapters.folders import weights_at
-from asr_downstream.adapters.layers import kind_of, member
-from asr_downstream.console.text import some
-from asr_downstream.errors import CheckpointError, FoldError
+from asr_downstream.folding.adapters.file import Adapter, Site, write_adapter
+from asr_downstream.folding.adapters.folders import weights_at
+from asr_downstream.folding.adapters.layers import kind_of, member
 from asr_downstream.folding.exact import constants_of, fold_exactly
 from asr_downstream.measure.versions import versions
 from asr_downstream.modules.affine import Constants
@@ -62,7 +62,7 @@ def save_gates(
         model: plugged, with constant gates only, in eval mode; it is not changed.
         path: file to write, ``.safetensors``.
         heads: patterns of the names of weights that were trained beside the gates and are kept whole; ``'changed'``:
-            all that differ from the base. None: what `asr_downstream.adapters.remember` was told.
+            all that differ from the base. None: what `asr_downstream.folding.adapters.remember` was told.
         base: what the gates were trained on: its weights, a file of them, a folder of diffusers, a stock model. None:
             as it was remembered; if it was not, the weights that the model has now, which must be frozen.
         learnt: keep the parameters of the gates too, with which `asr_downstream.load_gates` goes on exactly; of most
@@ -114,7 +114,9 @@ def save_of_training(
     start: Path | None = None,
     **options: Any,
 ) -> Adapter:
-    """Save the gates of a training; what is not given is as its folder says, see `asr_downstream.adapters.remember`.
+    """Save the gates of a training; what is not given is as its folder says.
+
+    That is what `asr_downstream.folding.adapters.remember` has written there.
 
     Args:
         model: as it was trained.

@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from asr_downstream.adapters.base import Frozen, base_state, digests
-from asr_downstream.adapters.file import Adapter, write_adapter
-from asr_downstream.adapters.foreign.base import Layers, by_module, refuse_others
-from asr_downstream.adapters.foreign.lycoris import MARKS, read_lycoris
-from asr_downstream.adapters.foreign.peft import CONFIG, SCALES, read_peft
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import sha256
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.folding.adapters.base import Frozen, base_state, digests
+from asr_downstream.folding.adapters.file import Adapter, write_adapter
+from asr_downstream.folding.adapters.foreign.base import Layers, by_module, refuse_others
+from asr_downstream.folding.adapters.foreign.lycoris import MARKS, read_lycoris
+from asr_downstream.folding.adapters.foreign.peft import CONFIG, SCALES, read_peft
 from asr_downstream.measure.versions import versions
 
 __all__ = ['convert_gates']

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asr_downstream.adapters.foreign.base import Converted, Layers, by_module, refuse_others, site_of
 from asr_downstream.errors import CheckpointError
+from asr_downstream.folding.adapters.foreign.base import Converted, Layers, by_module, refuse_others, site_of
 from asr_downstream.modules.affine import Constants
 
 __all__ = ['MARKS', 'read_lycoris']

@@ -16,11 +16,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.adapters.file import Adapter, Site, read_adapter
-from asr_downstream.adapters.layers import kind_of, member, stand_in
-from asr_downstream.adapters.strength import after, at_strength
 from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError
+from asr_downstream.folding.adapters.file import Adapter, Site, read_adapter
+from asr_downstream.folding.adapters.layers import kind_of, member, stand_in
+from asr_downstream.folding.adapters.strength import after, at_strength
 from asr_downstream.modules.affine import Constants, scaled
 from asr_downstream.modules.check import check_module, check_own, check_weights
 from asr_downstream.modules.slots import GATES, HasGates

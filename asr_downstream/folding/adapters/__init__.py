@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING
 from asr_downstream.console.lazy import attach
 
 if TYPE_CHECKING:
-    from asr_downstream.adapters.apply import apply_gates
-    from asr_downstream.adapters.base import Base, remember
-    from asr_downstream.adapters.file import list_gates
-    from asr_downstream.adapters.load import load_gates, unload
-    from asr_downstream.adapters.save import save_gates
+    from asr_downstream.folding.adapters.apply import apply_gates
+    from asr_downstream.folding.adapters.base import Base, remember
+    from asr_downstream.folding.adapters.file import list_gates
+    from asr_downstream.folding.adapters.load import load_gates, unload
+    from asr_downstream.folding.adapters.save import save_gates
 
 __all__ = ['Base', 'apply_gates', 'list_gates', 'load_gates', 'remember', 'save_gates', 'unload']
 

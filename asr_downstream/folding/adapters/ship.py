@@ -11,9 +11,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asr_downstream.adapters.apply import Given, apply_to_state, check_base
-from asr_downstream.adapters.folders import Part, find_part
-from asr_downstream.adapters.layers import member
 from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import (
@@ -27,6 +24,9 @@ from asr_downstream.files.atomic import (
     write_together,
 )
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
+from asr_downstream.folding.adapters.apply import Given, apply_to_state, check_base
+from asr_downstream.folding.adapters.folders import Part, find_part
+from asr_downstream.folding.adapters.layers import member
 from asr_downstream.measure.versions import versions
 
 __all__ = ['REPORT', 'applied_state', 'apply_to_file', 'apply_to_folder', 'report_of']
@@ -49,7 +49,7 @@ def apply_to_file(
 
     Args:
         base: ``.pth`` as MMEngine writes it or a plain state dict, or ``.safetensors``.
-        adapters: see `asr_downstream.adapters.apply.given`.
+        adapters: see `asr_downstream.folding.adapters.apply.given`.
         out: file to write, ``.pth`` or ``.safetensors``; the report is ``<out>.json``.
         force: see `asr_downstream.apply_gates`.
         trust: see `asr_downstream.files.weights.read_checkpoint`.

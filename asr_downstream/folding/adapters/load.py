@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.adapters.apply import check_base
-from asr_downstream.adapters.base import base_state, digests
-from asr_downstream.adapters.file import Adapter, read_adapter
-from asr_downstream.adapters.save import BaseLike, stock_weights
 from asr_downstream.console.text import some
 from asr_downstream.errors import CheckpointError, FoldError
+from asr_downstream.folding.adapters.apply import check_base
+from asr_downstream.folding.adapters.base import base_state, digests
+from asr_downstream.folding.adapters.file import Adapter, read_adapter
+from asr_downstream.folding.adapters.save import BaseLike, stock_weights
 from asr_downstream.folding.exact import make_stock_, specs
 from asr_downstream.modules.check import check_bare, check_module
 from asr_downstream.modules.slots import BASE, HasGates, inside_gate

@@ -13,9 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
-from asr_downstream.adapters.foreign.base import Converted, Layers, refuse_others, site_of
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.atomic import read_json
+from asr_downstream.folding.adapters.foreign.base import Converted, Layers, refuse_others, site_of
 from asr_downstream.modules.affine import Constants
 
 __all__ = ['CONFIG', 'SCALES', 'read_peft']

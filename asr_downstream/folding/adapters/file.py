@@ -18,12 +18,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from asr_downstream.adapters.base import SIZE, Frozen
-from asr_downstream.adapters.layers import KINDS
 from asr_downstream.console.text import Printed, some
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import size, write_atomically
 from asr_downstream.files.weights import damaged, is_finite
+from asr_downstream.folding.adapters.base import SIZE, Frozen
+from asr_downstream.folding.adapters.layers import KINDS
 from asr_downstream.modules.affine import Constants
 
 __all__ = ['Adapter', 'Site', 'list_gates', 'read_adapter', 'write_adapter']
