@@ -9,7 +9,12 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
-FOLDERS = ('det_configs', 'diffusion/configs', 'tools/far_configs')  # asr_downstream.files.ready.FOLDERS
+FOLDERS = (
+    'det_configs',
+    'diffusion/configs',
+    'tools/cls_configs',
+    'tools/far_configs',
+)  # asr_downstream.files.ready.FOLDERS
 
 
 class BuildWithConfigs(build_py):

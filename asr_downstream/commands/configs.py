@@ -23,6 +23,7 @@ __all__ = ['main']
 TAKEN_BY = {
     'det_configs': 'train-det, test-det, fold',
     'diffusion/configs': 'train-diffusion',
+    'tools/cls_configs': 'train-cls',
     'tools/far_configs': 'distill-far, prune-far',
 }
 

@@ -72,6 +72,11 @@ COMMANDS = {
         'diffusion/compare.py',
         'curves and samples of several diffusion models side by side',
     ),
+    'train-cls': Command(
+        'asr_downstream.classification.commands.train_cls',
+        'tools/train_cls.py',
+        'train an image classifier, stock or plugged, fold it, ship it',
+    ),
     'distill-far': Command(
         'asr_downstream.far.commands.distill_far',
         'tools/distill_far.py',

@@ -20,9 +20,11 @@ from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.files.atomic import cannot_write, write_atomically
 from asr_downstream.files.configs import import_modules, override, plain, read_config, without_templates
 
-__all__ = ['CONFIG_FILE', 'Schema', 'point_at_data', 'portable', 'write_config']
+__all__ = ['CONFIG_FILE', 'EPOCHS', 'Schema', 'point_at_data', 'portable', 'with_epochs', 'write_config']
 
 CONFIG_FILE = 'config.py'  # of a run: the config with all defaults
+# Keys in epochs, where a kind of config has them -> those in optimiser steps, in the place of which they stand.
+EPOCHS = {'epochs': 'max_train_steps', 'warmup_epochs': 'lr_warmup_steps', 'validation_epochs': 'validation_steps'}
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,13 @@ class Schema:
         """Every key and its default."""
         return {key: copy.deepcopy(getattr(self.own, key, getattr(defaults, key, None))) for key in self.kinds}
 
-    def load(self, path: Path, options: dict[str, Any] | None = None, data: Path | None = None) -> Config:
+    def load(
+        self,
+        path: Path,
+        options: dict[str, Any] | None = None,
+        data: Path | None = None,
+        instead: Mapping[str, Any] | None = None,
+    ) -> Config:
         """Read a config, fill in the defaults and check it.
 
         Args:
@@ -61,13 +69,14 @@ class Schema:
             options: overrides, ``{'learning_rate': 1e-3, 'model.layers_per_block': 1}``.
             data: image folder or zip, instead of the one in the config. Without it, a relative ``data.path`` that does
                 not exist is looked up under the environment variable ``ASR_DATA_ROOT``, if that is set.
+            instead: whole keys in the place of those in the file; options change them.
 
         Raises:
             AsrError: the file is missing or no config, or has keys or values that are not known.
             DataError: ``data`` does not exist.
         """
         path = Path(path)
-        given = read_config(path, self.folder, imports=False)
+        given = dict(read_config(path, self.folder, imports=False).items()) | dict(instead or {})
         return self.complete(Config(self.defaults, filename=str(path)), given, path, options, data)
 
     def from_dict(
@@ -136,6 +145,23 @@ def point_at_data(spec: Any, data: Path | None = None) -> None:
     path = Path(spec.get('path') or '')
     if spec.get('type') in ('Digits', 'Zip', 'ImageFolder') and spec.get('path') and path.exists():
         spec['type'] = 'Zip' if path.is_file() else 'ImageFolder'  # either will do
+
+
+def with_epochs(config: Config, samples: int, world: int) -> Config:
+    """Copy a config with its epochs turned into optimiser steps.
+
+    Args:
+        config: of a training.
+        samples: number of training images.
+        world: number of processes.
+    """
+    config = copy.deepcopy(config)
+    a_step = config.train_batch_size * config.gradient_accumulation_steps * world
+    for epochs, steps in EPOCHS.items():
+        if config.get(epochs) is not None:
+            config[steps] = max(1, math.ceil(config[epochs] * samples / a_step))
+            config[epochs] = None
+    return config
 
 
 def portable(config: Config, **changes: Any) -> str:

@@ -18,9 +18,14 @@ from asr_downstream.engine.state.train_state import SHARDED
 from asr_downstream.errors import AsrError, DataError, OtherProcessError
 from asr_downstream.files.atomic import first_line
 
-__all__ = ['end_processes', 'gather_bad', 'others_may_end', 'start_processes']
+__all__ = ['end_processes', 'gather_bad', 'others_may_end', 'start_processes', 'world']
 
 GONE = re.compile(r'gloo|Connection (closed|reset)|NCCL', re.IGNORECASE)  # what back ends say
+
+
+def world() -> int:
+    """Number of processes of this launch."""
+    return int(os.environ.get('WORLD_SIZE', '1'))
 
 
 def start_processes(config: Config) -> Accelerator:
@@ -29,7 +34,7 @@ def start_processes(config: Config) -> Accelerator:
     Raises:
         AsrError: several were launched, but accelerate sees one.
     """
-    launched = int(os.environ.get('WORLD_SIZE', '1'))
+    launched = world()
     AcceleratorState._reset_state()  # of a training before, in this process: it may have had another precision
     accelerator = Accelerator(
         cpu=launched > 1 and not torch.accelerator.is_available(),  # else CPU processes do not find each other

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import math
 import re
 from pathlib import Path
 from typing import Any
 
 from mmengine.config import Config
 
-from asr_downstream.engine.config import Schema
+from asr_downstream.engine.config import Schema, with_epochs
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far import defaults
 from asr_downstream.files.configs import plain
@@ -21,7 +19,8 @@ NAME = re.compile(r'[A-Za-z][\w-]*')
 RESERVED = ('shipped', 'sparse', 'FAR-')  # how folders beside those of the stages begin
 # What teacher, student and pruned members have in common.
 WHOLE = (
-    'custom_imports', 'task', 'teacher', 'replace', 'data', 'holdout', 'image_mean', 'image_std', 'stages', 'prune',
+    'custom_imports', 'task', 'teacher', 'replace', 'data', 'holdout', 'images_per_class', 'image_mean', 'image_std',
+    'stages', 'prune',
 )  # fmt: skip
 SCHEMA = Schema(
     name='FAR',
@@ -79,20 +78,3 @@ def derived(config: Config, name: str, changes: dict[str, Any]) -> Config:
     """A config that differs from another in some keys."""
     content = plain(config.to_dict()) | {'stages': []} | plain(changes)
     return SCHEMA.from_dict(content, f'{config.filename}, stage {name}')
-
-
-def with_epochs(config: Config, samples: int, world: int) -> Config:
-    """Copy a config with its epochs turned into optimiser steps.
-
-    Args:
-        config: of a stage.
-        samples: number of training images.
-        world: number of processes.
-    """
-    config = copy.deepcopy(config)
-    a_step = config.train_batch_size * config.gradient_accumulation_steps * world
-    for epochs, steps in (('epochs', 'max_train_steps'), ('warmup_epochs', 'lr_warmup_steps')):
-        if config[epochs] is not None:
-            config[steps] = max(1, math.ceil(config[epochs] * samples / a_step))
-            config[epochs] = None
-    return config

@@ -22,6 +22,9 @@ replace: dict = dict(type='FAR', variant='M3', layers='all')  # see asr_downstre
 
 # Labelled images: see asr_downstream.engine.defaults; labels are those of the source, such as its folders.
 holdout: Part = 0.1  # share of the images that is only validated on; the same images for every seed
+images_per_class: Count | None = None  # the first so many of each class are trained on; None: all
+# Where decoded images are: 'files', decoded each time; 'memory'; or 'device', where augment then happens as well.
+images_in: Literal['files', 'memory', 'device'] = 'files'
 augment: list[dict] = []  # of training images, in this order: dict(type='Flip'), dict(type='Crop', padding=4), ...
 image_mean: list[Finite] | None = None  # of images in [0, 1], a number a channel; None: images in [-1, 1]
 image_std: list[Above] | None = None

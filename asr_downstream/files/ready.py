@@ -13,7 +13,7 @@ __all__ = ['FOLDERS', 'ROOT', 'find_config', 'line_of', 'ready_configs']
 PACKAGE = Path(__file__).resolve().parent.parent
 # Folder that holds `FOLDERS`: the checkout, or what setup.py has put into the wheel.
 ROOT = PACKAGE / '_configs' if (PACKAGE / '_configs').is_dir() else PACKAGE.parent
-FOLDERS = ('det_configs', 'diffusion/configs', 'tools/far_configs')
+FOLDERS = ('det_configs', 'diffusion/configs', 'tools/cls_configs', 'tools/far_configs')
 COMMAND = re.compile(r'(python|accelerate|asr-downstream) ')
 
 

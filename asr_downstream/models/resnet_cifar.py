@@ -2,13 +2,16 @@
 
 ResNet-56: basic blocks, 9 a stage, widths 16, 32, 64. ResNet-164: bottlenecks, 18 a stage, widths 64, 128, 256 at the
 block outputs; with 100 classes 1,727,284 parameters. Both with 1x1 convolution and BN in the shortcuts of new stages.
+`resnet` makes one of any depth.
 """
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
-__all__ = ['BasicBlock', 'Bottleneck', 'ResNet', 'resnet56', 'resnet164']
+from asr_downstream.errors import AsrError, did_you_mean
+
+__all__ = ['BasicBlock', 'Bottleneck', 'ResNet', 'resnet', 'resnet56', 'resnet164']
 
 
 class BasicBlock(nn.Module):
@@ -95,6 +98,46 @@ class ResNet(nn.Module):
         x = self.relu(self.bn1(self.conv1(x)))
         x = self.layer3(self.layer2(self.layer1(x)))  # type: ignore[operator]
         return x.mean((2, 3))
+
+
+# Name -> the block, and its layers with weights.
+BLOCKS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], int]] = {
+    'basic': (BasicBlock, 2),
+    'bottleneck': (Bottleneck, 3),
+}
+INITS = ('torch', 'he')
+
+
+def resnet(
+    depth: int = 20, num_classes: int = 10, block: str = 'basic', width: int = 16, init: str = 'torch'
+) -> ResNet:
+    """ResNet for 32-pixel images, by its number of layers.
+
+    Args:
+        depth: 6 n + 2 with basic blocks (20, 32, 44, 56, 110), 9 n + 2 with bottlenecks (29, 56, 110, 164).
+        num_classes: number of classes.
+        block: ``'basic'`` or ``'bottleneck'``.
+        width: planes of the first stage.
+        init: of convolutions: ``'torch'``, its default, or ``'he'``, normal by the fan out, as in the papers.
+
+    Raises:
+        AsrError: there is no such network.
+    """
+    if block not in BLOCKS:
+        raise AsrError(f'block={block!r} is not known; {did_you_mean(str(block), BLOCKS)}')
+    if init not in INITS:
+        raise AsrError(f'init={init!r} is not known; {did_you_mean(str(init), INITS)}')
+    cls, layers = BLOCKS[block]
+    blocks, rest = divmod(depth - 2, 3 * layers)
+    if rest or blocks < 1:
+        near = max(1, round((depth - 2) / (3 * layers)))
+        raise AsrError(f'depth={depth}: with block={block!r} it is {3 * layers} n + 2, such as {3 * layers * near + 2}')
+    model = ResNet(cls, blocks, num_classes, width)
+    if init == 'he':
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+    return model
 
 
 def resnet56(num_classes: int = 10) -> ResNet:

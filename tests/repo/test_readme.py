@@ -129,6 +129,7 @@ def test_ready_configs_of_commands_exist() -> None:
     folders = {
         **dict.fromkeys(('train-det', 'test-det'), 'det_configs'),
         'train-diffusion': 'diffusion/configs',
+        'train-cls': 'tools/cls_configs',
         **dict.fromkeys(('distill-far', 'prune-far'), 'tools/far_configs'),
     }
     named = 0

@@ -1,4 +1,8 @@
-"""Random changes of training images, drawn from the sample's own stream. Images are ``(C, H, W)`` in [-1, 1]."""
+"""Random changes of training images, drawn from the sample's own stream. Images are ``(C, H, W)`` in [-1, 1].
+
+Some can change many images at once, on any device: ``draw`` gives the random numbers of one image, ``many`` changes
+``(B, C, H, W)`` by those of all. The images are the same either way.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ from asr_downstream.errors import AsrError
 from asr_downstream.files.configs import plain
 from asr_downstream.registry import Registry, build
 
-__all__ = ['AUGMENTATIONS', 'Augmentation', 'build_augmentations']
+__all__ = ['AUGMENTATIONS', 'Augmentation', 'build_augmentations', 'check_many']
 
 AUGMENTATIONS = Registry('augmentation', error=AsrError)
 Augmentation = Callable[[Tensor, Generator], Tensor]
@@ -30,6 +34,19 @@ def build_augmentations(specs: Sequence[dict[str, Any]]) -> list[Augmentation]:
     return [build(AUGMENTATIONS, plain(spec)) for spec in specs]
 
 
+def check_many(augmentations: Sequence[Any]) -> None:
+    """Refuse augmentations that cannot change many images at once.
+
+    Raises:
+        AsrError: there are some.
+    """
+    if single := [type(a).__name__ for a in augmentations if not hasattr(a, 'draw') or not hasattr(a, 'many')]:
+        raise AsrError(
+            f"augment: {', '.join(single)} changes one image at a time, and images_in='device' needs draw() and "
+            f"many(); use images_in='memory'"
+        )
+
+
 def uniform(stream: Generator, low: float, high: float) -> float:
     """Draw a number."""
     return low + (high - low) * float(torch.rand((), generator=stream))
@@ -41,7 +58,15 @@ class Flip:
 
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:
         """Maybe mirror."""
-        return image.flip(-1) if uniform(stream, 0, 1) < 0.5 else image
+        return image.flip(-1) if self.draw(stream) else image
+
+    def draw(self, stream: Generator) -> Tensor:
+        """Whether to."""
+        return torch.rand((), generator=stream) < 0.5
+
+    def many(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Mirror some."""
+        return torch.where(drawn[:, None, None, None], images.flip(-1), images)
 
 
 @AUGMENTATIONS.register_module()
@@ -55,9 +80,24 @@ class Crop:
     def __call__(self, image: Tensor, stream: Generator) -> Tensor:
         """Shift."""
         height, width = image.shape[-2:]
-        wide = F.pad(image, (self.padding,) * 4, value=-1.0)
-        top, left = torch.randint(2 * self.padding + 1, (2,), generator=stream).tolist()
-        return wide[:, top : top + height, left : left + width]
+        top, left = self.draw(stream).tolist()
+        return self.wide(image)[:, top : top + height, left : left + width]
+
+    def draw(self, stream: Generator) -> Tensor:
+        """Upper left corner, in the wide image."""
+        return torch.randint(2 * self.padding + 1, (2,), generator=stream)
+
+    def many(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Shift each by its own."""
+        count, channels, height, width = images.shape
+        number, channel, row, column = (torch.arange(n, device=images.device) for n in (count, channels, height, width))
+        rows, columns = drawn[:, :1] + row, drawn[:, 1:] + column
+        place = number[:, None, None, None], channel[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
+        return self.wide(images)[place]
+
+    def wide(self, images: Tensor) -> Tensor:
+        """Add a black frame."""
+        return F.pad(images, (self.padding,) * 4, value=-1.0)
 
 
 @AUGMENTATIONS.register_module()

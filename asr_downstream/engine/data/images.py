@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from asr_downstream.console.progress import bar
 from asr_downstream.console.text import some
 from asr_downstream.engine.data.sources import SOURCES, Source
 from asr_downstream.engine.values import Count, MaxShare, check_values
@@ -19,7 +21,7 @@ from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.configs import plain
 from asr_downstream.registry import build
 
-__all__ = ['BadFiles', 'Images', 'build_images', 'eight_bits']
+__all__ = ['BadFiles', 'Images', 'build_images', 'eight_bits', 'in_range']
 
 MODES = {1: 'L', 3: 'RGB', 4: 'RGBA'}
 # Keys of ``data`` besides those of its source.
@@ -54,11 +56,28 @@ class Images(Dataset[Tensor]):
         self.mode = MODES[channels]
         self.random_flip = random_flip
         self.max_bad_share = max_bad_share
+        self.kept: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, index: int) -> Tensor:
+        return in_range(torch.from_numpy(self.pixels(index)))
+
+    def keep(self, indices: Sequence[int]) -> None:
+        """Decode images and keep their pixels in memory; those that cannot be decoded are tried again when asked."""
+        for index in bar(indices, f'reading {len(indices):,} images'):
+            with suppress(DataError):
+                self.kept[index] = self.pixels(index)
+
+    def pixels(self, index: int) -> np.ndarray:
+        """Pixels of an image, ``(C, resolution, resolution)``, 8 bits.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        if index in self.kept:
+            return self.kept[index]
         try:
             found = self.source.read(index)
             image = eight_bits(ImageOps.exif_transpose(found), found.format).convert(self.mode)
@@ -69,22 +88,31 @@ class Images(Dataset[Tensor]):
         size = (self.resolution, self.resolution)
         if image.size != size:
             image = ImageOps.fit(image, size, Image.Resampling.BICUBIC)
-        pixels = np.asarray(image)
-        pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
-        return torch.from_numpy(pixels.astype(np.float32) / 127.5 - 1)
+        pixels = np.array(image)
+        return np.ascontiguousarray(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
 
     def decodable(self, index: int, among: Sequence[int] | None = None) -> tuple[Tensor, int]:
         """Return the image ``index``, or the next one ``among`` (default: all) that can be decoded, and which it is."""
+        pixels, used = self.decodable_pixels(index, among)
+        return in_range(torch.from_numpy(pixels)), used
+
+    def decodable_pixels(self, index: int, among: Sequence[int] | None = None) -> tuple[np.ndarray, int]:
+        """Likewise, with pixels of 8 bits."""
         among = range(len(self)) if among is None else among
         first = bisect_left(among, index)  # they are in order
         reason = ''
         for offset in range(min(len(among), 100)):
             used = among[(first + offset) % len(among)]
             try:
-                return self[used], used
+                return self.pixels(used), used
             except DataError as error:
                 reason = reason or str(error)
         raise DataError(f'{reason}; nor can the files after it: are these images?')
+
+
+def in_range(pixels: Tensor) -> Tensor:
+    """Turn pixels of 8 bits into numbers in [-1, 1], on their device."""
+    return pixels.float() / 127.5 - 1
 
 
 def eight_bits(image: Image.Image, file_format: str | None = None) -> Image.Image:

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config
 from torch import nn
 
+from asr_downstream.engine.launch import world
 from asr_downstream.engine.loop import check_folder, check_is_new, train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS, Progress, check_same_run, read_progress
@@ -175,11 +176,6 @@ def plan(config: Config) -> str:
         what = f'distance {plain(settings.distance)}' if settings.distance else 'loss of the task alone'
         lines.append(f'{stage["name"]}: {settings.learns} learn, {settings.max_train_steps} steps, {what}')
     return '\n'.join(lines)
-
-
-def world() -> int:
-    """Number of processes of this launch."""
-    return int(os.environ.get('WORLD_SIZE', '1'))
 
 
 def replaced(config: Config, teacher: nn.Module) -> Any:

@@ -249,7 +249,7 @@ def relation_maps(models: dict[str, nn.Module], task: Classification, images: in
     batch = torch.utils.data.default_collate(
         [task.validation().dataset[n] for n in range(min(images, len(task.held_out)))]
     )
-    inputs = task.inputs(batch)
+    inputs = task.inputs(task.prepare(batch))
     teacher = models[TEACHER]
     untrained = replaced(task.config, copy.deepcopy(teacher)).eval()
     maps = {
