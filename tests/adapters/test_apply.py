@@ -71,8 +71,9 @@ import sys
 class Blocked:
     def find_spec(self, name, path=None, target=None):
         package, *parts = name.split('.')
-        rooms = ('plugging', 'folding', 'attention', 'registry', 'engine', 'detection', 'diffusion', 'far')
-        if package in OTHERS or (package == 'asr_downstream' and parts and parts[0] in rooms):
+        rooms = ('plugging', 'attention', 'registry', 'engine', 'detection', 'diffusion', 'far')
+        folding = parts[:1] == ['folding'] and parts[1:2] not in ([], ['adapters'])
+        if package in OTHERS or (package == 'asr_downstream' and (folding or parts[:1] and parts[0] in rooms)):
             raise ModuleNotFoundError(f'{name} is blocked')
 
 OTHERS = ('mmengine', 'mmcv', 'mmdet', 'diffusers', 'transformers', 'accelerate', 'rich', 'yaml', 'numpy', 'filelock')
