@@ -121,6 +121,7 @@ def test_the_table_prints_everything_at_once() -> None:
     text = str(result)
     assert 'ASR(SE) - LayerScale: -0.017 AP50' in text
     assert result._repr_html_().count('<tr>') == 7
+    assert next(iter(result.values)) == 'layerscale', 'what the others are compared with comes first'
 
 
 def test_another_metric_or_reference(tmp_path: Path) -> None:
@@ -178,7 +179,7 @@ def test_names_of_arms_are_text_everywhere(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f'{hostile} - stock: -0.010 AP' in done.stdout
     assert '[red]$x_1$\\|<b>& | 0, 1, 2 |' in (tmp_path / 'out/ablation.md').read_text()
-    assert '&lt;b&gt;' in (tmp_path / 'out/ablation.svg').read_text()
+    assert '[red]$x_1$|&lt;b&gt;&amp;' in (tmp_path / 'out/ablation.svg').read_text()
 
 
 @pytest.mark.parametrize(

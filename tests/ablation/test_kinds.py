@@ -151,6 +151,11 @@ def test_a_diffusion_run_is_read_with_what_it_depends_on(tmp_path: Path) -> None
     assert record.setting['steps of training'] == 2
     assert record.setting['extractor'].startswith('sha256:')
     assert 'versions' not in record.setting
+    unfolded, calibrated = json.loads((folder / 'evaluation.json').read_text())
+    other = {**unfolded, 'provenance': {**unfolded['provenance'], 'images': 9}}
+    (folder / 'evaluation.json').write_text(json.dumps([calibrated, other]))
+    assert kind.read(folder).folded is None, 'it was folded, but measured otherwise'
+    (folder / 'evaluation.json').write_text(json.dumps([unfolded, calibrated]))
     text = (folder / 'config.py').read_text()
     (folder / 'config.py').write_text(text.replace('max_train_steps = 2', 'max_train_steps = 4'))
     with pytest.raises(DataError, match='was not evaluated at its last step, 4'):

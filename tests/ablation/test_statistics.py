@@ -168,7 +168,7 @@ def test_only_seeds_that_both_have_are_paired_and_missing_arms_are_not_corrected
 def test_ties() -> None:
     equal = one([0.0, 0.0, 0.0])
     assert (equal.outcome, str(equal)) == ('equal', 'ASR(SE) - stock: no difference in AP in any of 3 seeds')
-    rounding = one([1e-17, 0.0, -1e-17, 1e-17], Metric('FID', higher=False), base=7.0)
+    rounding = one([1e-15, 0.0, -1e-15, 1e-15], Metric('FID', higher=False), base=7.0)
     assert rounding.outcome == 'equal'
     same = one([0.1 + 1e-16, 0.1, 0.1], Metric('accuracy'))
     assert same.outcome == 'none', 'nothing is known of the spread'

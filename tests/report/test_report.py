@@ -354,6 +354,18 @@ def test_curves_stay_within_their_chart(values: list[float], log: bool) -> None:
     check_is_one_file(html_of([Section('s', charts=[chart])], 'Title', 'about'))
 
 
+def test_a_logarithmic_axis_has_equal_steps_for_equal_factors() -> None:
+    values = [1.0, 10.0, 100.0]
+    for log in (True, False):
+        drawing = charts.drawn(Chart('t', 'x', 'y', [Curve('a', list(enumerate(values)))], log))
+        assert drawing is not None
+        a, b, c = (float(point.split(',')[1]) for point in drawing['lines'][0]['path'].split())
+        assert drawing['log'] == log == (abs((a - b) - (b - c)) < 0.2)
+    linear = charts.axis([0.0, 1.0], 0, 100)
+    assert linear.at(0) > 2, 'a line does not run along the edge'
+    assert linear.at(1) < 98
+
+
 def test_nothing_to_draw_draws_nothing() -> None:
     empty = Arms('t', 'x', [Arm('a', [], None, None, False, 'no verdict')])
     assert charts.drawn(Chart('t', 'x', 'y', [Curve('a', [])])) is None
@@ -370,7 +382,7 @@ def test_differences_are_where_they_should_be() -> None:
     low, high = first['ends']
     assert low < first['points'][1][0] < first['middle'] < first['points'][0][0] < high < drawing['zero']
     assert second['points'][0][0] > drawing['zero']
-    assert second['points'][0][1] == first['points'][1][1], 'a seed has one marker'
+    assert second['points'][0][1] == first['points'][1][1] != first['points'][0][1], 'a seed has one marker'
     text = html_of([Section('s', arms=[Arms('t', 'x', [arm])])], 'Title', 'about')
     assert 'class="arm sure"' in text
 
