@@ -111,7 +111,19 @@ def folding_of(plug: Any) -> str | None:
     return 'exact' if all(plug.constant for plug in gated) else 'calibrated'
 
 
-def arm_of(plug: Any) -> str | None:
-    """Name of the arm that has this plug; None: no arm of `ARMS` has."""
+def arm_of(plug: Any) -> str:
+    """Name of the arm that has this plug; of one that no arm of `ARMS` has, a text such as ``ASR(SE, repeat=2)``."""
     given = plain(plug) or None
-    return next((name for name, arm in ARMS.items() if arm.plug == given), None)
+    known = next((name for name, arm in ARMS.items() if arm.plug == given), None)
+    return known or ' + '.join(map(text_of, specs_of(given)))
+
+
+def text_of(spec: Mapping[str, Any]) -> str:
+    """A spec in short."""
+    attention = spec.get('attention') or {}
+    of_attention = [f'{key}={value}' for key, value in attention.items() if key != 'type']
+    own = [f'{key}={value}' for key, value in spec.items() if key not in ('type', 'attention')]
+    name, inside = spec.get('type'), attention.get('type')
+    if name == 'Attention':
+        name, inside = inside, None
+    return f'{name}({", ".join(filter(None, [inside, *of_attention, *own]))})'

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from asr_downstream.commands.ablation.arms import STOCK, arm_of, folding_of
+from asr_downstream.commands.ablation.arms import arm_of, folding_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Run
 from asr_downstream.commands.ablation.kinds.diffusion import CONFIG_FILE, MODELS
 from asr_downstream.commands.ablation.records import Record
@@ -61,7 +61,7 @@ class Classification(Kind):
             if folding is not None and accuracy['folded'] is not None:
                 folded = {'accuracy': accuracy['folded'], 'parameters': sizes['folded']}
             return Record(
-                arm=STOCK if plug is None else arm_of(plug) or folder.name,
+                arm=arm_of(plug),
                 seed=found['seed'],
                 trained={'accuracy': accuracy['plugged'], 'parameters': sizes['plugged']},
                 folded=folded,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asr_downstream.commands.ablation.arms import STOCK, arm_of
+from asr_downstream.commands.ablation.arms import arm_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Run
 from asr_downstream.commands.ablation.records import Record, arms_of_names, numbers_in
 from asr_downstream.commands.ablation.statistics import Metric
@@ -65,8 +65,7 @@ class Detection(Kind):
         found = read_run(folder)
         config = read_config(sorted(folder.glob('*.py'))[0], 'det_configs/')
         plug = plug_in(config.model)
-        arm = STOCK if plug is None else arm_of(plug) or found['config']
-        record = record_of(found, arm, {'run': folder.name, 'folder': str(folder)})
+        record = record_of(found, arm_of(plug), {'run': folder.name, 'folder': str(folder)})
         record.setting['data'] = read_test(folder / 'test.json').get('data')
         return record
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from asr_downstream.commands.ablation.arms import STOCK, arm_of
+from asr_downstream.commands.ablation.arms import arm_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Plan, Run
 from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.statistics import Metric
@@ -76,9 +76,8 @@ class Diffusion(Kind):
         provenance = dict(base.provenance)
         versions = provenance.pop('versions', {})
         how = None if folded is None else 'exact' if folded.arm == 'folded' else 'calibrated'
-        arm = STOCK if config.plug is None else arm_of(config.plug) or folder.name
         return Record(
-            arm=arm,
+            arm=arm_of(config.plug),
             seed=config.seed,
             trained=base.numbers,
             folded=None if folded is None else folded.numbers,
