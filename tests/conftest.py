@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import resource
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable, Generator, Iterator
@@ -19,6 +20,17 @@ from torch import nn
 from asr_downstream.console import cli
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests that are run as those that need no MMDetection see none, here and in the processes that they start.
+
+    `make test` runs them while mmcv is still being compiled: else a test that lacks the mark det would fail only there.
+    """
+    if 'not det' in config.option.markexpr:
+        hidden = Path(__file__).parent / 'helpers/without_detection'
+        os.environ['PYTHONPATH'] = os.pathsep.join(filter(None, [str(hidden), os.environ.get('PYTHONPATH')]))
+        runpy.run_path(str(hidden / 'sitecustomize.py'))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from collections.abc import Callable
 from dataclasses import is_dataclass
 from pathlib import Path
@@ -14,7 +16,11 @@ from conftest import randomise
 from helpers.shared import DIA, images, plugged
 from torch import nn
 
+import asr_downstream
 from asr_downstream import describe, far, fold, fold_calibrated, record, save_gates, verify
+from asr_downstream.commands.ablation.records import Record
+from asr_downstream.commands.ablation.results import result_of
+from asr_downstream.commands.ablation.statistics import Metric
 from asr_downstream.console.text import Printed
 from asr_downstream.folding.analysis.bound import BlockGrowth, Growth
 from asr_downstream.folding.analysis.correlation import find_correlations
@@ -78,6 +84,12 @@ def removed() -> Any:
     return NativeReport((block,), calibrated().calibration, verify(*[nn.Linear(4, 4).eval()] * 2, torch.ones(1, 4)))
 
 
+def ablation() -> Any:
+    values = {'stock': (0.5, 0.25, 0.75), 'se': (0.625, 0.25, 0.875)}
+    records = [Record(arm, seed, {'AP': ap}) for arm, found in values.items() for seed, ap in enumerate(found)]
+    return result_of('detection', 'AP', Metric('AP'), records)
+
+
 RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     'describe': (lambda: describe(plugged([ASR, SE])), ['layer2.1.bn3', 'ASR(SE) + Attention(SE)']),
     'describe, shared': (lambda: describe(plugged(DIA)), ['shared DIALSTM', '3 sites']),
@@ -100,6 +112,7 @@ RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
         ['0.2500', 'gaussian'],
     ),
     'growth': (lambda: Growth('stock', 'gaussian', (BlockGrowth('layer1.0', 1.5, 1.75),)), ['layer1.0', '1.750']),
+    'ablation': (ablation, ['SE', '0.583', '95% interval']),
     'evaluation': (evaluation, ['folded', '1,234']),
     'comparison': (comparison, ['unfolded', 'x 1.000']),
 }
@@ -124,8 +137,9 @@ def test_a_result_prints_as_its_table(make: Callable[[], Any], words: list[str])
 
 @pytest.mark.det
 def test_every_result_that_is_printed_is_tested_here() -> None:
-    import asr_downstream.detection.evaluation.compare  # noqa: F401
-
+    for module in pkgutil.walk_packages(asr_downstream.__path__, 'asr_downstream.'):
+        if not module.name.endswith('__main__'):
+            importlib.import_module(module.name)
     assert {type(make()) for make, _ in RESULTS.values()} == set(Printed.__subclasses__())
 
 
