@@ -122,6 +122,7 @@ def test_refusals_of_detectors(training: tuple[Path, Path], tmp_path: Path) -> N
     assert (tmp_path / 'b.safetensors').read_bytes() == adapter.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('learns', ['gates', ['gates+norms', 'bbox_head.*']], ids=str)
 def test_a_training_with_learns_from_the_base_to_the_stock_checkpoint(tmp_path: Path, learns: Any) -> None:
     digits, base = pictures(tmp_path), tmp_path / 'base.pth'

@@ -80,6 +80,7 @@ def test_correlation_and_cost_of_detectors(detectors: dict[str, Path], tmp_path:
     assert {path.suffix for path in tmp_path.iterdir()} == {'.json', '.svg', '.png'}
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_noise_of_detectors(detectors: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from asr_downstream.folding.analysis import noise
@@ -99,6 +100,7 @@ def test_noise_of_detectors(detectors: dict[str, Path], tmp_path: Path, monkeypa
     assert (tmp_path / 'noise-growth.svg').is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_without_noise_a_detector_finds_the_same(detectors: dict[str, Path]) -> None:
     pytest.importorskip('mmdet')

@@ -113,6 +113,7 @@ def test_the_engine_writes_it_and_the_config_says_when(tmp_path: Path) -> None:
     assert [row['step'] for row in rows] == [1, 2, 4, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_the_hook_of_detection_writes_it(tmp_path: Path) -> None:
     pytest.importorskip('mmdet')

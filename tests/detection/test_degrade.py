@@ -102,6 +102,7 @@ def test_refusals(cells: Path, tmp_path: Path) -> None:
         degrade_set(cells, tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_the_command(cells: Path, tmp_path: Path, tool: Callable[..., Any]) -> None:
     done = tool('prepare_data', 'degrade', cells, tmp_path / 'dark', '--blur', '1', '1', '--light', '0.5', '0.5')
     assert done.returncode == 0, done.stderr

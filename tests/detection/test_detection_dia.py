@@ -137,6 +137,7 @@ def test_a_budget_of_ap_needs_ap(digits: Path) -> None:
         fold(build_detector(config))
 
 
+@pytest.mark.slow
 def test_fold_calibrates_and_ships_the_stock_model(tool: Tool, digits: Path, checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / 'shipped/detector.pth'
     done = tool('fold', CONFIG, checkpoint, out, '--calibrate', 8, '--data-root', digits)

@@ -68,6 +68,7 @@ def test_norms_of_frozen_stages_stay_frozen_unless_a_pattern_names_them(
     assert 'backbone.layer2.0.bn1.weight' in changed
 
 
+@pytest.mark.slow
 def test_the_head_of_other_classes_learns_by_itself_and_goes_on(
     digits: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

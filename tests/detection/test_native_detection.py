@@ -81,6 +81,7 @@ def test_stock_mmdetection_loads_what_is_left(tool: Any, digits: Path, tmp_path:
         assert 'loaded strictly' in done.stdout
 
 
+@pytest.mark.slow
 def test_a_backbone_without_a_switch_names_what_is_gone(digits: Path, tmp_path: Path) -> None:
     path, checkpoint = saved(digits, tmp_path, EFFICIENTNET)
     out = tmp_path / 'shipped' / 'detector.safetensors'

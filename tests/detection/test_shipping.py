@@ -17,7 +17,7 @@ from asr_downstream.detection.models.detectors import build_detector
 
 MODELS = [
     ('retinanet/retinanet_r18', ()),
-    ('faster_rcnn/faster-rcnn_r18', ()),
+    ('faster_rcnn/faster-rcnn_r18', pytest.mark.slow),
     ('retinanet/retinanet_r50', pytest.mark.slow),
     ('faster_rcnn/faster-rcnn_r50', pytest.mark.slow),
 ]

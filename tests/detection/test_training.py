@@ -246,6 +246,7 @@ def test_a_report_that_is_not_installed_says_so(digits: Path, monkeypatch: pytes
         training.report_to(configured(digits), ['wandb'])
 
 
+@pytest.mark.slow
 def test_launchers_that_did_not_start_this_process_are_refused(
     digits: Path, tool: Tool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -288,6 +289,7 @@ def test_processes_ask_each_other_rarely_when_steps_are_fast_and_always_when_the
     assert stops == [55]
 
 
+@pytest.mark.slow
 def test_an_epoch_of_another_length_starts_again(digits: Path, tmp_path: Path, caplog: Any) -> None:
     work = tmp_path / 'work'
     run(configured(digits), work, hooks=(StopAt(8),))  # the third step of the second epoch of six
@@ -351,7 +353,8 @@ val_cfg = None
     return path
 
 
-@pytest.mark.parametrize('spec', ['ASR', pytest.param('DIA', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('spec', ['ASR', 'DIA'])
 def test_two_processes_give_the_weights_of_one_with_the_same_global_batch(
     digits: Path, tmp_path: Path, spec: str
 ) -> None:

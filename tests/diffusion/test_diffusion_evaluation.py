@@ -197,6 +197,7 @@ def test_inception_says_what_is_missing(tmp_path: Path) -> None:
             build_extractor('inception')
 
 
+@pytest.mark.slow
 def test_real_images_that_cannot_be_decoded_are_refused(tmp_path: Path, encoder: Path) -> None:
     folder = write_images(tmp_path / 'images')
     (folder / 'dog/1.png').write_text('hello')

@@ -68,6 +68,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, settings: dict[s
     assert any(not torch.equal(before[k], after[k]) for k in before)
 
 
+@pytest.mark.slow
 def test_killed_at_any_step_it_ends_with_the_same_losses_and_weights(tmp_path: Path) -> None:
     settings = dict(max_train_steps=40, checkpointing_steps=4, dataloader_num_workers=1, checkpoints_total_limit=2)
     whole, run = tmp_path / 'whole', tmp_path / 'killed'

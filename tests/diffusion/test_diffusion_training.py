@@ -79,6 +79,7 @@ def test_precision_and_compilation(tmp_path: Path, settings: dict[str, Any]) -> 
     assert not any('_orig_mod' in key for key in weights(tmp_path / 'run/checkpoint-6'))
 
 
+@pytest.mark.slow
 def test_bad_images_are_reported_and_too_many_stop_the_run(tmp_path: Path) -> None:
     folder = write_images(tmp_path / 'images')
     (folder / 'cat' / '1.png').write_text('hello')
@@ -93,6 +94,7 @@ def test_bad_images_are_reported_and_too_many_stop_the_run(tmp_path: Path) -> No
         train(config_for(tmp_path / 'strict', data=data, **settings))
 
 
+@pytest.mark.slow
 def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     path = write_config(tmp_path, gradient_checkpointing=True)
     done = launch(path, '--output-dir', tmp_path / 'run', '--dry-run', '--cfg-options', 'train_batch_size=16')

@@ -133,6 +133,7 @@ def begun(distilled: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_stage_continues_bit_for_bit(
     teacher: Path, distilled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_process_of_its_own_continues_bit_for_bit(teacher: Path, distilled: Pa
             assert_same(distilled / name, cut / name)
 
 
+@pytest.mark.slow
 def test_members_of_a_pruned_family_are_runs(teacher: Path, distilled: Path, tmp_path: Path) -> None:
     config, out = far_config(tmp_path, teacher), distilled
     assert [p.name for p in prune_family(config, out, [Budget('units', 0.5), Budget('latency', 1.0)])] == [
@@ -235,6 +237,7 @@ def test_self_attention_beside_cross_attention() -> None:
     assert all(path.endswith('attn1') for path in paths)
 
 
+@pytest.mark.slow
 def test_a_plugged_run(tmp_path: Path) -> None:
     run = train(config_for(tmp_path, plug=ASR, max_train_steps=1)).parent
     config = far_config(tmp_path, run, stages=[dict(STAGES[0], learns='all', max_train_steps=1)])

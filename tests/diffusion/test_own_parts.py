@@ -69,11 +69,13 @@ def test_a_run_is_resumed_evaluated_and_sampled_by_what_its_config_names(own: Pa
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_where_the_package_is_not_one_line_says_so(own: Path) -> None:
     done = command('diffusion/sample.py', own / 'run')
     assert_refused(done, f'{own}/run/config.py', 'custom_imports', 'mypackage', 'PYTHONPATH')
 
 
+@pytest.mark.slow
 def test_what_is_shipped_needs_no_package(own: Path) -> None:
     done = call('tools/fold.py', own / 'run', own / 'shipped')
     assert done.returncode == 0, done.stderr

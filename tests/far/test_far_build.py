@@ -106,6 +106,7 @@ def test_another_environment_has_another_library(
         build.here.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_failure_leaves_nothing_that_would_be_loaded(cache: Path, tmp_path: Path) -> None:
     body = 'case "$*" in *version*) echo stub 1;; *) echo "fatal: no such header"; exit 1;; esac'
     done = command(CXX=str(script(tmp_path / 'stub', body)))
@@ -117,6 +118,7 @@ def test_a_failure_leaves_nothing_that_would_be_loaded(cache: Path, tmp_path: Pa
     assert 'no such header' in (build.folder() / 'failed.log').read_text()
 
 
+@pytest.mark.slow
 def test_a_killed_build_is_not_in_the_way(cache: Path, tmp_path: Path) -> None:
     compiles = tmp_path / 'compiles'
     body = f'case "$*" in *version*) echo stub 1;; *) touch {compiles}; sleep 100;; esac'
@@ -162,6 +164,7 @@ def test_two_at_once_build_once(cache: Path, tmp_path: Path) -> None:
     assert Path(out.strip()) == build.built()
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_says_so_and_models_run(cache: Path) -> None:
     for env in ({'PATH': '', 'CXX': ''}, {'CXX': 'no-such-compiler'}):
         done = command(**env)

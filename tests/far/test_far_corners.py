@@ -49,6 +49,7 @@ print('child', os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 def test_threads_leave_other_threads_alone_and_survive_a_fork() -> None:
     done = subprocess.run(
         [sys.executable, '-W', 'ignore', '-c', FORKED], cwd=ROOT, env={**os.environ, 'OMP_NUM_THREADS': '2'},

@@ -281,6 +281,7 @@ def test_tuning_leaves_out_what_is_not_there() -> None:
     assert describe(model).rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('vectors', [[], ['-DLSTM_LANES=4', '-DLSTM_ROWS=6'], ['-DLSTM_LANES=16', '-DLSTM_ROWS=6']])
 def test_the_loop_stays_in_its_buffers(vectors: list[str], tmp_path: Path) -> None:
     """Under AddressSanitizer, in vectors of several widths, against sums in double precision."""

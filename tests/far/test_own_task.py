@@ -57,6 +57,7 @@ def test_what_was_shipped_is_evaluated_on_the_task(own: Path) -> None:
     assert 0 <= accuracy(models['FAR-100'], task) <= 1
 
 
+@pytest.mark.slow
 def test_where_the_package_is_not_one_line_says_so(own: Path) -> None:
     done = command('tools/distill_far.py', own / 'tiny.py', '--output-dir', own / 'other')
     assert_refused(done, 'tiny.py', 'custom_imports', 'mypackage.sources cannot be imported', 'PYTHONPATH')

@@ -104,6 +104,7 @@ def test_candidates_of_one_class_are_compiled_apart() -> None:
     assert len(seen) == 10
 
 
+@pytest.mark.slow
 def test_a_report_is_saved_after_every_variant_and_time_may_run_out(device: torch.device) -> None:
     saved = []
     ways = [variant(kind='inference'), variant(kind='inference', layout='channels_last')]

@@ -284,6 +284,7 @@ def test_forms_differ_where_they_should(stock: nn.Module, x: Tensor) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_command_writes_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`docs/benchmarks.md` has the rows of today."""
     lost = bench.LaunchCase('ResNet-56 of nothing', resnet56, (4, 3, 32, 32), needs='no_such_library')

@@ -69,6 +69,7 @@ def test_the_table_is_empty_until_a_class_of_a_framework_is_met() -> None:
     assert lines_of(code, 'mmdet', 'mmcv', 'diffusers') == ['0', "['0.1']", "['mmcv', 'mmdet']", '[]']
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_blocks_and_layers_of_mmcv_are_known_where_there_is_no_mmdet() -> None:
     code = (
@@ -82,6 +83,7 @@ def test_blocks_and_layers_of_mmcv_are_known_where_there_is_no_mmdet() -> None:
     assert lines_of(code, 'mmdet') == ["['0.layers.1']", "['Conv2d']"]
 
 
+@pytest.mark.slow
 def test_blocks_of_diffusers_are_known_where_there_is_no_accelerate() -> None:
     pytest.importorskip('diffusers')
     code = (

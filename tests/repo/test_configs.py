@@ -111,6 +111,7 @@ def resolved(config: Config) -> str:
     return hashlib.sha256(json.dumps(told_apart(content), sort_keys=True).encode()).hexdigest()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     version('onedl-mmdetection') != RESOLVED['onedl-mmdetection'], reason='the bases are those of another MMDetection'
 )

@@ -31,6 +31,7 @@ runpy.run_path('tools/demo.py', run_name='__main__')
 """
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_the_last_moment_of_a_training(tmp_path: Path) -> None:
     words = [sys.executable, '-W', 'ignore', '-c', LAST_MOMENT, '--only', 'diffusion', '--steps', 2, '--out', tmp_path]

@@ -58,6 +58,7 @@ def test_a_missing_extra_prints_how_to_install_it(missing: str) -> None:
     assert "pip install -c constraints.txt -e '.[det]'" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.det
 @pytest.mark.parametrize('first', ['asr_downstream.detection', 'mmdet.models.dense_heads'])
 def test_mmdetection_is_mended_whoever_imports_it(first: str) -> None:
@@ -113,6 +114,7 @@ def test_benchmark_of_unets(tool: Callable[..., object], tmp_path: Path) -> None
     assert min(saved['ASR(SE), feature maps'], saved['SE, plain'], saved['DIA r=4, plain']) > 1.1
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_parameters_by_depth() -> None:
     pytest.importorskip('mmdet')

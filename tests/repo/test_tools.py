@@ -56,6 +56,7 @@ def trained(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return checkpoint
 
 
+@pytest.mark.slow
 def test_test_det_compares_unfolded_and_folded(tool: Tool, digits: Path, trained: Path, tmp_path: Path) -> None:
     done = tool('test_det', PLUGGED, trained, '--fold', '--data-root', digits, '--work-dir', tmp_path)
     assert done.returncode == 0, done.stderr
@@ -100,6 +101,7 @@ def test_fold_ships_what_plain_mmdetection_loads(
         assert sorted(p.name for p in tmp_path.iterdir()) == names
 
 
+@pytest.mark.slow
 def test_training_resumes(tool: Tool, digits: Path, trained: Path, tmp_path: Path) -> None:
     work = tmp_path / 'work'
     shutil.copytree(trained.parent, work)

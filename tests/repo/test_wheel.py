@@ -99,6 +99,7 @@ def test_the_list_of_commands(program: Path, tmp_path: Path) -> None:
     assert not imported & {'torch', 'mmengine', 'rich', 'numpy'}
 
 
+@pytest.mark.slow
 def test_a_ready_config_by_name(program: Path, tmp_path: Path) -> None:
     pytest.importorskip('diffusers')
     done = run(program, 'configs', '--path', 'unet-w32_digits', cwd=tmp_path)
