@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from asr_downstream.console.progress import bar
 from asr_downstream.errors import FoldError, warn
-from asr_downstream.folding.constancy import Constancy, Step, default_step, groups, measure_constancy
+from asr_downstream.folding.constancy import Constancy, groups, measure_constancy
 from asr_downstream.folding.exact import Comparison, check_mode, comparison, fold_gates
+from asr_downstream.folding.passes import Step, default_step
 from asr_downstream.folding.report import Calibration, FoldReport, Trial
 from asr_downstream.folding.verify import Verification, tensors
 from asr_downstream.modules.check import check_bare, check_module

@@ -9,23 +9,19 @@ input.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.console.progress import bar
 from asr_downstream.errors import FoldError
-from asr_downstream.folding.verify import run
-from asr_downstream.modules.copies import batch_of
+from asr_downstream.folding.passes import Step, default_step, passes
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.record import record
 
-__all__ = ['Constancy', 'Moments', 'Step', 'default_step', 'groups', 'measure_constancy']
-
-Step: TypeAlias = Callable[[nn.Module, Any], Any]
+__all__ = ['Constancy', 'Moments', 'groups', 'measure_constancy']
 
 
 @dataclass(frozen=True)
@@ -56,11 +52,6 @@ class Constancy:
         return self.over_samples / self.over_channels if self.over_channels else math.inf
 
 
-def default_step(model: nn.Module, batch: Any) -> Any:
-    """Call the model with a tensor, a list or tuple of arguments, or a dict of keyword arguments."""
-    return run(model, tuple(batch) if isinstance(batch, list) else batch)
-
-
 @torch.no_grad()
 def measure_constancy(
     model: nn.Module, data: Iterable[Any], step: Step = default_step, text: str = 'calibrating'
@@ -74,26 +65,14 @@ def measure_constancy(
         FoldError: no data, a site that no batch reaches, or gates that are not finite.
     """
     totals: dict[str, Moments] = {}
-    batches = 0
     with record(model) as seen:
-        for batch in bar(data, text):
-            try:
-                step(model, batch_of(batch))
-            except TypeError as error:
-                first = str(error).strip().splitlines()[0]
-                raise FoldError(
-                    f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({first}); '
-                    f'say how with step=lambda model, batch: model(...)'
-                ) from error
-            batches += 1
+        for _ in passes(model, data, step, text, FoldError, 'calibrate: '):
             for path, gates in seen.gates.items():
                 for g in gates:
                     totals.setdefault(path, Moments()).add(g)
                 gates.clear()
             for kept in (*seen.states.values(), *seen.inputs.values()):
                 kept.clear()
-    if not batches:
-        raise FoldError('calibrate: there was no data; give a list or a loader of batches')
     found = []
     for path, group in groups(model).items():
         if path not in totals:

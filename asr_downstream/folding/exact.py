@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError, FoldError, warn
-from asr_downstream.folding.constancy import Step
+from asr_downstream.folding.passes import Step
 from asr_downstream.folding.report import FoldedSite, FoldReport
 from asr_downstream.folding.verify import Verification, beyond_rounding, check_inputs, compare, run
 from asr_downstream.modules.affine import Constants, scaled

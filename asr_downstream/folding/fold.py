@@ -9,8 +9,8 @@ from torch import nn
 
 from asr_downstream.errors import FoldError
 from asr_downstream.folding.calibrated import Metric, fold_calibrated
-from asr_downstream.folding.constancy import Step
 from asr_downstream.folding.exact import check_dynamic, fold_exactly
+from asr_downstream.folding.passes import Step
 from asr_downstream.folding.report import FoldReport
 from asr_downstream.modules.check import check_module
 

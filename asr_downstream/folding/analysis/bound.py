@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError, FoldError
-from asr_downstream.folding.constancy import Step
+from asr_downstream.folding.passes import Step
 from asr_downstream.modules.copies import batch_of, copy_of
 from asr_downstream.modules.slots import inside_gate
 from asr_downstream.plugging.attach import detach

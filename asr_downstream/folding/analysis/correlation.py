@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError
 from asr_downstream.folding.analysis.gates import Place, per_image, places_of, stream
-from asr_downstream.folding.constancy import Step, default_step
+from asr_downstream.folding.passes import Step, default_step
 
 __all__ = ['Correlations', 'StageCorrelation', 'find_correlations', 'pearson']
 

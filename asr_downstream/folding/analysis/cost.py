@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError, FoldError
 from asr_downstream.folding.analysis.gates import NATIVE, Place, places_of
-from asr_downstream.folding.constancy import Step, default_step
 from asr_downstream.folding.native.blocks import put
+from asr_downstream.folding.passes import Step, default_step
 from asr_downstream.folding.verify import tensors
 from asr_downstream.measure import cost
 from asr_downstream.measure.launches import Launches

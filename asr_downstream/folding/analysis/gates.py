@@ -15,12 +15,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.console.progress import bar
-from asr_downstream.errors import AsrError, DataError
-from asr_downstream.folding.constancy import Constancy, Moments, Step, default_step
+from asr_downstream.errors import AsrError
+from asr_downstream.folding.constancy import Constancy, Moments
 from asr_downstream.folding.native.blocks import Watched, find_blocks
+from asr_downstream.folding.passes import Step, default_step, passes
 from asr_downstream.modules.check import check_module
-from asr_downstream.modules.copies import batch_of
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.gating.sides import OUTPUT
 from asr_downstream.plugging.layers import Plugged
@@ -159,12 +158,11 @@ def stream(
         a spatial attention, ``(1, C)`` of constant gates.
 
     Raises:
-        DataError: there is no data.
-        AsrError: the model does not take it, or a block of its own attention is not what it is known for.
+        DataError: there is no data, or the model does not take it.
+        AsrError: a block of its own attention is not what it is known for.
     """
     check_module(model, 'gates')
     paths = list(places_of(model))
-    batches = 0
     with ExitStack() as stack:
         seen = stack.enter_context(record(model))
         own: dict[str, list[Tensor]] = {}
@@ -172,24 +170,13 @@ def stream(
         for path, native in find_blocks(model).items():
             watched[path] = Watched(model.get_submodule(path), native, own.setdefault(path, []).append)
             stack.callback(watched[path].remove)
-        for batch in bar(data, text):
-            try:
-                step(model, batch_of(batch))
-            except TypeError as error:
-                first = str(error).strip().splitlines()[0]
-                raise AsrError(
-                    f'{type(model).__name__} cannot be called with this {type(batch).__name__} ({first}); say how with '
-                    f'step=lambda model, batch: model(...)'
-                ) from error
+        for batch in passes(model, data, step, text):
             if odd := next((f'{path}: {block.odd}' for path, block in watched.items() if block.odd), ''):
                 raise AsrError(f'{odd}; say what its gates are with register_native')
-            batches += 1
             gates = {**seen.gates, **own}
             yield batch, {path: list(gates[path]) for path in paths if gates.get(path)}
             for kept in (*seen.gates.values(), *seen.inputs.values(), *seen.states.values(), *own.values()):
                 kept.clear()
-    if not batches:
-        raise DataError('there was no data; give a list or a loader of batches')
 
 
 def per_image(gates: list[Tensor]) -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import AsrError, CheckpointError, did_you_mean
 from asr_downstream.folding.analysis.attacks import Attack
 from asr_downstream.folding.analysis.stripes import Metric
-from asr_downstream.folding.constancy import Step, default_step
+from asr_downstream.folding.passes import Step, default_step
 from asr_downstream.registry import RUNS, find
 
 __all__ = ['Change', 'OpenRun', 'Wanted', 'kind_of', 'names_of', 'open_run']

@@ -22,8 +22,8 @@ from asr_downstream.console.text import Printed
 from asr_downstream.errors import FoldError
 from asr_downstream.folding.analysis.gates import INPUT, NATIVE, By, SiteGates, collect
 from asr_downstream.folding.calibrated import change_of, settle, with_means
-from asr_downstream.folding.constancy import Step, default_step
 from asr_downstream.folding.native.blocks import with_constants
+from asr_downstream.folding.passes import Step, default_step
 from asr_downstream.modules.copies import copy_of
 
 __all__ = ['Functional', 'Metric', 'Stripes', 'find_stripes', 'with_mean_gates']

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from asr_downstream.console.progress import bar
 from asr_downstream.errors import FoldError
-from asr_downstream.folding.constancy import Constancy, Moments, Step
-from asr_downstream.modules.copies import batch_of, copy_of
+from asr_downstream.folding.constancy import Constancy, Moments
+from asr_downstream.folding.passes import Step, passes
+from asr_downstream.modules.copies import copy_of
 from asr_downstream.modules.native import Native, native_of
 
 __all__ = ['Constant', 'Watched', 'find_blocks', 'measure_blocks', 'put', 'registered_once', 'with_constants']
@@ -142,19 +142,8 @@ def measure_blocks(
     """
     model = copy_of(model, FoldError)
     watched = {path: Watched(model.get_submodule(path), native) for path, native in blocks.items()}
-    batches = 0
-    for batch in bar(data, 'calibrating'):
-        try:
-            step(model, batch_of(batch))
-        except TypeError as error:
-            first = str(error).strip().splitlines()[0]
-            raise FoldError(
-                f'calibrate: {type(model).__name__} cannot be called with this {type(batch).__name__} ({first}); say '
-                f'how with step=lambda model, batch: model(...)'
-            ) from error
-        batches += 1
-    if not batches:
-        raise FoldError('calibrate: there was no data; give a list or a loader of batches')
+    for _ in passes(model, data, step, 'calibrating', FoldError, 'calibrate: '):
+        pass
     reasons = {path: seen.odd for path, seen in watched.items() if seen.odd}
     found = []
     for path, seen in watched.items():

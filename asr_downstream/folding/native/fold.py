@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError, FoldError, warn
 from asr_downstream.folding.calibrated import Metric, check_arguments, check_repeatable, within_budget
-from asr_downstream.folding.constancy import Constancy, Step, default_step
+from asr_downstream.folding.constancy import Constancy
 from asr_downstream.folding.native.blocks import find_blocks, measure_blocks, put, with_constants
 from asr_downstream.folding.native.places import Place, find_places
 from asr_downstream.folding.native.rebuild import note_removed
 from asr_downstream.folding.native.report import IN_BUDGET, NativeBlock, NativeReport
 from asr_downstream.folding.native.trials import BAR, double
+from asr_downstream.folding.passes import Step, default_step
 from asr_downstream.folding.verify import Verification, beyond_rounding, compare, tensors
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.timing import Ratio, paired_times, ratio

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from asr_downstream.console.progress import bar
 from asr_downstream.errors import AsrError, FoldError
-from asr_downstream.folding.constancy import Step
 from asr_downstream.folding.native.blocks import Constant, registered_once
 from asr_downstream.folding.native.trials import is_affine, sampled, stream, trial
+from asr_downstream.folding.passes import Step
 from asr_downstream.modules.affine import Constants, input_channels, output_channels
 from asr_downstream.modules.check import check_own, check_weights
 from asr_downstream.modules.copies import batch_of, copy_of
