@@ -13,14 +13,13 @@ from conftest import command
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from helpers.learning_detection import ASR, DIA, FLIPS, STATISTICS, AtStart, is_norm, plugged, stock_checkpoint
+from helpers.learning_detection import ASR, DIA, FLIPS, STATISTICS, AtStart, is_norm, plugged
 from helpers.tiny_detection import (
     Dead,
     DieAt,
     SignalAt,
     as_file,
     assert_same,
-    pictures,
     run,
     tiny,
     weights,
@@ -39,17 +38,6 @@ from asr_downstream.files.weights import read_checkpoint
 from asr_downstream.folding.adapters.base import BASE_FILE
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.learning.restrict import restrict
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(scope='module')
-def stock(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stock_checkpoint(digits, tmp_path_factory.mktemp('stock'))
-
 
 IN = {
     'gates': lambda name: bool(GATES.search(name)),

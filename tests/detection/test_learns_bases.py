@@ -13,12 +13,11 @@ from conftest import randomise
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from helpers.learning_detection import FLIPS, STATISTICS, AtStart, is_norm, plugged, stock_checkpoint
+from helpers.learning_detection import FLIPS, STATISTICS, AtStart, is_norm, plugged
 from helpers.tiny_detection import (
     Dead,
     DieAt,
     assert_same,
-    pictures,
     run,
     tiny,
     weights,
@@ -31,16 +30,6 @@ from asr_downstream.files.weights import read_checkpoint
 from asr_downstream.folding.adapters.base import BASE_FILE, read_base
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.describe import describe
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(scope='module')
-def stock(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return stock_checkpoint(digits, tmp_path_factory.mktemp('stock'))
 
 
 def test_gates_in_frozen_stages_learn_and_the_stages_do_not(digits: Path, stock: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from conftest import command, randomise
 pytest.importorskip('mmdet')
 pytestmark = pytest.mark.det
 
-from helpers.tiny_detection import as_file, pictures, tiny
+from helpers.tiny_detection import as_file, tiny
 from mmengine.config import Config
 
 from asr_downstream.detection.config import load_config
@@ -28,11 +28,6 @@ CSPNEXT = dict(
 )
 EFFICIENTNET = dict(type='EfficientNet', arch='b0', out_indices=(3, 4))
 CHANNELS = {'CSPNeXt': [32, 64], 'EfficientNet': [40, 112]}
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
 
 
 def saved(digits: Path, folder: Path, backbone: dict[str, Any], **spec: Any) -> tuple[Path, Path]:

@@ -18,14 +18,9 @@ from conftest import ROOT
 pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(240)]
 
-from helpers.tiny_detection import as_file, pictures, tiny
+from helpers.tiny_detection import as_file, tiny
 
 COREUTILS = ('bash', 'dirname', 'sed', 'env')
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
 
 
 def checkout(tmp_path: Path, python: str | None, venv: bool) -> dict[str, str]:

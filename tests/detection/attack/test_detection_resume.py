@@ -17,7 +17,7 @@ pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
 from conftest import ROOT
-from helpers.tiny_detection import FLIP, Dead, DieAt, SignalAt, Steps, as_file, assert_same, pictures, run, tiny
+from helpers.tiny_detection import FLIP, Dead, DieAt, SignalAt, Steps, as_file, assert_same, run, tiny
 from mmengine.config import Config
 from mmengine.runner import Runner
 
@@ -29,11 +29,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import train_det
 
 FLIPS = {'train_dataloader.dataset.pipeline': FLIP}
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
 
 
 @pytest.fixture(scope='module')

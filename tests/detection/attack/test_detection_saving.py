@@ -15,7 +15,7 @@ pytest.importorskip('mmdet')
 pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 
 from conftest import ROOT
-from helpers.tiny_detection import Dead, SignalAt, as_file, pictures, run, tiny
+from helpers.tiny_detection import Dead, SignalAt, as_file, run, tiny
 from mmengine.evaluator import BaseMetric
 from mmengine.fileio import get_file_backend
 from mmengine.hooks import Hook
@@ -30,11 +30,6 @@ sys.path.insert(0, str(ROOT / 'tools'))
 import train_det
 
 ONE = {'default_hooks.checkpoint.max_keep_ckpts': 1}
-
-
-@pytest.fixture(scope='module')
-def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return pictures(tmp_path_factory.mktemp('data'))
 
 
 class At(Hook):
