@@ -119,6 +119,21 @@ def test_pvt_without_attention_has_finite_maps_of_the_same_shapes(name: str) -> 
     assert all(p.grad is not None and p.grad.isfinite().all() for n, p in model.named_parameters() if '.mixer.' in n)
 
 
+def test_pvt_reads_columns_of_maps_that_are_no_squares() -> None:
+    model = far(spec={**FAR, 'layers': [1, 2, 3, 4], 'scan': 'cross'})  # the first stage has one head
+    sizes: dict[str, tuple[int, ...]] = {}
+    for path, mixer in mixers(model):
+        mixer.register_forward_hook(lambda m, args, out, path=path: sizes.__setitem__(path, tuple(args[1])))
+    x = torch.randn(2, 3, 96, 64)
+    cross = [m.detach() for m in model(x)]
+    assert sorted(sizes.values()) == [(3, 2), (6, 4), (6, 4), (12, 8)]
+    raster = far(spec={**FAR, 'layers': [1, 2, 3, 4]})
+    raster.load_state_dict(model.state_dict())
+    assert [bool(torch.equal(a, b)) for a, b in zip(raster(x), cross, strict=True)] == [True, False, False, False]
+    with pytest.raises(PlugError, match="scan='cross' needs 2 heads"):
+        far(spec={**FAR, 'scan': 'cross'})
+
+
 @pytest.mark.parametrize('name', PVTS)
 def test_a_stock_checkpoint_lacks_the_lstms_and_nothing_else(name: str, tmp_path: Path) -> None:
     stock = pvt(name)

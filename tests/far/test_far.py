@@ -146,7 +146,7 @@ def test_a_stand_in_with_the_outputs_of_the_heads_is_the_teacher(case: Case) -> 
     replace(student, spec_of(case))
     assert not torch.allclose(case.output(student), wanted)
     for (_, module), place in zip(mixers_of(student), places, strict=True):
-        module.forward = lambda x, path=place.path: seen.found[path]  # type: ignore[method-assign]
+        module.forward = lambda x, size=None, path=place.path: seen.found[path]  # type: ignore[method-assign]
     assert torch.equal(case.output(student), wanted)
 
 

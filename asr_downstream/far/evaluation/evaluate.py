@@ -170,13 +170,15 @@ def sweep(
         A row a shape: ``tokens``, ``batch``, and ``ratios``: name -> ratio to the teacher.
     """
     place = find_attentions(models[TEACHER])[0]
-    modules = {name: model.get_submodule(place.path) for name, model in models.items()}
+    modules = {name: copy.deepcopy(model.get_submodule(place.path)) for name, model in models.items()}
     device = next(models[TEACHER].parameters()).device
     channels = next(mixers(next(m for name, m in models.items() if name != TEACHER)))[1].channels
     rows = []
     for batch in batches:
         for count in tokens:
             x = torch.randn(batch, count, channels, device=device)
+            for _, mixer in (found for module in modules.values() for found in mixers(module)):
+                mixer.scan = mixer.scan.fitted(count)
             calls = {name: on_tokens(module, x) for name, module in modules.items()}
             text = f'{count} tokens, batch {batch}'
             times = paired_times(calls, rounds, text, warmup=1, threads=torch.get_num_threads())

@@ -6,8 +6,8 @@ of queries, keys and values are missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,9 +36,9 @@ class StandIn(nn.Module):
             place_at(self, path, attention.get_submodule(path))
         self.train(attention.training)
 
-    def mix(self, x: Tensor) -> Tensor:
-        """LSTMs, output projection, dropout."""
-        x = self.mixer(x)
+    def mix(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """LSTMs, output projection, dropout; ``size``: rows and columns of the image, where they are known."""
+        x = self.mixer(x, size)
         for path in self.kept:
             x = self.get_submodule(path)(x)
         return x
@@ -96,7 +96,7 @@ class SpatialReductionStandIn(StandIn):
 
     def forward(self, x: Tensor, hw_shape: Any, identity: Tensor | None = None) -> Tensor:
         """Mix tokens ``(B, N, C)`` and add the shortcut, as the attention does."""
-        return (x if identity is None else identity) + self.mix(x)
+        return (x if identity is None else identity) + self.mix(x, hw_shape)
 
 
 class Processor(nn.Module):
@@ -138,7 +138,7 @@ class Processor(nn.Module):
             x = x.flatten(2).transpose(1, 2)
         if attn.group_norm is not None:
             x = attn.group_norm(x.transpose(1, 2)).transpose(1, 2)
-        x = attn.to_out[1](attn.to_out[0](self.mixer(x)))
+        x = attn.to_out[1](attn.to_out[0](self.mixer(x, shape[2:] if len(shape) == 4 else None)))
         if len(shape) == 4:
             x = x.transpose(1, 2).reshape(shape)
         if attn.residual_connection:
@@ -224,6 +224,7 @@ class Host:
         after: paths of what follows the projection inside the attention.
         seen: whether all parts of the class are accounted for; else weights that are not q, k or v are refused.
         hooked: whether the projection is called as a module, so that its input can be seen.
+        before: tokens in front of those of the image, such as the class token.
         note: for the documentation.
     """
 
@@ -233,16 +234,17 @@ class Host:
     after: tuple[str, ...] = ()
     seen: bool = False
     hooked: bool = True
+    before: int = 0
     note: str = ''
 
 
-VIT = Host(stand_in(TransformersStandIn), 'o_proj', 'num_attention_heads', seen=True)
+VIT = Host(stand_in(TransformersStandIn), 'o_proj', 'num_attention_heads', seen=True, before=1)
 TIMM = Host(stand_in(StandIn), 'proj', 'num_heads', ('proj_drop',))
 
 # Qualified name of a class, so that nothing is imported for it -> its data; subclasses inherit the entry.
 HOSTS: dict[str, Host] = {
     'transformers.models.vit.modeling_vit.ViTAttention': VIT,
-    'transformers.models.deit.modeling_deit.DeiTAttention': VIT,
+    'transformers.models.deit.modeling_deit.DeiTAttention': replace(VIT, before=2),  # a token to distil with as well
     'diffusers.models.attention_processor.Attention': Host(
         set_processor, 'to_out.0', 'heads', seen=True, note='self-attention of UNets and DiTs; not attn2'
     ),

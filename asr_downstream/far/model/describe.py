@@ -28,6 +28,7 @@ class Row:
         widths: hidden units of each head, (ahead, back).
         parameters: of the LSTMs and their projections, without a projection that is the teacher's.
         execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `rules`.
+        scan: in which order they read the tokens, a key of `SCANS`.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Row:
     widths: tuple[tuple[int, int], ...]
     parameters: int
     execution: str
+    scan: str = 'raster'
 
     @property
     def units(self) -> int:
@@ -61,12 +63,13 @@ class Description(Printed):
         total = sum(row.parameters for row in self.rows)
         units, full = sum(row.units for row in self.rows), sum(row.full for row in self.rows)
         title = f'{self.model}: {len(self.rows)} attentions replaced, {total:,} parameters, {units:,} of {full:,} units'
-        table = Table('attention', 'form', 'heads', 'units', 'parameters', 'execution', title=title)
+        table = Table('attention', 'form', 'heads', 'units', 'parameters', 'scan', 'execution', title=title)
         for column in table.columns[2:5]:
             column.justify = 'right'
         for row in self.rows:
             count = f'{row.units:,} of {row.full:,}'
-            table.add_row(row.path, row.variant, str(len(row.widths)), count, f'{row.parameters:,}', row.execution)
+            numbers = str(len(row.widths)), count, f'{row.parameters:,}'
+            table.add_row(row.path, row.variant, *numbers, row.scan, row.execution)
         return [table, *(f'auto on {device}: {rule}' for device, rule in rules().items())]
 
 
@@ -93,5 +96,6 @@ def describe(model: nn.Module) -> Description:
     """List the replaced attentions of ``model``: path, form, units, parameters, and how they are run."""
     rows = []
     for path, mixer in mixers(model):
-        rows.append(Row(path, mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution))
+        about = mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution, mixer.scan.name
+        rows.append(Row(path, *about))
     return Description(type(model).__name__, tuple(rows))

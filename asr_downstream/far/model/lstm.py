@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.backends import EXECUTIONS, choose
 from asr_downstream.far.model.head import HeadLSTM
+from asr_downstream.far.model.scan import build_scan
 
 __all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
 
@@ -71,6 +72,9 @@ class MultiHeadLSTM(nn.Module):
         widths: hidden units of each head, ``(ahead, back)``; default: ``channels / heads``.
         execution: a key of `asr_downstream.far.model.backends.EXECUTIONS`, or ``'auto'``.
         out_channels: of the output; default: ``channels``.
+        scan: in which order the heads read the tokens: a key of `asr_downstream.far.model.scan.SCANS`, or a dict with
+            its arguments.
+        before: tokens in front of those of an image, such as the class token, where the scan does not say.
 
     Initial LSTM weights are uniform in ``+-1 / sqrt(channels)``: the authors' heads are slices of one LSTM that wide.
 
@@ -86,6 +90,8 @@ class MultiHeadLSTM(nn.Module):
         widths: Sequence[Sequence[int]] | None = None,
         execution: str = 'auto',
         out_channels: int | None = None,
+        scan: Any = 'raster',
+        before: int = 0,
     ) -> None:
         super().__init__()
         if variant not in VARIANTS:
@@ -101,6 +107,8 @@ class MultiHeadLSTM(nn.Module):
         widths = [(size, size)] * heads if widths is None else widths
         if len(widths) != heads or any(len(pair) != 2 or min(pair) < 0 for pair in widths):
             raise PlugError(f'FAR: widths={widths!r} should be {heads} pairs (ahead, back) of numbers of hidden units')
+        self.scan, self.before = build_scan(scan), before
+        self.scan.check(heads)
         self.pre_proj = nn.Linear(channels, channels)
         self.heads = nn.ModuleList(HeadLSTM(size, pair, 1 / math.sqrt(channels)) for pair in widths)
         out = channels if out_channels is None else out_channels
@@ -118,18 +126,23 @@ class MultiHeadLSTM(nn.Module):
         """Hidden units of each head, ``(ahead, back)``."""
         return [head.widths for head in self.heads]  # type: ignore[misc]
 
-    def states(self, tokens: Tensor) -> list[Tensor]:
-        """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens."""
+    def states(self, tokens: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
+        """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens.
+
+        Args:
+            tokens: ``(B, N, channels)``.
+            size: rows and columns of the image, where they are known.
+        """
         heads: Any = self.heads
         dtype = next(heads.parameters(), tokens).dtype
         with uncast(tokens.device.type):
-            pieces = tokens.to(dtype).chunk(len(heads), -1)
+            pieces = self.scan.read(tokens.to(dtype).chunk(len(heads), -1), size, self.before)
             name = choose(heads, pieces) if self.execution == 'auto' else self.execution
-            return EXECUTIONS[name](heads, pieces)
+            return self.scan.restore(EXECUTIONS[name](heads, pieces), size, self.before)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Mix tokens ``(B, N, channels)``."""
-        states = self.states(self.pre_proj(x))
+    def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
+        """Mix tokens ``(B, N, channels)``, of images of ``size``, rows and columns, where that is known."""
+        states = self.states(self.pre_proj(x), size)
         if self.head_proj is None:
             assert self.out_proj is not None
             return self.out_proj(torch.cat(states, -1))
@@ -138,5 +151,6 @@ class MultiHeadLSTM(nn.Module):
     def extra_repr(self) -> str:
         """Sizes."""
         return (
-            f'channels={self.channels}, heads={len(self.heads)}, variant={self.variant!r}, execution={self.execution!r}'
+            f'channels={self.channels}, heads={len(self.heads)}, variant={self.variant!r}, '
+            f'execution={self.execution!r}, scan={self.scan.name!r}'
         )

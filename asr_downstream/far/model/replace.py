@@ -24,7 +24,7 @@ from asr_downstream.registry import REBUILDERS
 
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
 
-TAKES = ('type', 'variant', 'layers', 'heads', 'projection', 'execution', 'widths')
+TAKES = ('type', 'variant', 'layers', 'heads', 'projection', 'execution', 'widths', 'scan')
 # Parts of an attention that stand for queries, keys and values, and go with them.
 QKV = re.compile(r'(to_)?(q|k|v|qkv|kv|query|key|value|c_attn)(_proj|_bias|_norm)?|norm_[qk]|attn_drop.*')
 DROPOUTS = ('proj_drop', 'resid_dropout', 'dropout')
@@ -65,7 +65,8 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
         spec: ``dict(type='FAR', variant='M3', layers='all', execution='auto')``. ``layers``: ``'all'`` (every
             self-attention that `HOSTS` knows), numbers into that list, or fnmatch patterns. For a class that is not
             known, name it by pattern and say, where it cannot be seen, ``heads`` and ``projection`` (path of its output
-            projection). ``widths``: of pruned models, ``{path: [(ahead, back), ...]}``.
+            projection). ``widths``: of pruned models, ``{path: [(ahead, back), ...]}``. ``scan``: in which order heads
+            read the tokens of an image, ``'raster'`` or ``'cross'``, see `asr_downstream.far.model.scan`.
 
     Returns:
         The table of the replacements, as `describe` gives it.
@@ -112,6 +113,7 @@ def check_kinds(spec: dict[str, Any]) -> None:
         ('variant', str, f'one of {", ".join(VARIANTS)}'),
         ('execution', str, "a text such as 'auto'"),
         ('projection', str | None, 'a path inside the module'),
+        ('scan', str | dict, "'raster', 'cross', or a dict such as dict(type='cross', before=1)"),
         ('widths', dict | None, 'a dict: path of an attention -> pairs of numbers of hidden units'),
     ):
         if key in spec and not isinstance(spec[key], kind):
@@ -142,6 +144,8 @@ def build_mixer(place: Place, spec: dict[str, Any], widths: Any) -> tuple[MultiH
                 widths,
                 spec.get('execution', 'auto'),
                 old.out_features if variant in VARIANTS and VARIANTS[variant].projection == 'own' else old.in_features,
+                spec.get('scan', 'raster'),
+                place.host.before,
             )
             fresh = nn.Linear(old.in_features, old.out_features, old.bias is not None)
     except PlugError as error:
