@@ -86,6 +86,10 @@ class ImageClassification(Task):
         """Cross entropy."""
         return F.cross_entropy(logits(output).float(), batch['label'])
 
+    def logits(self, output: Any) -> Tensor:
+        """Logits among what the model returned."""
+        return logits(output)
+
     def validation(self) -> DataLoader:
         """Batches of the images held out."""
         return self.loader(self.held_out)

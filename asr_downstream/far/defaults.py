@@ -35,8 +35,9 @@ stages: list[dict] = []
 learns: Literal['teacher', 'replacements', 'blocks', 'all'] = 'replacements'
 task_weight: AtLeast = 1.0  # of the loss of the task
 # Between replaced and original: dict(type='MSE' or 'Cosine', feature='heads', 'attention' or 'block', weight=1.0);
-# Cosine has axis='tokens' or 'channels'. None: no teacher.
-distance: dict | None = None
+# Cosine has axis='tokens' or 'channels'. Of classifiers also dict(type='KL', temperature=2.0), of their logits. A list
+# of several is their sum. None: no teacher.
+distance: dict | list[dict] | None = None
 # How tools/prune_far.py trains, as stages do: sparse, with the regulariser, and then finetune, each pruned member.
 prune: dict[str, dict] = dict(sparse=dict(learns='all', hoyer=1e-2), finetune=dict(learns='all'))
 hoyer: AtLeast = 0.0  # weight of the Hoyer-square regulariser over hidden units, before pruning

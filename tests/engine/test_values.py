@@ -86,7 +86,8 @@ OF_FAR = [
     ('epochs', inf, 'epochs=inf should be finite'),
     ('epochs', nan, 'epochs=nan should be'),
     ('warmup_epochs', -1, 'should be at least 0'),
-    ('distance', 5, 'distance=5 should be dict or None'),
+    ('distance', 5, 'distance=5 should be dict or list or None'),
+    ('distance', [dict(type='MSE'), 5], "distance=[{'type': 'MSE'}, 5] should be dict or list or None"),
 ]
 
 

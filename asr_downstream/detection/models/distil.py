@@ -11,13 +11,12 @@ from dataclasses import replace as changed
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from asr_downstream.detection.config import load_config
 from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.errors import PlugError, did_you_mean
-from asr_downstream.far.distil.loss import Distance, check_feature
+from asr_downstream.far.distil.loss import Distances
 from asr_downstream.far.model.describe import mixers
 from asr_downstream.far.model.replace import Place, find_attentions
 from asr_downstream.far.model.trainable import STUDENTS, learning
@@ -36,9 +35,9 @@ class Distilling:
     Args:
         student: the detector; what does not learn is frozen.
         spec: ``teacher=dict(config=..., checkpoint=...)``, of the stock detector; ``distance=dict(type='MSE',
-            feature='attention', weight=1.0)``, a key of `DISTANCES`, and ``'attention'`` or ``'block'``; both or
-            neither: then the task alone trains. ``task_weight=1.0``. ``learns='replacements'``, ``'blocks'`` or
-            ``'all'``: see `asr_downstream.far.distil.task.learning`.
+            feature='attention', weight=1.0)``, a key of `DISTANCES`, and ``'attention'`` or ``'block'``, or a list of
+            them; both or neither: then the task alone trains. ``task_weight=1.0``. ``learns='replacements'``,
+            ``'blocks'`` or ``'all'``: see `asr_downstream.far.distil.task.learning`.
 
     Raises:
         PlugError: the keys do not fit together, or nothing is replaced.
@@ -56,13 +55,13 @@ class Distilling:
             )
         self.files = spec.get('teacher')
         self.task_weight = spec.get('task_weight', 1.0)
-        self.distance: Distance | None = None
+        self.distance: Distances | None = None
         if (self.files is None) != (spec.get('distance') is None):
             raise PlugError('distil: teacher and distance go together; give both, or neither for the task alone')
         if self.files is not None:
             if not isinstance(self.files, dict) or self.files.keys() != {'config', 'checkpoint'}:
                 raise PlugError(f"distil: expected teacher=dict(config='...', checkpoint='...'), got {self.files!r}")
-            self.distance = Distance(spec['distance'], feature='attention')
+            self.distance = Distances(spec['distance'], feature='attention')
         learns = spec.get('learns', 'replacements')
         if learns not in STUDENTS:
             raise PlugError(f'distil: learns={learns!r} is not known; {did_you_mean(str(learns), STUDENTS)}')
@@ -94,7 +93,7 @@ class Distilling:
             except AttributeError:
                 raise PlugError(f'distil: the teacher of {self.files["config"]} has no {path}') from None
             found = find_attentions(part, spec['layers'], spec.get('heads'), spec.get('projection'))
-            check_feature(self.distance.feature, spec.get('variant', 'M3'), found)
+            self.distance.check(spec.get('variant', 'M3'), found)
             places += [changed(place, path=f'{path}.{place.path}'.lstrip('.')) for place in found]
         self.places = places
         self.teacher = teacher.requires_grad_(False).eval()
@@ -119,8 +118,8 @@ class Distilling:
             else:
                 teacher(inputs, samples, mode='tensor')
 
-        losses, found = self.distance.measure(teacher, teach, student, lambda: forward(inputs, samples), self.places)
-        return {**self.weighed(losses), 'loss_far': self.distance.weight * torch.stack([*found.values()]).sum()}
+        losses, total, _ = self.distance.measure(teacher, teach, student, lambda: forward(inputs, samples), self.places)
+        return {**self.weighed(losses), 'loss_far': total}
 
     def weighed(self, losses: dict[str, Any]) -> dict[str, Any]:
         """Losses times ``task_weight``; MMDetection adds up what has "loss" in its name."""

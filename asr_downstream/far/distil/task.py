@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.errors import AsrError
-from asr_downstream.far.distil.loss import Distance, check_feature
+from asr_downstream.far.distil.loss import Distances
 from asr_downstream.far.model.replace import find_attentions
 from asr_downstream.far.model.trainable import learning
 from asr_downstream.far.prune.scores import hoyer_square
@@ -44,14 +44,16 @@ class Distillation(Task):
         self.schema, self.fixed = base.schema, base.fixed
         spec = base.model.replace_spec
         self.places = find_attentions(teacher, spec['layers'], spec.get('heads'), spec.get('projection'))
-        self.distance: Distance | None = None
+        self.distances: Distances | None = None
         if config.distance is not None:
-            self.distance = Distance(config.distance, spec.get('variant', 'M3'))
-            check_feature(self.distance.feature, self.distance.variant, self.places)
+            variant = spec.get('variant', 'M3')
+            self.distances = Distances(config.distance, variant, logits=getattr(base, 'logits', None))
+            self.distances.check(variant, self.places)
             self.teacher = teacher.requires_grad_(False).eval()
-            if hidden := [key for key in ('gradient_checkpointing', 'torch_compile') if config[key]]:
+            hidden = [key for key in ('gradient_checkpointing', 'torch_compile') if config[key]]
+            if hidden and self.distances.placed:
                 raise AsrError(f'{hidden[0]} hides the features that distance compares; leave one of them out')
-        if not config.task_weight and self.distance is None and not config.hoyer:
+        if not config.task_weight and self.distances is None and not config.hoyer:
             raise AsrError('task_weight=0 and no distance: there is nothing to learn')
         learning(self.model, config.learns)
 
@@ -71,7 +73,7 @@ class Distillation(Task):
     def to(self, device: torch.device) -> None:
         """Move the teacher, and what the task has."""
         self.base.to(device)
-        if self.distance is not None:
+        if self.distances is not None:
             self.teacher.to(device)
 
     def train_mode(self) -> None:
@@ -84,21 +86,18 @@ class Distillation(Task):
         return self.base.prepare(batch)
 
     def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """``task_weight`` x loss of the task + ``weight`` x sum of the distances + ``hoyer`` x regulariser."""
+        """``task_weight`` x loss of the task + each distance x its ``weight`` + ``hoyer`` x regulariser."""
         inputs = self.base.inputs(batch)
         parts: dict[str, Tensor] = {}
-        if self.distance is None:
+        distance: Tensor | float = 0.0
+        if self.distances is None:
             output = model(**inputs)
         else:
-            output, found = self.distance.measure(
+            output, distance, parts = self.distances.measure(
                 self.teacher, lambda: self.teacher(**inputs), self.model, lambda: model(**inputs), self.places
             )
-            parts |= {f'distance/{path}': value for path, value in found.items()}
-            parts['distance'] = torch.stack([*found.values()]).sum()
         parts['task'] = self.base.objective(output, batch)
-        total = self.config.task_weight * parts['task']
-        if self.distance is not None:
-            total = total + self.distance.weight * parts['distance']
+        total = self.config.task_weight * parts['task'] + distance
         if self.config.hoyer:
             parts['hoyer'] = hoyer_square(self.model)
             total = total + self.config.hoyer * parts['hoyer']
