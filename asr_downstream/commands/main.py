@@ -42,6 +42,11 @@ COMMANDS = {
         'tools/test_det.py',
         'evaluate a detector, and its folded self beside it',
     ),
+    'predict': Command(
+        'asr_downstream.detection.commands.predict',
+        'tools/predict.py',
+        'find objects in images: COCO JSON and pictures',
+    ),
     'results-det': Command(
         'asr_downstream.detection.commands.results_det',
         'tools/results_det.py',

@@ -67,6 +67,12 @@ def comparison() -> Any:
     return Comparison(evaluation('unfolded'), evaluation(), Differences(1e-5, 1e-6, 0, 1), 1.0)
 
 
+def predictions() -> Any:
+    from asr_downstream.detection.prediction.write import Predictions
+
+    return Predictions(Path('found/predictions.json'), 2, {'cat': 1234}, 0.3, 2, ['b.png: is none'])
+
+
 def learning() -> Any:
     return choose(plugged(ASR), 'gates')
 
@@ -115,8 +121,9 @@ RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     'ablation': (ablation, ['SE', '0.583', '95% interval']),
     'evaluation': (evaluation, ['folded', '1,234']),
     'comparison': (comparison, ['unfolded', 'x 1.000']),
+    'predictions': (predictions, ['1,234', 'left out: b.png']),
 }
-OF_DETECTION = ('evaluation', 'comparison')
+OF_DETECTION = ('evaluation', 'comparison', 'predictions')
 PARAMETERS = [pytest.param(*v, id=k, marks=pytest.mark.det if k in OF_DETECTION else ()) for k, v in RESULTS.items()]
 
 

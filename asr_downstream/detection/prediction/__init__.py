@@ -1,0 +1,1 @@
+"""Detections in images that stand in no data set."""
