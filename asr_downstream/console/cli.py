@@ -141,9 +141,8 @@ def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
     parser.add_argument('--num-samples', type=count, default=num_samples, help=f'images (default: {num_samples})')
     parser.add_argument(
         '--sampler',
-        default='DDIM',
-        choices=['DDPM', 'DDIM', 'DPM-Solver++'],
-        help='default: DDIM; DDPM needs many steps, DPM-Solver++ few',
+        choices=['DDPM', 'DDIM', 'DPM-Solver++', 'Euler'],
+        help='default: DDIM, of flow matching Euler; DDPM needs many steps, DPM-Solver++ few',
     )
     parser.add_argument('--steps', type=count, default=50, help='inference steps (default: 50)')
     parser.add_argument('--guidance-scale', type=finite, default=1.0, help='of conditioned models (default: 1, none)')

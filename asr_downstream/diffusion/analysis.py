@@ -39,7 +39,7 @@ class NoisyImages(Sequence[dict[str, Any]]):
         self.order = torch.randperm(len(self.samples), generator=generator(run.config.seed, 'analysis'))[
             :images
         ].tolist()
-        count = int(run.parts.scheduler.config.num_train_timesteps)
+        count = run.parts.process.timesteps
         self.levels = sorted({int((level + 0.5) * count / LEVELS) for level in range(LEVELS)})
 
     def __len__(self) -> int:
@@ -52,13 +52,13 @@ class NoisyImages(Sequence[dict[str, Any]]):
         pairs = [divmod(k, len(self.levels)) for k in range(number * BATCH, min(whole, (number + 1) * BATCH))]
         items = [self.samples[self.order[image], -1 - image] for image, _ in pairs]
         batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != 'bad'}
-        timestep = torch.tensor([self.levels[level] for _, level in pairs])
+        timestep = torch.tensor([self.levels[level] for _, level in pairs], dtype=self.run.parts.process.dtype)
         parts, device = self.run.parts, next(self.run.parts.model.parameters()).device
         clean, noise, timestep = (
             t.to(device) for t in (parts.encode(batch['image'].to(device)), batch['noise'], timestep)
         )
         return {
-            'args': (parts.scheduler.add_noise(clean, noise, timestep), timestep),
+            'args': (parts.process.noisy(clean, noise, timestep), timestep),
             'kwargs': parts.condition.arguments(batch['label'].to(device)),
             'truth': {'image': clean, 'noise': noise, 'timestep': timestep},
         }
@@ -102,6 +102,8 @@ def loss_over(run: Run, images: int, model: nn.Module) -> float:
     total = count = 0.0
     for batch in NoisyImages(run, images):
         size = len(batch['truth']['timestep'])
-        total += size * float(denoising_loss(run.parts.scheduler, call(model, batch), batch['truth'], None))
+        total += size * float(
+            denoising_loss(run.parts.process, call(model, batch), batch['truth'], None, weighted=False)
+        )
         count += size
     return total / count

@@ -21,7 +21,7 @@ __all__ = ['Metadata', 'far_card', 'model_card']
 
 TRAINING = (
     'max_train_steps', 'train_batch_size', 'gradient_accumulation_steps', 'learning_rate', 'lr_scheduler',
-    'lr_warmup_steps', 'snr_gamma', 'use_ema', 'mixed_precision', 'seed',
+    'lr_warmup_steps', 'snr_gamma', 'weighting_scheme', 'use_ema', 'mixed_precision', 'seed',
 )  # fmt: skip
 TASKS = {'DDPMPipeline': 'unconditional-image-generation', 'StableDiffusionPipeline': 'text-to-image'}
 HUB_ID = re.compile(r'\w[\w.-]*/\w[\w.-]*')
@@ -214,5 +214,5 @@ def folding(report: dict[str, Any]) -> str:
     rows = '\n'.join(f'| {p} | {d["model"]:.1e} | {d["sample"]:.1e} |' for p, d in report['difference'].items())
     return text + (
         'The folded model against the trained one, largest difference (of a forward: relative to the largest output; '
-        f'of a DDIM sample of ten steps: in [0, 1]):\n\n| precision | forward | sample |\n|---|---|---|\n{rows}'
+        f'of a sample of ten steps: in [0, 1]):\n\n| precision | forward | sample |\n|---|---|---|\n{rows}'
     )

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from asr_downstream.engine.data.images import Images
@@ -25,7 +25,7 @@ class Samples(Dataset[dict[str, Any]]):
     Args:
         images: the images.
         shape: of the noise: ``(C, H, W)`` of what the model denoises.
-        timesteps: number of timesteps of the noise schedule.
+        draw: stream of random numbers -> timestep, see `asr_downstream.diffusion.models.process.Process`.
         seed: of the run.
         encode: index -> tensor of a condition, such as tokens of a caption; its result is ``label``.
     """
@@ -34,28 +34,28 @@ class Samples(Dataset[dict[str, Any]]):
         self,
         images: Images,
         shape: tuple[int, int, int],
-        timesteps: int,
+        draw: Callable[[Generator], Tensor],
         seed: int,
         encode: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.images = images
         self.shape = shape
-        self.timesteps = timesteps
+        self.draw = draw
         self.seed = seed
         self.encode = encode
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, draw: tuple[int, int]) -> dict[str, Any]:
-        index, number = draw
+    def __getitem__(self, pair: tuple[int, int]) -> dict[str, Any]:
+        index, number = pair
         stream = generator(self.seed, 'sample', number)
         image, used = self.images.decodable(index)
         if self.images.random_flip and torch.rand((), generator=stream) < 0.5:
             image = image.flip(-1)
         return {
             'image': image,
-            'timestep': torch.randint(self.timesteps, (), generator=stream),
+            'timestep': self.draw(stream),
             'noise': torch.randn(self.shape, generator=stream),
             'chance': torch.rand((), generator=stream),
             'label': torch.tensor(-1) if self.encode is None else self.encode(used),

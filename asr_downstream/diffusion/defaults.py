@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from asr_downstream.engine.values import AtLeast, Count, Finite, Limit, Share
+from asr_downstream.engine.values import Above, AtLeast, Count, Finite, Limit, Share
 
 DEFAULT_SCHEDULE = dict(type='DDPMScheduler', num_train_timesteps=1000, beta_schedule='linear')
 
@@ -30,10 +30,17 @@ learns: str | list[str] = 'all'
 condition: dict | None = None
 vae: dict | None = None  # dict(pretrained_model_name_or_path=..., subfolder='vae'): train on its latents
 
-# What is learnt. prediction_type of the scheduler: epsilon, v_prediction or sample. None, and keys that are not given:
-# those of the pipeline of a pretrained model, which they may not contradict; without one DEFAULT_SCHEDULE.
+# What is learnt: dict(type='DDPMScheduler', prediction_type=...) of epsilon, v_prediction, sample; or flow matching,
+# dict(type='FlowMatchEulerDiscreteScheduler', shift=1.0), whose model predicts noise - image. None, and keys that are
+# not given: those of the pipeline of a pretrained model, which they may not contradict; without one DEFAULT_SCHEDULE.
 noise_scheduler: dict | None = None
 snr_gamma: Limit | None = None  # min-SNR weighting (arXiv 2303.09556), which recommends 5.0
+# Timesteps of flow matching, as in diffusers' script of SD3: logit_normal (None), mode, or uniform, with a loss that is
+# weighted by sigma_sqrt, cosmap or none.
+weighting_scheme: Literal['logit_normal', 'mode', 'none', 'sigma_sqrt', 'cosmap'] | None = None
+logit_mean: Finite = 0.0
+logit_std: Above = 1.0
+mode_scale: Finite = 1.29
 
 # Other defaults than those of the engine.
 adam_beta1: Share = 0.95
@@ -43,6 +50,6 @@ use_ema: bool = True
 
 # A validation is a grid of samples, samples/step-*.png.
 num_validation_images: Count = 16
-sampler: Literal['DDPM', 'DDIM', 'DPM-Solver++'] = 'DDIM'
+sampler: Literal['DDPM', 'DDIM', 'DPM-Solver++', 'Euler'] | None = None  # None: DDIM, of flow matching Euler
 num_inference_steps: Count = 50
 guidance_scale: Finite = 1.0  # of conditioned models that were trained with drop > 0

@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 
 from asr_downstream.console.text import some
@@ -75,7 +74,7 @@ def fold_and_ship(
     seconds = time.perf_counter() - start
     # what a calibrated fold ships is another function: only an exact one can be compared with the run
     difference = compare(run, stock) if folding.calibration is None else None
-    sampler = build_sampler('DDIM', run.parts.scheduler)
+    sampler = build_sampler(None, run.parts.scheduler)
     steps = min(PICTURE_STEPS, sampler.config.num_train_timesteps)
     images = generate(stock, run.parts, sampler, range(PICTURES), steps, run.config.seed)
     with whole_folder(out, sum(value.nbytes for value in stock.state_dict().values())) as aside:
@@ -160,7 +159,7 @@ def save_parts(run: Run, stock: Any, folder: Path) -> str:
 
 def save_others(run: Run, folder: Path) -> None:
     """Write what a model is sampled with: schedule, VAE, text encoder."""
-    diffusers.DDPMScheduler.from_config(run.parts.scheduler.config).save_pretrained(folder / 'scheduler')
+    run.parts.process.shipped(None).save_pretrained(folder / 'scheduler')
     if run.parts.vae is not None:
         run.parts.vae.save_pretrained(folder / 'vae', safe_serialization=True)
     if isinstance(run.parts.condition, Text):

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from asr_downstream.diffusion.models.conditions import ClassLabels, Condition, Text
+from asr_downstream.diffusion.models.process import FLOW, Flow
 from asr_downstream.diffusion.runs import Run
 
 __all__ = ['folder_of', 'loop', 'pipeline_name', 'pipeline_of', 'quoted', 'usage']
@@ -32,7 +33,7 @@ def pipeline_name(run: Run) -> str | None:
 def pipeline_of(run: Run, model: nn.Module) -> Any | None:
     """Pipeline with a stock model of a run, or None, see `pipeline_name`."""
     name = pipeline_name(run)
-    scheduler = diffusers.DDPMScheduler.from_config(run.parts.scheduler.config)
+    scheduler = run.parts.process.shipped(name)
     vae, condition = run.parts.vae, run.parts.condition
     if name == 'DDPMPipeline':
         return diffusers.DDPMPipeline(unet=model, scheduler=scheduler)
@@ -70,7 +71,8 @@ def usage(run: Run) -> str:
     condition, timesteps = run.parts.condition, run.parts.scheduler.config.num_train_timesteps
     steps, guidance = min(50, timesteps), run.config.guidance_scale
     if name == 'DDPMPipeline':
-        lines.append(f'images = pipeline(batch_size=16, num_inference_steps={timesteps}).images')
+        most = steps if isinstance(run.parts.process, Flow) else timesteps
+        lines.append(f'images = pipeline(batch_size=16, num_inference_steps={most}).images')
     elif name == 'DiTPipeline':
         lines += [
             f'labels = pipeline.get_label_ids([{quoted(condition.caption(0))}])',
@@ -102,7 +104,8 @@ def loop(run: Run) -> str:
     """Code for what diffusers has no pipeline for; with guidance, if the run was trained for it."""
     model, condition = type(run.parts.model).__name__, run.parts.condition
     part = folder_of(run.parts.model)
-    lines = ['import torch', f'from diffusers import {model}, DDIMScheduler']
+    sampler = FLOW if isinstance(run.parts.process, Flow) else 'DDIMScheduler'
+    lines = ['import torch', f'from diffusers import {model}, {sampler}']
     call = ''
     prepare = []
     if isinstance(condition, ClassLabels):
@@ -152,7 +155,7 @@ def loop(run: Run) -> str:
             *lines,
             '',
             f"model = {model}.from_pretrained('THIS FOLDER', subfolder='{part}').eval()",
-            "scheduler = DDIMScheduler.from_pretrained('THIS FOLDER', subfolder='scheduler')",
+            f"scheduler = {sampler}.from_pretrained('THIS FOLDER', subfolder='scheduler')",
             f'scheduler.set_timesteps({steps})',
             *prepare,
             f'x = torch.randn(4, {", ".join(map(str, run.parts.shape))})',

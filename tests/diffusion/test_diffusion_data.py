@@ -6,6 +6,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,11 +14,13 @@ from helpers.diffusion import write_images
 from PIL import Image
 
 from asr_downstream.diffusion.data import Samples
+from asr_downstream.diffusion.models.process import process_of
 from asr_downstream.engine.data.images import BadFiles, build_images
 from asr_downstream.engine.data.sampler import Draws
 from asr_downstream.errors import AsrError, DataError
 
 DIGITS = {'type': 'Digits', 'resolution': 8}
+DRAW = process_of(diffusers.DDPMScheduler()).draw
 
 
 # Draws ----------------------------------------------------------------------------------------------------------------
@@ -51,12 +54,12 @@ def test_processes_and_accumulation_share_the_batch_of_one_process() -> None:
 
 def test_samples_depend_on_their_number_alone() -> None:
     images = build_images({**DIGITS, 'random_flip': True}, 1)
-    samples = Samples(images, (1, 8, 8), 1000, seed=0)
+    samples = Samples(images, (1, 8, 8), DRAW, seed=0)
     one, again, other = samples[3, 5], samples[3, 5], samples[3, 6]
     for key in ('image', 'noise', 'timestep'):
         assert torch.equal(one[key], again[key])
     assert not torch.equal(one['noise'], other['noise'])
-    assert not torch.equal(one['noise'], Samples(images, (1, 8, 8), 1000, seed=1)[3, 5]['noise'])
+    assert not torch.equal(one['noise'], Samples(images, (1, 8, 8), DRAW, seed=1)[3, 5]['noise'])
     flips = {torch.equal(samples[3, n]['image'], images[3]) for n in range(20)}
     assert flips == {True, False}
 
@@ -113,7 +116,7 @@ def test_undecodable_files_are_named_counted_and_limited(tmp_path: Path, damage:
     images = build_images({**spec, 'resolution': 8, 'max_bad_share': 0.1}, 3)
     with pytest.raises(DataError, match=r'dog/2\.png: cannot be decoded'):
         images[6]
-    item = Samples(images, (3, 8, 8), 10, 0)[6, 0]
+    item = Samples(images, (3, 8, 8), DRAW, 0)[6, 0]
     assert item['bad'] == 6
     assert torch.equal(item['image'], images[7])
     lines: list[str] = []

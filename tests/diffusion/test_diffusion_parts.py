@@ -13,7 +13,8 @@ from torch import nn
 from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.models.build import build_model, build_scheduler
 from asr_downstream.diffusion.models.components import build_parts
-from asr_downstream.diffusion.training.objective import denoising_loss, snr_weights, target_of
+from asr_downstream.diffusion.models.process import process_of
+from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.errors import AsrError, CheckpointError, DataError
 
@@ -30,19 +31,20 @@ def test_loss_is_that_of_the_formulas(prediction: str, gamma: float | None) -> N
     t = torch.tensor([0, 20, 60, 99])
     alpha = scheduler.alphas_cumprod[t].view(-1, 1, 1, 1)
     batch = {'image': clean, 'noise': noise, 'timestep': t}
-    loss = denoising_loss(scheduler, output, batch, gamma)
+    process = process_of(scheduler)
+    loss = denoising_loss(process, output, batch, gamma)
     torch.testing.assert_close(scheduler.add_noise(clean, noise, t), alpha.sqrt() * clean + (1 - alpha).sqrt() * noise)
     target = {
         'epsilon': noise,
         'sample': clean,
         'v_prediction': alpha.sqrt() * noise - (1 - alpha).sqrt() * clean,
     }[prediction]
-    torch.testing.assert_close(target_of(scheduler, clean, noise, t), target)
+    torch.testing.assert_close(process.target(clean, noise, t), target)
     snr = (alpha / (1 - alpha)).flatten()
     weights = torch.ones(4)
     if gamma is not None:
         weights = snr.clamp(max=gamma) / {'epsilon': snr, 'sample': 1, 'v_prediction': snr + 1}[prediction]
-        torch.testing.assert_close(snr_weights(scheduler, t, gamma), weights, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(process.weights(t, gamma), weights, rtol=1e-5, atol=1e-7)
     expected = (weights * (output - target).square().mean((1, 2, 3))).mean()
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-7)
 

@@ -12,9 +12,10 @@ import torch
 from helpers.diffusion import ASR, DIT, UNET, conditional_arguments, config_for, write_images, write_text_encoder
 from torch import nn
 
-from asr_downstream.diffusion.evaluation.sampling import SAMPLERS, build_sampler, generate
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.models.components import build_parts
+from asr_downstream.diffusion.models.process import Diffusion
 from asr_downstream.diffusion.training.task import Denoising
 from asr_downstream.engine.data.sampler import mix
 from asr_downstream.engine.state.ema import EMA
@@ -23,7 +24,7 @@ from asr_downstream.errors import AsrError
 # Sampling -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('sampler', Diffusion.samplers)
 @pytest.mark.parametrize('prediction', ['epsilon', 'v_prediction'])
 def test_an_image_does_not_depend_on_its_batch(tmp_path: Path, sampler: str, prediction: str) -> None:
     scheduler = dict(type='DDPMScheduler', num_train_timesteps=100, prediction_type=prediction)
@@ -51,7 +52,7 @@ class Exact(nn.Module):
         return type('Output', (), {'sample': noise * 1.01})
 
 
-@pytest.mark.parametrize('sampler', SAMPLERS)
+@pytest.mark.parametrize('sampler', Diffusion.samplers)
 @pytest.mark.parametrize('schedule', ['squaredcos_cap_v2', 'linear'])
 def test_samplers_find_the_distribution_of_an_exact_model(tmp_path: Path, sampler: str, schedule: str) -> None:
     settings = dict(type='DDPMScheduler', beta_schedule=schedule, clip_sample=False)

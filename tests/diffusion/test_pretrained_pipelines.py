@@ -126,15 +126,15 @@ def test_the_schedulers_of_other_samplers_are_read(tmp_path: Path, pipe: Path) -
         ('{"scheduler": 3', 'model_index.json'),
         ('[]', 'model_index.json'),
         ('no scheduler', 'scheduler_config.json'),
-        ('flow', 'FlowMatchEulerDiscreteScheduler'),
+        ('no betas', 'EDMEulerScheduler'),
     ],
 )
 def test_a_pipeline_that_cannot_be_read_is_named(tmp_path: Path, pipe: Path, damage: str, message: str) -> None:
     own = Path(shutil.copytree(pipe, tmp_path / 'own'))
     if damage == 'no scheduler':
         (own / 'scheduler/scheduler_config.json').write_text('{"beta_schedule"')
-    elif damage == 'flow':
-        diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(own / 'scheduler')
+    elif damage == 'no betas':
+        diffusers.EDMEulerScheduler().save_pretrained(own / 'scheduler')
     else:
         (own / 'model_index.json').write_text(damage)
     with pytest.raises(AsrError, match=message):

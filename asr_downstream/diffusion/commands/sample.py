@@ -1,7 +1,7 @@
 """Generate images with a trained diffusion model.
 
     asr-downstream sample work_dirs/unet-w32-asr-se_digits
-    asr-downstream sample RUN --num-samples 1000 --single --sampler DPM-Solver++ --steps 20
+    asr-downstream sample RUN --num-samples 1000 --single --sampler DPM-Solver++ --steps 20   # also of flow matching
     asr-downstream sample RUN --show cat dog --guidance-scale 3     # of a conditioned model: its classes, or prompts
     asr-downstream sample RUN/checkpoint-500 --fold                 # an earlier checkpoint; its folded, stock model
 
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     from asr_downstream.diffusion.evaluation.fold import fold_run
     from asr_downstream.diffusion.evaluation.pictures import save_grid, save_images
-    from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
+    from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate, sampler_name
     from asr_downstream.diffusion.runs import load_run
     from asr_downstream.files.atomic import check_writable
 
@@ -41,15 +41,16 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     check_writable(out)
     if args.show:
         run.parts.condition.choose(args.show)
+    name = sampler_name(args.sampler, run.parts.scheduler)
     model = fold_run(run)[0] if args.fold else run.parts.model
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     run.parts.to(device)
     images = generate(
-        model.to(device), run.parts, build_sampler(args.sampler, run.parts.scheduler), range(args.num_samples),
+        model.to(device), run.parts, build_sampler(name, run.parts.scheduler), range(args.num_samples),
         args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images',
     )  # fmt: skip
     save_grid(out / 'grid.png', images, args.columns)
     if args.single:
         save_images(out, images, range(args.num_samples))
     weights = 'averaged weights' if run.ema else 'weights as trained'
-    print(f'{out}: {len(images)} images of step {run.step}, {weights}, {args.sampler}, {args.steps} steps')
+    print(f'{out}: {len(images)} images of step {run.step}, {weights}, {name}, {args.steps} steps')

@@ -28,7 +28,7 @@ from asr_downstream.diffusion.evaluation.metrics import (
 )
 from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, save_results, set_aside_damaged
-from asr_downstream.diffusion.evaluation.sampling import build_sampler, check_can_sample, generate
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, check_can_sample, generate, sampler_name
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.engine.data.images import Images
@@ -54,7 +54,7 @@ class Plan:
     Attributes:
         metrics: names in `asr_downstream.diffusion.evaluation.metrics.METRICS`.
         num_samples: number of generated images.
-        sampler, steps, guidance_scale, seed: of the sampling.
+        sampler, steps, guidance_scale, seed: of the sampling; of sampler None is the first that fits a run.
         extractor: ``'encoder'`` (trained on the data, kept with the first run), a file or run with one, or
             ``'inception[:PATH]'``.
         ema: whether to use averaged weights; None: if a run has them.
@@ -66,7 +66,7 @@ class Plan:
 
     metrics: tuple[str, ...] = ('fid', 'kid')
     num_samples: int = 1000
-    sampler: str = 'DDIM'
+    sampler: str | None = None
     steps: int = 50
     guidance_scale: float = 1.0
     seed: int = 0
@@ -174,7 +174,7 @@ def evaluate_run(
     provenance = {
         'images': plan.num_samples,
         'real': source,
-        'sampler': plan.sampler,
+        'sampler': sampler_name(plan.sampler, run.parts.scheduler),
         'steps': plan.steps,
         'guidance': plan.guidance_scale,
         'conditions': 'as in the data' if run.config.condition else 'none',

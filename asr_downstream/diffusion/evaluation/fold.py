@@ -24,7 +24,7 @@ from asr_downstream.plugging.weights import load_state
 
 __all__ = ['SAMPLE_STEPS', 'as_trained', 'calibration_batches', 'compare', 'fold_run', 'stock_of']
 
-SAMPLE_STEPS = 10  # of the DDIM sample that is compared
+SAMPLE_STEPS = 10  # of the sample that is compared, by the first sampler of the process
 
 
 def calibration_batches(run: Run, count: int, batch_size: int = 16) -> list[dict[str, Any]]:
@@ -39,7 +39,7 @@ def calibration_batches(run: Run, count: int, batch_size: int = 16) -> list[dict
         items = [samples[index, -1 - index] for index in order[start : start + batch_size]]
         batch = {key: torch.stack([item[key] for item in items]) for key in items[0] if key != 'bad'}
         clean = run.parts.encode(batch['image'])
-        noisy = run.parts.scheduler.add_noise(clean, batch['noise'], batch['timestep'])
+        noisy = run.parts.process.noisy(clean, batch['noise'], batch['timestep'])
         calls.append({'args': (noisy, batch['timestep']), 'kwargs': run.parts.condition.arguments(batch['label'])})
     return calls
 
@@ -93,8 +93,8 @@ def compare(run: Run, folded: nn.Module) -> dict[str, dict[str, float]]:
     """Largest relative difference between the model of a run and its folded self.
 
     Returns:
-        ``{'float32': {'model': ..., 'sample': ...}, 'float64': ...}``: of one forward, and of a DDIM sample of ten
-        steps from the same noise. In float64 both are folded and run in float64.
+        ``{'float32': {'model': ..., 'sample': ...}, 'float64': ...}``: of one forward, and of a sample of ten steps
+        from the same noise. In float64 both are folded and run in float64.
 
     Raises:
         FoldError: a forward differs by more than rounding.
@@ -135,5 +135,5 @@ def verify_forward(run: Run, ours: nn.Module, theirs: nn.Module, dtype: torch.dt
 
 
 def sample(run: Run, model: nn.Module) -> Tensor:
-    """Four images of a DDIM sample of ten steps."""
-    return generate(model, run.parts, build_sampler('DDIM', run.parts.scheduler), range(4), SAMPLE_STEPS)
+    """Four images, sampled in ten steps."""
+    return generate(model, run.parts, build_sampler(None, run.parts.scheduler), range(4), SAMPLE_STEPS)

@@ -5,43 +5,47 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor, nn
 
 from asr_downstream.console.progress import bar
 from asr_downstream.diffusion.models.components import Parts
+from asr_downstream.diffusion.models.process import Diffusion, Flow, process_of
 from asr_downstream.engine.data.sampler import mix
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 
-__all__ = ['SAMPLERS', 'build_sampler', 'check_can_sample', 'generate']
-
-# diffusers: critical for the cosine schedule, whose last signal-to-noise ratios are next to nothing.
-COSINE = {'lambda_min_clipped': -5.1}
-
-SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
-    'DDPM': (diffusers.DDPMScheduler, {}),
-    'DDIM': (diffusers.DDIMScheduler, {}),
-    'DPM-Solver++': (diffusers.DPMSolverMultistepScheduler, {'algorithm_type': 'dpmsolver++'}),
-}
+__all__ = ['build_sampler', 'check_can_sample', 'generate', 'sampler_name']
 
 
-def build_sampler(name: str, scheduler: Any) -> Any:
+def build_sampler(name: str | None, scheduler: Any) -> Any:
     """Make a sampler for a model that was trained with ``scheduler``.
 
     Args:
-        name: DDPM (Ho et al., arXiv 2006.11239), DDIM (arXiv 2010.02502) or DPM-Solver++ (arXiv 2211.01095).
-        scheduler: of the training; betas and prediction type are taken from it.
+        name: DDPM (Ho et al., arXiv 2006.11239), DDIM (arXiv 2010.02502) or DPM-Solver++ (arXiv 2211.01095); of flow
+            matching Euler or DPM-Solver++. None: see `sampler_name`.
+        scheduler: of the training; the noise schedule and what the model predicts are taken from it.
 
     Raises:
-        AsrError: the name is not known.
+        AsrError: the name is not known, or does not sample such a model.
     """
-    if name not in SAMPLERS:
-        raise AsrError(f'sampler {name!r} is not known; {did_you_mean(name, SAMPLERS)}')
-    cls, options = SAMPLERS[name]
-    if name == 'DPM-Solver++' and scheduler.config.beta_schedule == 'squaredcos_cap_v2':
-        options = options | COSINE
-    return cls.from_config(scheduler.config, **options)
+    return process_of(scheduler).samplers[sampler_name(name, scheduler)](scheduler)
+
+
+def sampler_name(name: str | None, scheduler: Any) -> str:
+    """Name of the sampler: the one given, or the first of the noise process, DDIM or of flow matching Euler.
+
+    Raises:
+        AsrError: see `build_sampler`.
+    """
+    fitting = process_of(scheduler).samplers
+    if name in fitting or name is None:
+        return name or next(iter(fitting))
+    if name in {*Diffusion.samplers, *Flow.samplers}:
+        raise AsrError(
+            f'sampler {name!r} does not sample what was trained with {type(scheduler).__name__}; use '
+            f'{", ".join(map(repr, fitting))}'
+        )
+    raise AsrError(f'sampler {name!r} is not known; {did_you_mean(name, fitting)}')
 
 
 @torch.no_grad()
@@ -121,9 +125,10 @@ def generate_batch(
     if guidance_scale != 1:
         nothing = parts.condition.arguments(described, torch.ones(len(numbers), dtype=torch.bool, device=device))
     sampler.set_timesteps(steps)
-    x = x * sampler.init_noise_sigma
+    x = x * getattr(sampler, 'init_noise_sigma', 1.0)  # those of flows have none
+    scale = getattr(sampler, 'scale_model_input', lambda x, t: x)
     for t in sampler.timesteps:
-        scaled = sampler.scale_model_input(x, t)
+        scaled = scale(x, t)
         when = t.to(device).expand(len(numbers))
         predicted = model(scaled, when, **condition).sample
         if guidance_scale != 1:

@@ -11,8 +11,9 @@ from mmengine.config import Config
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole
-from asr_downstream.engine.values import Count, MaxShare, check_values
-from asr_downstream.errors import AsrError, PlugError, did_you_mean
+from asr_downstream.diffusion.models.process import FLOW, check_schedule
+from asr_downstream.engine.values import Above, Count, MaxShare, check_values
+from asr_downstream.errors import AsrError, PlugError
 from asr_downstream.far import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.describe import describe
@@ -26,8 +27,9 @@ MODELS = Registry('model', error=AsrError, key='model', unknown=REFUSED, typed=F
 SCHEDULERS = Registry('noise scheduler', error=AsrError, key='noise_scheduler', unknown=REFUSED, typed=False)
 for each in (diffusers.UNet2DModel, diffusers.UNet2DConditionModel, diffusers.DiTTransformer2DModel):
     MODELS.register_module(module=each)
-for each in (diffusers.DDPMScheduler, diffusers.DDIMScheduler):
+for each in (diffusers.DDPMScheduler, diffusers.DDIMScheduler, diffusers.FlowMatchEulerDiscreteScheduler):
     SCHEDULERS.register_module(module=each)
+LATENTS = {'clip_sample': False, 'steps_offset': 1}  # of schedules of latents, see `build_scheduler`
 # Values that diffusers takes, and fails on later.
 Counts = Count | list[Count] | None
 VALUES: dict[str, Any] = {
@@ -37,8 +39,8 @@ VALUES: dict[str, Any] = {
     **dict.fromkeys(('in_channels', 'out_channels'), Count | None),
     **dict.fromkeys(('num_train_timesteps',), Count | None),
     **dict.fromkeys(('beta_start', 'beta_end'), MaxShare),
+    'shift': Above,
 }
-PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
 
 
 def build_model(config: Config, plugged: bool = True) -> Any:
@@ -104,11 +106,9 @@ def build_scheduler(spec: dict[str, Any], latents: bool = False) -> Any:
     Raises:
         AsrError: the class or an argument is not known.
     """
-    spec = {'clip_sample': False, 'steps_offset': 1, **spec} if latents else spec
-    scheduler = make(SCHEDULERS, spec)
-    if scheduler.config.prediction_type not in PREDICTIONS:
-        kind = scheduler.config.prediction_type
-        raise AsrError(f'noise_scheduler: prediction_type={kind!r} is not known; {did_you_mean(kind, PREDICTIONS)}')
+    check_schedule(spec)
+    scheduler = make(SCHEDULERS, {**LATENTS, **spec} if latents and spec.get('type') != FLOW else spec)
+    check_schedule({'type': type(scheduler).__name__, **scheduler.config})
     return scheduler
 
 

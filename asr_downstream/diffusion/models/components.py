@@ -15,6 +15,7 @@ from asr_downstream.diffusion.defaults import DEFAULT_SCHEDULE
 from asr_downstream.diffusion.models.build import build_model, build_scheduler, sample_shape
 from asr_downstream.diffusion.models.conditions import Condition, build_condition
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole, noise_schedule
+from asr_downstream.diffusion.models.process import FLOW, Density, Flow, Process, process_of
 from asr_downstream.engine.data.images import Images, build_images
 from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError
@@ -33,6 +34,12 @@ class Parts:
     condition: Condition
     vae: Any
     seed: int
+    density: Density | None = None
+
+    @property
+    def process(self) -> Process:
+        """How images become noise."""
+        return process_of(self.scheduler, self.density)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -48,8 +55,7 @@ class Parts:
         """Training samples."""
         if self.images is None:
             raise AsrError('the parts were built without data')
-        timesteps = self.scheduler.config.num_train_timesteps
-        return Samples(self.images, self.shape, timesteps, self.seed, self.condition.encode)
+        return Samples(self.images, self.shape, self.process.draw, self.seed, self.condition.encode)
 
     def to(self, device: torch.device) -> None:
         """Move what is frozen: the VAE and the encoder of the condition."""
@@ -76,7 +82,7 @@ class Parts:
         """Arguments of a forward on noise, at timesteps from the first to the last."""
         stream = generator(seed)
         x = torch.randn(batch, *self.shape, generator=stream).to(device)
-        timesteps = torch.linspace(0, self.scheduler.config.num_train_timesteps - 1, batch).long().to(device)
+        timesteps = torch.linspace(0, self.process.timesteps - 1, batch).long().to(device, self.process.dtype)
         condition = self.condition.arguments(self.condition.of_samples(range(batch)).to(device))
         return {self.input_name: x, 'timestep': timesteps, **condition}
 
@@ -122,8 +128,30 @@ def build_parts(config: Config, plugged: bool = True, data: bool = True, trained
         raise AsrError(f'model: in_channels={channels} should be {vae.config.latent_channels}, as the VAE has latents')
     condition = build_condition(config.condition, None if images is None else images.source, model)
     scheduler = build_scheduler(plain(config.noise_scheduler), latents=vae is not None)
+    density = check_process(config, process_of(scheduler))
     check_sampling(config, scheduler, condition)
-    return Parts(model, scheduler, images, condition, vae, config.seed)
+    return Parts(model, scheduler, images, condition, vae, config.seed, density)
+
+
+def check_process(config: Config, process: Process) -> Density | None:
+    """Refuse settings of the other noise process; take the first sampler where the config names none.
+
+    Returns:
+        Density of the timesteps; None: they are uniform.
+    """
+    kind, samplers = type(process.scheduler).__name__, list(process.samplers)
+    config.sampler = config.sampler or samplers[0]
+    if config.sampler not in samplers:
+        raise AsrError(f'sampler={config.sampler!r} does not sample {kind}; use {" or ".join(map(repr, samplers))}')
+    flow = isinstance(process, Flow)
+    if flow and config.snr_gamma is not None:
+        raise AsrError(f'snr_gamma={config.snr_gamma} has no meaning with {kind}; see weighting_scheme')
+    if not flow and config.weighting_scheme is not None:
+        raise AsrError(
+            f'weighting_scheme={config.weighting_scheme!r} has no meaning with {kind}, only with {FLOW}; see snr_gamma'
+        )
+    given = {key: config[key] for key in ('weighting_scheme', 'logit_mean', 'logit_std', 'mode_scale')}
+    return Density(**{**given, 'weighting_scheme': given['weighting_scheme'] or 'logit_normal'}) if flow else None
 
 
 def check_sampling(config: Config, scheduler: Any, condition: Condition) -> None:

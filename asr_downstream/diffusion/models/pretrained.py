@@ -21,6 +21,7 @@ from huggingface_hub.errors import (
 )
 
 from asr_downstream.console.text import some
+from asr_downstream.diffusion.models.process import FLOW
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import first_line
 from asr_downstream.modules.slots import GATES
@@ -33,7 +34,7 @@ PATH, SUBFOLDER = 'pretrained_model_name_or_path', 'subfolder'
 # What makes a noise schedule another one for the model; the rest is how it is sampled.
 DEFINING = (
     'prediction_type', 'num_train_timesteps', 'beta_schedule', 'beta_start', 'beta_end', 'trained_betas',
-    'rescale_betas_zero_snr',
+    'rescale_betas_zero_snr', 'shift',
 )  # fmt: skip
 SAID = ('beta_schedule', 'num_train_timesteps', 'prediction_type')  # a config that says these needs no pipeline
 
@@ -248,18 +249,21 @@ def same_schedule(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 
 def contradiction(said: Mapping[str, Any], stored: Mapping[str, Any]) -> str | None:
-    """First defining key that is said and differs from what is stored."""
+    """First defining key that is said and differs from what is stored; ``'type'`` where one is a flow."""
+    if 'type' in said and (said['type'] == FLOW) != (stored.get('type') == FLOW):
+        return 'type'
     return next((key for key in DEFINING if key in said and not equal(said[key], value_of(key, stored))), None)
 
 
 def value_of(key: str, schedule: Mapping[str, Any]) -> Any:
     """Value of a key of a noise schedule, or the default of diffusers."""
-    known = inspect.signature(diffusers.DDPMScheduler).parameters
+    cls = diffusers.FlowMatchEulerDiscreteScheduler if schedule.get('type') == FLOW else diffusers.DDPMScheduler
+    known = inspect.signature(cls).parameters
     return schedule.get(key, known[key].default if key in known else None)
 
 
 def schedule_of(pipeline: Pipeline) -> dict[str, Any]:
-    """Noise schedule of a pipeline as ``dict(type='DDPMScheduler', ...)``, whichever sampler it comes with."""
+    """Schedule of a pipeline as ``dict(type='DDPMScheduler', ...)``, whichever sampler it comes with, or as a flow."""
     where = f'{pipeline.path}, its scheduler'
     beside = Path(pipeline.path).is_dir() and not (Path(pipeline.path) / 'scheduler').is_dir()
     try:
@@ -268,13 +272,25 @@ def schedule_of(pipeline: Pipeline) -> dict[str, Any]:
     except Exception as error:  # the hub has errors of many classes
         first = str(error).strip().partition('\n')[0][:200]
         raise UnreadableError(f'{where}: {SCHEDULER} cannot be read ({first})') from error
+    if found.get('_class_name') == FLOW or stored.get('prediction_type') == 'flow_prediction':
+        return flow_of(stored)
     if lacking := {'num_train_timesteps', 'beta_schedule'} - stored.keys():
         kind = found.get('_class_name', pipeline.parts['scheduler'])
         raise UnreadableError(
-            f'{where}, a {kind}, has no {some(sorted(lacking))}: models without betas are not trained here'
+            f'{where}, a {kind}, has no {some(sorted(lacking))}: of models without betas only those of {FLOW} are '
+            f'trained here'
         )
     known = inspect.signature(diffusers.DDPMScheduler).parameters
     return {'type': 'DDPMScheduler', **{key: stored[key] for key in known if key in stored}}
+
+
+def flow_of(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """Flow matching as ``dict(type='FlowMatchEulerDiscreteScheduler', ...)``, of its own scheduler or of a solver's."""
+    known = inspect.signature(diffusers.FlowMatchEulerDiscreteScheduler).parameters
+    solver = stored.get('prediction_type') == 'flow_prediction'
+    keys = ('num_train_timesteps',) if solver else tuple(known)
+    schedule = {key: stored[key] for key in keys if key in stored}
+    return {'type': FLOW, **schedule, **({'shift': stored.get('flow_shift', 1.0)} if solver else {})}
 
 
 def equal(a: Any, b: Any) -> bool:

@@ -69,7 +69,7 @@ def memory(task: Denoising, learning: Learning) -> str:
     batch = {
         'image': torch.randn(1, *parts.shape, generator=stream),
         'noise': torch.randn(1, *parts.shape, generator=stream),
-        'timestep': torch.zeros(1, dtype=torch.long),
+        'timestep': parts.process.draw(stream)[None],
         'condition': parts.condition.arguments(parts.condition.of_samples([0])),
     }
     one = cost.saved_bytes(parts.model, lambda: task.loss(parts.model, batch)[0])

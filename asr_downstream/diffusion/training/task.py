@@ -1,4 +1,4 @@
-"""Denoising as a task: a diffusion model learns to predict noise, velocity or the image itself."""
+"""Denoising as a task: a model learns to predict noise, velocity or the image itself."""
 
 from __future__ import annotations
 
@@ -50,6 +50,7 @@ class Denoising(Task):
     schema = SCHEMA
     fixed: tuple[str, ...] = (
         'model', 'plug', 'replace', 'learns', 'condition', 'vae', 'noise_scheduler', 'snr_gamma',
+        'weighting_scheme', 'logit_mean', 'logit_std', 'mode_scale',
     )  # fmt: skip
 
     def __init__(self, config: Config, parts: Parts) -> None:
@@ -90,12 +91,12 @@ class Denoising(Task):
 
     def inputs(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Arguments of the model: the noisy images, how noisy they are, and the condition."""
-        noisy = self.parts.scheduler.add_noise(batch['image'], batch['noise'], batch['timestep'])
+        noisy = self.parts.process.noisy(batch['image'], batch['noise'], batch['timestep'])
         return {self.parts.input_name: noisy, 'timestep': batch['timestep'], **batch['condition']}
 
     def objective(self, output: Any, batch: dict[str, Any]) -> Tensor:
         """Loss of what the model returned for `inputs`."""
-        return denoising_loss(self.parts.scheduler, output.sample, batch, self.config.snr_gamma)
+        return denoising_loss(self.parts.process, output.sample, batch, self.config.snr_gamma)
 
     def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
         """Write ``samples/step-<step>.png``: always the same noise."""
