@@ -86,6 +86,7 @@ STEPS = {
             files=tuple(f'asr_downstream/far/model/ops/lstm.{kind}' for kind in ('cpp', 'h')),
             optional=True,
         ),
+        extra('export'),
         extra('dev'),
         Step(
             'detection',

@@ -21,7 +21,7 @@ from asr_downstream.plugging.load import folder_path
 from asr_downstream.plugging.save import safe_state
 from asr_downstream.plugging.weights import check_weights_finite, load_state
 
-__all__ = ['CONFIG', 'WEIGHTS', 'check_target', 'load_classifier', 'save_classifier']
+__all__ = ['CONFIG', 'WEIGHTS', 'check_target', 'is_shipped', 'load_classifier', 'save_classifier']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 FORMAT = 1
@@ -61,11 +61,11 @@ def check_target(folder: Path) -> None:
     Raises:
         AsrError: see above.
     """
-    if folder.exists() and not is_ours(folder):
+    if folder.exists() and not is_shipped(folder):
         raise AsrError(f'{folder}: exists and is no shipped classifier; move it')
 
 
-def is_ours(folder: Path) -> bool:
+def is_shipped(folder: Path) -> bool:
     """Whether a folder looks as `save_classifier` leaves it."""
     try:
         content = read_json(folder / CONFIG)
@@ -84,7 +84,7 @@ def load_classifier(folder: Path | str) -> nn.Module:
         AsrError: the class of the model is not known.
     """
     folder = folder_path(folder, 'load_classifier')
-    if not is_ours(folder):
+    if not is_shipped(folder):
         raise CheckpointError(f'{folder}: has no {CONFIG} of a shipped classifier; give a folder that train-cls wrote')
     content, weights = read_json(folder / CONFIG), folder / WEIGHTS
     try:

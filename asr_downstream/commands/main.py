@@ -117,6 +117,11 @@ COMMANDS = {
         'tools/fold.py',
         'turn a trained detector or diffusion model into the stock model',
     ),
+    'export': Command(
+        'asr_downstream.commands.export',
+        'tools/export.py',
+        'write a folded model as ONNX or torch.export, with a receipt',
+    ),
     'gates': Command(
         'asr_downstream.commands.gates', None, 'save what gates have learnt as an adapter, and apply it to a base'
     ),

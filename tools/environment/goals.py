@@ -80,7 +80,7 @@ def docs(parts: Sequence[str]) -> list[Command]:
     return [Command(('{python}', '-m', 'mkdocs', 'build', '--strict'), {'NO_MKDOCS_2_WARNING': '1'})]
 
 
-WORK = ('dev', 'diffusion', 'far', 'operator')
+WORK = ('dev', 'diffusion', 'far', 'operator', 'export')
 DEMO: dict[str, tuple[str, ...]] = {**{name: (name,) for name in PARTS}, 'far': ('far', 'operator')}
 GOALS = {
     'setup': Goal({**DEMO, 'dev': ('dev',)}, nothing),

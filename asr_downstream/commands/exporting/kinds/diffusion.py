@@ -1,0 +1,131 @@
+"""Diffusion models that `fold` has shipped: noisy images or latents and timesteps in, predictions out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from asr_downstream.commands.exporting.images import open_images, tensors_of
+from asr_downstream.commands.exporting.kinds.base import Kind, Request
+from asr_downstream.commands.exporting.kinds.classification import batches
+from asr_downstream.commands.exporting.subject import Axes, Outputs, Subject, refuse_gates
+from asr_downstream.errors import AsrError, CheckpointError
+from asr_downstream.files.atomic import first_line
+from asr_downstream.plugging.save import SPEC
+
+__all__ = ['Diffusion', 'subject_of']
+
+PARTS = ('unet', 'transformer')
+FOLD = 'fold the training: asr-downstream fold RUN OUT'
+
+
+class Diffusion(Kind):
+    """A folder of diffusers with a UNet or a transformer in it."""
+
+    name = 'diffusion'
+    shipped = 'a folder of diffusers with unet/ or transformer/'
+
+    def is_shipped(self, path: Path) -> bool:
+        return any((path / part / 'config.json').is_file() for part in PARTS)
+
+    def open(self, request: Request) -> Subject:
+        import diffusers
+
+        part = next(request.shipped / part for part in PARTS if (request.shipped / part / 'config.json').is_file())
+        if (part / SPEC).is_file():
+            raise AsrError(f'{part}: has gates, which {SPEC} lists; what is exported is the stock model: {FOLD}')
+        try:
+            name = json.loads((part / 'config.json').read_text())['_class_name']
+            model = getattr(diffusers, name).from_pretrained(part, local_files_only=True).eval()
+        except Exception as error:  # libraries raise anything for damaged folders
+            raise CheckpointError(
+                f'{part}: cannot be read ({first_line(error)[:200]}); ship the model again'
+            ) from error
+        refuse_gates(model, part, FOLD)
+        weights = tuple(sorted(part.glob('*.safetensors')))
+        return subject_of(model, request, self.name, (part / 'config.json', *weights))
+
+
+def subject_of(model: Any, request: Request, kind: str, sources: tuple[Path, ...]) -> Subject:
+    """Make what is exported of a model of diffusers; schedule and VAE are in folders beside its own.
+
+    Raises:
+        AsrError: the images do not fit it.
+    """
+    import diffusers
+
+    settings, folder = model.config, request.shipped
+    channels, size = settings.in_channels, settings.sample_size
+    size = size if isinstance(size, int) else size[0]
+    draw = torch.Generator().manual_seed(0)
+    data, given = 'random numbers', torch.randn(8, channels, size, size, generator=draw)
+    has_scheduler = (folder / 'scheduler').is_dir()
+    scheduler = diffusers.DDPMScheduler.from_pretrained(folder / 'scheduler') if has_scheduler else None
+    steps = 1000 if scheduler is None else scheduler.config.num_train_timesteps
+    vae = diffusers.AutoencoderKL.from_pretrained(folder / 'vae').eval() if (folder / 'vae').is_dir() else None
+    if request.data is not None:
+        scale = 1 if vae is None else 2 ** (len(vae.config.block_out_channels) - 1)
+        images = open_images(request.data, size * scale, channels if vae is None else vae.config.in_channels)
+        given, used = tensors_of(images, request.images)
+        data = f'{len(used)} images of {request.data}, with noise'
+        if vae is not None:
+            with torch.no_grad():
+                given = vae.encode(given).latent_dist.mode() * vae.config.scaling_factor
+    timesteps = torch.linspace(0, steps - 1, len(given)).round().long()
+    if request.data is not None and scheduler is not None:
+        given = scheduler.add_noise(given, torch.randn(given.shape, generator=draw), timesteps)
+    others = {'timestep': timesteps, **condition_of(model, len(given), draw)}
+    name = 'hidden_states' if type(model).__name__.startswith('DiT') else 'sample'
+    calls = batches(given, name, **others)
+    batch: Axes = {key: {0: ('batch', 1)} for key in calls[0]}
+    axes: tuple[Axes, ...] = (batch,)
+    if name == 'sample':
+        multiple = 2 ** (len(settings.block_out_channels) - 1)
+        axes = ({**batch, name: {0: ('batch', 1), 2: ('height', multiple), 3: ('width', multiple)}}, batch)
+        calls.append({key: larger(value, multiple) if key == name else value for key, value in calls[1].items()})
+    return Subject(
+        kind=kind,
+        name=type(model).__name__,
+        model=Outputs(model, lambda model, **inputs: {'prediction': model(**inputs, return_dict=False)[0]}, calls[0]),
+        calls=calls,
+        axes=axes,
+        sources=sources,
+        data=data,
+        infer=sampler_of(scheduler, calls[0], size, channels) if vae is None and len(calls[0]) == 2 else None,
+    )
+
+
+def condition_of(model: Any, count: int, draw: torch.Generator) -> dict[str, Tensor]:
+    """Random classes and random states of a text encoder, for a model that takes them."""
+    settings, found = model.config, {}
+    embedding: Any = getattr(model, 'class_embedding', None)
+    classes = embedding.num_embeddings if isinstance(embedding, nn.Embedding) else settings.get('num_embeds_ada_norm')
+    if classes:
+        found['class_labels'] = torch.randint(0, classes, (count,), generator=draw)
+    if settings.get('cross_attention_dim') and type(model).__name__ == 'UNet2DConditionModel':
+        width = settings.cross_attention_dim
+        width = width if isinstance(width, int) else width[0]
+        found['encoder_hidden_states'] = torch.randn(count, 7, width, generator=draw)
+    return found
+
+
+def larger(image: Tensor, multiple: int) -> Tensor:
+    """A larger image, by repeating the first rows and columns."""
+    image = torch.cat([image, image[..., :multiple, :]], dim=-2)
+    return torch.cat([image, image[..., : 2 * multiple]], dim=-1)
+
+
+def sampler_of(scheduler: Any, call: dict[str, Tensor], size: int, channels: int) -> tuple[str, dict[str, Any]] | None:
+    """What a program that samples has to know: the schedule, and the shape of images."""
+    if scheduler is None or channels not in (1, 3):
+        return None
+    return 'sample', {
+        'alphas_cumprod': scheduler.alphas_cumprod.double().tolist(),
+        'prediction_type': scheduler.config.prediction_type,
+        'clip_sample': bool(scheduler.config.clip_sample),
+        'shape': [channels, size, size],
+    }
