@@ -1,12 +1,15 @@
 """Export a folded model to ONNX and torch.export, with a receipt that says how far the files are from torch.
 
     asr-downstream export shipped/detector.pth --to onnx,pt2 --data data/bccd --out exported/detector
+    asr-downstream export shipped/detector.pth --int8 --data data/bccd --out exported/int8      # and 8 bits
     asr-downstream export shipped/digits --to onnx --data digits --out exported/unet         # a pipeline of diffusers
     asr-downstream export work_dirs/r56/shipped --to onnx,pt2 --data images.zip --out exported/r56      # a classifier
     asr-downstream export work_dirs/NAME/shipped/FAR-50 --to onnx --out exported/far
 
 SHIPPED is what fold, train-cls or distill-far wrote; a model with gates is refused. Of detectors, feature maps and the
-raw outputs of the first head are exported.
+raw outputs of the first head are exported; with --data, RetinaNet, RTMDet and others of one kind also whole, as
+detector.onnx: an image of 8 bits in; boxes, scores and labels out, and infer.py beside it, which runs the file where
+there are onnxruntime, numpy and pillow. For a UNet, infer.py samples images.
 
 OUT gets model.onnx (torch.onnx.export, dynamo) and model.pt2 (torch.export), and receipt.json: the largest difference
 of the outputs to those of torch, relative to their size, on images of --data; sizes, latency in turns, opset, versions,
@@ -42,10 +45,13 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         '--data', type=Path, help='images to compare on: data set of a detector, folder, zip, or the word digits'
     )
     parser.add_argument('--images', type=cli.count, default=64, help='images of the data, at most (default: 64)')
+    parser.add_argument('--int8', action='store_true', help='also ONNX of 8 bits, calibrated on the images')
     parser.add_argument('--threads', type=cli.count, default=1, help='of the times (default: 1)')
     parser.add_argument('--config', type=Path, help='of a detector, instead of the one beside SHIPPED')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
     args = parser.parse_args(argv)
+    if args.int8 and (args.data is None or 'onnx' not in args.to):
+        parser.error('--int8 goes with --to onnx and --data, whose images it is calibrated on')
 
     from asr_downstream.commands.exporting.kinds import kind_of
     from asr_downstream.commands.exporting.kinds.base import Request
@@ -54,5 +60,5 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     check_out(args.out)
     request = Request(args.shipped, args.data, args.images, args.config, args.trust)
     subject = kind_of(args.shipped).open(request)
-    print(export(subject, args.to, args.out, args.threads))
+    print(export(subject, args.to, args.out, args.threads, args.int8))
     print(args.out)

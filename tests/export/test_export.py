@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -126,3 +128,28 @@ def test_models_with_gates_and_other_folders_are_refused(tmp_path: Path) -> None
         kind_of(tmp_path)
     with pytest.raises(AsrError, match='no such file or folder'):
         kind_of(tmp_path / 'nowhere')
+
+
+def test_the_program_beside_a_unet_samples_as_diffusers_does(tmp_path: Path) -> None:
+    import diffusers
+    from PIL import Image
+
+    from asr_downstream.commands.exporting.infer import sample
+
+    shipped, out = exports.pipeline(tmp_path), tmp_path / 'out'
+    export(kind_of(shipped).open(Request(shipped, Path('digits'), 16)), ['onnx'], out)
+    session, schedule = sample.open_model(out / 'model.onnx')
+    noise = np.random.default_rng(0).standard_normal((4, *schedule['shape'])).astype(np.float32)
+    found = sample.sample(session, schedule, noise, 5)
+    model = diffusers.UNet2DModel.from_pretrained(shipped / 'unet').eval()
+    scheduler = diffusers.DDIMScheduler.from_pretrained(shipped / 'scheduler')
+    scheduler.set_timesteps(5)
+    x = torch.from_numpy(noise)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    assert np.abs(found - x.numpy()).max() <= 1e-3 * float(x.abs().max())
+    words = [sys.executable, str(out / 'infer.py'), '--images', '3', '--steps', '2', '--out', str(tmp_path / 'a.png')]
+    assert subprocess.run(words, cwd='/', check=False).returncode == 0
+    with Image.open(tmp_path / 'a.png') as picture:
+        assert picture.size == (32, 32)

@@ -19,7 +19,19 @@ from asr_downstream.commands.exporting.subject import Axes, Subject
 from asr_downstream.errors import AsrError, check_installed
 from asr_downstream.files.atomic import first_line
 
-__all__ = ['FORMATS', 'Exported', 'Format', 'calls_of', 'check_extra', 'facts_of', 'open_session', 'quiet', 'trace']
+__all__ = [
+    'FORMATS',
+    'LARGEST',
+    'Exported',
+    'Format',
+    'calls_of',
+    'check_extra',
+    'facts_of',
+    'open_session',
+    'quiet',
+    'trace',
+    'write_onnx',
+]
 
 INSTALL = "pip install -c constraints.txt -e '.[export]'"
 OPSET = 20

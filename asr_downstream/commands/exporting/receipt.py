@@ -12,10 +12,11 @@ from asr_downstream.console.text import Printed
 from asr_downstream.files.atomic import size
 from asr_downstream.measure.versions import versions
 
-__all__ = ['PARITY', 'RECEIPT', 'Entry', 'Receipt']
+__all__ = ['BOXES', 'PARITY', 'RECEIPT', 'Entry', 'Receipt']
 
 RECEIPT = 'receipt.json'
 PARITY = 1e-4  # largest difference of an output, relative to its largest magnitude
+BOXES = 0.01  # largest difference of matched boxes, pixels
 PACKAGES = ('onnx', 'onnxscript', 'onnxruntime', 'transformers')
 
 
@@ -57,7 +58,7 @@ class Receipt(Printed):
         sources: file that was read -> its hash.
         threads: of the times.
         files: all that was written.
-        about: further facts.
+        about: further facts; ``whole``: why a detector has no whole file.
     """
 
     model: str
@@ -115,4 +116,5 @@ class Receipt(Printed):
                 '' if e.ratio is None else f'x {e.ratio:.3f}',
             )
         free = {f'{name} {axis}: {text}' for name, axes in self.varies.items() for axis, text in axes.items()}
-        return [table, f'may vary: {", ".join(sorted(free)) or "nothing"}']
+        whole = [f'whole: {self.about["whole"]}'] if 'whole' in self.about else []
+        return [table, f'may vary: {", ".join(sorted(free)) or "nothing"}', *whole]

@@ -9,6 +9,7 @@ import torch
 
 from asr_downstream.commands.exporting.kinds.base import Kind, Request
 from asr_downstream.commands.exporting.subject import Axes, Outputs, Subject, refuse_gates
+from asr_downstream.commands.exporting.whole.plan import NotWhole, plan_of
 from asr_downstream.errors import AsrError
 from asr_downstream.files.configs import plain
 
@@ -30,6 +31,7 @@ class Detection(Kind):
         return path.is_file() and path.suffix in SUFFIXES
 
     def open(self, request: Request) -> Subject:
+        from asr_downstream.commands.exporting.whole.files import Whole
         from asr_downstream.detection.config import load_config
         from asr_downstream.detection.models.detectors import load_detector
 
@@ -37,12 +39,20 @@ class Detection(Kind):
         if not given.is_file():
             raise AsrError(f'{given}: no such config; {request.shipped} needs its own beside it, or --config CONFIG')
         config = load_config(given, request.data, needs_data=request.data is not None)
+        model: Any
         model, _ = load_detector(config, request.shipped, request.trust)
         refuse_gates(model, request.shipped, FOLD)
         images, data = random_images(), 'random numbers'
         if request.data is not None:
             images = images_of_set(config, model, min(request.images, 16))
             data = f'{len(images)} images of {request.data}'
+        about: dict[str, Any] = {'classes': list(plain((model.dataset_meta or {}).get('classes', ())))}
+        whole = None
+        if request.data is not None:
+            try:
+                whole = Whole(config, model, plan_of(config, model), about['classes'], request.images)
+            except NotWhole as error:
+                about['whole'] = f'no: {error}'
         first = images[0]
         calls = [{'image': torch.cat([first, first.flip(-1)])}, *({'image': image} for image in images)]
         sized: Axes = {'image': {0: ('batch', 1), 2: ('height', MULTIPLE), 3: ('width', MULTIPLE)}}
@@ -54,7 +64,8 @@ class Detection(Kind):
             axes=(sized, {'image': {0: ('batch', 1)}}),
             sources=(request.shipped, given),
             data=data,
-            about={'classes': list(plain((getattr(model, 'dataset_meta', None) or {}).get('classes', ())))},
+            whole=whole,
+            about=about,
         )
 
 

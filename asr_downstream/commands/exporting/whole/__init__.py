@@ -1,0 +1,1 @@
+"""Whole detectors as one ONNX file: resizing, normalisation, the network, decoding, NMS."""
