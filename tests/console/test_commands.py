@@ -23,7 +23,9 @@ from asr_downstream.files import ready
 COMMANDS = console.COMMANDS
 SCRIPTED = {name: command.script for name, command in COMMANDS.items() if command.script}
 # Programs of the checkout, and those that show that this package is not needed.
-NOT_COMMANDS = {'backbones', 'benchmark', 'demo', 'native', 'sample_stock', 'setup_env', 'stock_only', 'test_stock'}
+NOT_COMMANDS = {
+    'backbones', 'benchmark', 'demo', 'exports', 'native', 'sample_stock', 'setup_env', 'stock_only', 'test_stock',
+}  # fmt: skip
 IMPORTED = re.compile(r'^import time:\s+\d+ \|\s+\d+ \|\s+([\w.]+)$', re.MULTILINE)
 
 
