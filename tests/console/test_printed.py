@@ -21,6 +21,7 @@ from asr_downstream import describe, far, fold, fold_calibrated, record, save_ga
 from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.results import result_of
 from asr_downstream.commands.ablation.statistics import Metric
+from asr_downstream.commands.exporting.receipt import Entry, Receipt
 from asr_downstream.console.text import Printed
 from asr_downstream.folding.analysis.bound import BlockGrowth, Growth
 from asr_downstream.folding.analysis.correlation import find_correlations
@@ -65,6 +66,12 @@ def comparison() -> Any:
     from asr_downstream.detection.evaluation.compare import Comparison, Differences
 
     return Comparison(evaluation('unfolded'), evaluation(), Differences(1e-5, 1e-6, 0, 1), 1.0)
+
+
+def receipt() -> Any:
+    entries = [Entry('torch', latency_ms=2.0), Entry('model.onnx', 1e-6, 1_500_000, 'ab', 1.0, 0.5, {'AP': 0.25})]
+    varies = {'image': {'0': 'batch'}}
+    return Receipt('ResNet', 'classifier', '4 images', entries, varies, {'model.safetensors': 'cd'}, threads=1)
 
 
 def predictions() -> Any:
@@ -119,6 +126,7 @@ RESULTS: dict[str, tuple[Callable[[], Any], list[str]]] = {
     ),
     'growth': (lambda: Growth('stock', 'gaussian', (BlockGrowth('layer1.0', 1.5, 1.75),)), ['layer1.0', '1.750']),
     'ablation': (ablation, ['SE', '0.583', '95% interval']),
+    'receipt': (receipt, ['model.onnx', '1.0e-06', '1.5 MB', 'may vary: image 0: batch']),
     'evaluation': (evaluation, ['folded', '1,234']),
     'comparison': (comparison, ['unfolded', 'x 1.000']),
     'predictions': (predictions, ['1,234', 'left out: b.png']),
