@@ -81,7 +81,7 @@ def fold_checkpoint(
     plugged, meta = load_detector(config, checkpoint, trust)
     if any(True for _ in mixers(plugged)):
         raise FoldError(
-            f'{checkpoint}: attention of this detector is replaced by LSTMs, which no stock detector has; use it with '
+            f'{checkpoint}: attention of this detector is replaced, as in no stock detector; use it with '
             f'the config it was trained with'
         )
     stock = not describe(plugged).sites

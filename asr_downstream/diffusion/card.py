@@ -119,7 +119,7 @@ def far_card(run: Run, facts: Mapping[str, Any], results: list[Result], metadata
     code = f"from asr_downstream.far.export import load_far\n\nmodel = load_far('THIS FOLDER')  # a {facts['model']}"
     text = f"""# {run.folder.name}
 
-A `{facts['model']}` of diffusers whose self-attention is replaced by LSTMs (FAR, arXiv 2505.21535), with
+A `{facts['model']}` of diffusers whose self-attention is replaced (FAR, arXiv 2505.21535), with
 {facts['parameters']:,} parameters. Plain diffusers cannot load it: it needs asr_downstream.
 
 {block(code)}

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from asr_downstream.far.model.describe import describe
+from asr_downstream.far.model.describe import describe, mixers
 from asr_downstream.files.card import add_results, card_text, measured
 from asr_downstream.measure.cost import parameters
 
@@ -29,13 +29,14 @@ def card(content: dict[str, Any], model: nn.Module) -> str:
         what = f'A stock `{kind}` of {library} with {parameters(model):,} parameters.'
         use = f"from {library} import {kind}\n\nmodel = {kind}.from_pretrained('FOLDER').eval()"
     else:
-        head = 'asr_downstream', [library, 'far', 'lstm']
         rows = describe(model).rows
+        head = 'asr_downstream', [library, 'far', rows[0].mixer]
         units, full = sum(row.units for row in rows), sum(row.full for row in rows)
         what = (
             f'A `{kind}` of {library} with {parameters(model):,} parameters, of which {len(rows)} self-attentions are '
-            f'replaced by multi-head LSTMs (FAR, arXiv 2505.21535), form {rows[0].variant}, with {units:,} of {full:,} '
-            f'hidden units. {library} alone cannot load it: the package asr_downstream builds the LSTMs.'
+            f'replaced by {next(mixers(model))[1].note}, form {rows[0].variant}'
+            + (f', with {units:,} of {full:,} hidden units' if full else '')
+            + f'. {library} alone cannot load it: the package asr_downstream builds what stands there.'
         )
         use = "from asr_downstream.far import load_far\n\nmodel = load_far('FOLDER')"
     facts = ''.join(f'| {key} | `{value}` |\n' for key, value in content.items() if key not in INSIDE)

@@ -18,7 +18,8 @@ task: dict = dict(type='Classification')
 #   dict(type='DeiTForImageClassification', pretrained_model_name_or_path='PATH or id').
 # Denoising: dict(run='work_dirs/unet-w32-attn_digits').
 teacher: dict | None = None
-replace: dict = dict(type='FAR', variant='M3', layers='all')  # see asr_downstream.far.replace
+# See asr_downstream.far.replace; scan='cross' reads columns too, mixer='linear' is linear attention, a control.
+replace: dict = dict(type='FAR', variant='M3', layers='all')
 
 # Labelled images: see asr_downstream.engine.defaults; labels are those of the source, such as its folders.
 holdout: Part = 0.1  # share of the images that is only validated on; the same images for every seed

@@ -38,7 +38,7 @@ from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.export import save_far
 from asr_downstream.far.model.describe import describe
 from asr_downstream.far.prune.budgets import Budget, cut
-from asr_downstream.far.prune.scores import scores, shrink, units_above
+from asr_downstream.far.prune.scores import check_units, scores, shrink, units_above
 from asr_downstream.files.atomic import first_line, write_json
 from asr_downstream.plugging import describe as gates
 
@@ -122,6 +122,7 @@ def make_family(
     sparse = derived(config, 'sparse', config.prune.get('sparse', {}))
     say(f'sparse: Hoyer-square regulariser, weight {sparse.hoyer:g}')
     student = load_student(config, out, names[-1])
+    check_units(student)
     run_once(sparse, student, teacher, out / 'sparse', resume, say)
     shipped = []
     for budget in budgets:

@@ -290,7 +290,7 @@ def remove_stock_weights(folder: Path, library: str | None) -> None:
 def advice(model: nn.Module, folder: Path, push: bool, as_text: Mapping[str, str]) -> str:
     """Text of the warning when a model was saved."""
     library = library_of(model) or 'its library'
-    kinds = (('gates', PLUGS), ('LSTMs', REPLACED), ('attention that was removed', REMOVED))
+    kinds = (('gates', PLUGS), ('replaced attention', REPLACED), ('attention that was removed', REMOVED))
     has = [what for what, name in kinds if any(True for _ in records(model, name))]
     ways = f'to load it as it is: asr_downstream.load_plugged({str(folder)!r})'
     if has == ['gates']:

@@ -187,7 +187,7 @@ def test_what_is_missing_besides_is_named(said: Said) -> None:
     lstms = sum('.mixer.' in key for key in model.state_dict())
     model.load_state_dict(state, strict=False)
     assert said.lines == [
-        f'PyramidVisionTransformerV2: 5 attentions are LSTMs; of their {lstms} weights {lstms} are not in the '
+        f'PyramidVisionTransformerV2: 5 attentions are replaced; of their new {lstms} weights {lstms} are not in the '
         f'checkpoint and keep their start; 26 of the attentions there are not used'
     ]
     state.pop('layers.0.0.projection.weight')
@@ -214,8 +214,9 @@ def test_a_checkpoint_of_its_own_loads_strictly_and_stock_weights_leave_fresh_pr
         assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
-def test_initialisation_leaves_the_start_of_the_lstms() -> None:
-    model = far()
+@pytest.mark.parametrize('mixer', ['lstm', 'linear'])
+def test_initialisation_leaves_the_start_of_the_lstms(mixer: str) -> None:
+    model = far(spec=dict(FAR, mixer=mixer))
     start = {key: value.clone() for key, value in model.state_dict().items()}
     model.init_weights()
     now = model.state_dict()
@@ -385,5 +386,5 @@ def test_the_stock_config_is_that_of_the_teacher_and_nothing_folds(tmp_path: Pat
     plain = stock_config(config)
     assert plain.model == Config.fromfile(tmp_path / 'teacher.py').model
     torch.save({'state_dict': build_detector(config).state_dict()}, tmp_path / 'student.pth')
-    with pytest.raises(FoldError, match='replaced by LSTMs'):
+    with pytest.raises(FoldError, match='is replaced, as in no stock detector'):
         fold_checkpoint(config, tmp_path / 'student.pth', tmp_path / 'out.pth')

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.describe import mixers
-from asr_downstream.far.model.lstm import VARIANTS
+from asr_downstream.far.model.mixer import VARIANTS
 from asr_downstream.far.model.replace import replace
 from asr_downstream.files.configs import plain
 from asr_downstream.plugging.gating.gates import Gate
@@ -48,7 +48,7 @@ def refuse_both(model: nn.Module) -> None:
 
 
 def fresh_keys(model: nn.Module) -> set[str]:
-    """Names of the weights that replacing has added: of the LSTMs, and of a fresh output projection."""
+    """Names of the weights that replacing has added: of what was put in, and of a fresh output projection."""
     found: set[str] = set()
     for path, mixer in mixers(model):
         owner: Any = model.get_submodule(path)
@@ -85,8 +85,8 @@ def report_load(model: nn.Module, state: MutableMapping[str, Tensor], prefix: st
     attention = {key for key in unused if key.startswith(places)}
     name = f'{prefix}{type(model).__name__}' if prefix else type(model).__name__
     print_log(
-        f'{name}: {len(places)} attentions are LSTMs; of their {len(added)} weights {len(missing & added)} are not in '
-        f'the checkpoint and keep their start; {len(attention)} of the attentions there are not used',
+        f'{name}: {len(places)} attentions are replaced; of their new {len(added)} weights {len(missing & added)} are '
+        f'not in the checkpoint and keep their start; {len(attention)} of the attentions there are not used',
         logger='current',
     )
     for what, keys in (('are not in the checkpoint', missing - added), ('of the checkpoint are not used', unused)):

@@ -23,7 +23,7 @@ from asr_downstream.detection.models.activation_checkpointing import use_non_ree
 from asr_downstream.detection.models.distil import DistilledDetector
 from asr_downstream.detection.models.far import keep_fresh, put_lstms, refuse_both, report_load
 from asr_downstream.detection.types import PRETRAINED, kind_of
-from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.far.model.mixer import Mixer
 from asr_downstream.modules.slots import SHARED, SLOTS, SharedAttentions
 from asr_downstream.plugging.attach import rebind
 from asr_downstream.plugging.gating.gates import Gate
@@ -71,7 +71,7 @@ class PluggedModel:
         return result
 
     def init_weights(self) -> None:
-        """Initialise as the stock class does; gates and LSTMs keep the start that they have chosen.
+        """Initialise as the stock class does; gates and replacements keep the start that they have chosen.
 
         What a `Start` has scaled is scaled again where it was set anew, also from pretrained weights of ``init_cfg``.
         """
@@ -88,14 +88,14 @@ class PluggedModel:
 
 @contextmanager
 def additions_aside(model: nn.Module) -> Iterator[None]:
-    """Hide gates and LSTMs from initialisations, some of which go through all linear layers; not from checkpoints."""
+    """Hide what was put in from initialisations, some of which go through all linear layers; not from checkpoints."""
     loading = [m for m in model.modules() if is_pretrained(getattr(m, 'init_cfg', None))]
     filled = {id(inner) for m in loading for inner in m.modules()}
     hidden: list[tuple[Any, str, nn.Module]] = []
     for module in model.modules():
         for slot in SLOTS if isinstance(module, Plugged) else (SHARED, 'mixer'):
             child = module._modules.get(slot)
-            if isinstance(child, nn.ModuleList | SharedAttentions | MultiHeadLSTM) and id(module) not in filled:
+            if isinstance(child, nn.ModuleList | SharedAttentions | Mixer) and id(module) not in filled:
                 hidden.append((module, slot, child))
     for module, slot, _ in hidden:
         module._modules[slot] = None

@@ -3,6 +3,7 @@
     asr-downstream distill-far vit-w64_digits             # teacher, distillation, fine-tuning; a ready config by name
     asr-downstream distill-far CONFIG --data /data/images --output-dir runs/far
     asr-downstream distill-far CONFIG --cfg-options train_batch_size=32 stages.1.epochs=5
+    asr-downstream distill-far CONFIG --cfg-options replace.mixer=linear   # linear attention instead, as a control
     asr-downstream distill-far CONFIG --resume            # passes over finished stages
     asr-downstream distill-far CONFIG --dry-run           # what would be replaced and trained
     accelerate launch --multi_gpu --num_processes 8 -m asr_downstream distill-far CONFIG

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.attentions import has
-from asr_downstream.far.model.lstm import VARIANTS
+from asr_downstream.far.model.mixer import VARIANTS
 from asr_downstream.far.model.replace import Place
 from asr_downstream.far.model.trainable import block_of
 from asr_downstream.files.configs import plain

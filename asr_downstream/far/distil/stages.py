@@ -22,6 +22,7 @@ from asr_downstream.far.config import stage_config, with_epochs
 from asr_downstream.far.distil.task import Distillation
 from asr_downstream.far.model.describe import describe
 from asr_downstream.far.model.replace import replace
+from asr_downstream.far.prune.scores import check_units
 from asr_downstream.files.configs import plain
 from asr_downstream.files.locks import check_free, occupied
 from asr_downstream.files.weights import read_checkpoint, state_dict_of
@@ -74,9 +75,12 @@ def run_stages(config: Config, out: Path, resume: bool = False, say: Callable[[s
             check_is_new(out / name, None)
         # what does not fit is refused before anything is written, and before a teacher is trained
         tasks[names[0]] = stage_task(config, names[0], out)
+        student = tasks[names[0]].model
         if names[0] not in students(config) and students(config):
             with torch.random.fork_rng():
-                replaced(config, tasks[names[0]].model)
+                student = replaced(config, student)
+        if any(stage_config(config, name).hoyer for name in students(config)):
+            check_units(student)
     with of_this_launch(out):
         if not resume:
             for name in names:

@@ -178,7 +178,7 @@ def sweep(
         for count in tokens:
             x = torch.randn(batch, count, channels, device=device)
             for _, mixer in (found for module in modules.values() for found in mixers(module)):
-                mixer.scan = mixer.scan.fitted(count)
+                mixer.fit(count)
             calls = {name: on_tokens(module, x) for name, module in modules.items()}
             text = f'{count} tokens, batch {batch}'
             times = paired_times(calls, rounds, text, warmup=1, threads=torch.get_num_threads())

@@ -1,7 +1,7 @@
 """Which token looks at which: attention maps of the teacher, gradients of the student, and how alike they are.
 
-Teacher: softmax of query and key, mean over heads. Student: how much each token of the LSTMs' input changes each token
-of their output, ``|d sum of channels of output n / d input m|`` summed over channels and heads (the analysis of the
+Teacher: softmax of query and key, mean over heads. Student: how much each token of the replacement's input changes each
+token of its output, ``|d sum of channels of output n / d input m|`` summed over channels and heads (the analysis of the
 FAR authors' code). Rows are scaled to sum to 1. The similarity is the cosine of two rows, mean over rows.
 """
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.describe import mixers
-from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.far.model.mixer import Mixer
 from asr_downstream.far.model.replace import Place
 from asr_downstream.files.atomic import write_atomically
 
@@ -92,19 +92,18 @@ def mixer_maps(model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
     return {path: influence(mixer, tokens[path]) for path, mixer in mixers(model)}
 
 
-def influence(mixer: MultiHeadLSTM, tokens: Tensor) -> Tensor:
+def influence(mixer: Mixer, tokens: Tensor) -> Tensor:
     """Map ``(B, N, N)`` of one replacement, for tokens ``(B, N, C)`` after its pre-projection."""
     tokens = tokens.detach().requires_grad_(True)
     with torch.enable_grad():
-        states = mixer.states(tokens)
-        if mixer.head_proj is not None:
-            states = [proj(s) for proj, s in zip(mixer.head_proj, states, strict=True)]
-        sums = torch.stack([s.sum(-1) for s in states]).sum(0)  # heads are independent: their gradients do not mix
-        rows = []
-        for n in range(tokens.shape[1]):
-            (grad,) = torch.autograd.grad(sums[:, n].sum(), tokens, retain_graph=True)
-            rows.append(grad.abs().sum(-1))
-    found = torch.stack(rows, 1)
+        sums = torch.stack([s.sum(-1) for s in mixer.outputs(tokens)])
+        if mixer.apart:  # gradients do not mix: one pass for all heads
+            sums = sums.sum(0, keepdim=True)
+        rows = [
+            [torch.autograd.grad(head[:, n].sum(), tokens, retain_graph=True)[0].abs().sum(-1) for head in sums]
+            for n in range(tokens.shape[1])
+        ]
+    found = torch.stack([torch.stack(heads).sum(0) for heads in rows], 1)
     return found / found.sum(-1, keepdim=True).clamp(min=1e-12)
 
 

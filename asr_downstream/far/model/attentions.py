@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError
-from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.far.model.mixer import Mixer
 
 __all__ = ['HOSTS', 'Host', 'StandIn', 'find_host']
 
@@ -28,7 +28,7 @@ class StandIn(nn.Module):
         host: of the class of the attention.
     """
 
-    def __init__(self, attention: nn.Module, mixer: MultiHeadLSTM, host: Host) -> None:
+    def __init__(self, attention: nn.Module, mixer: Mixer, host: Host) -> None:
         super().__init__()
         self.mixer = mixer
         self.kept = tuple(path for path in (host.projection, *host.after) if has(attention, path))
@@ -69,7 +69,7 @@ class TorchStandIn(StandIn):
     in_proj_bias = None  # these two keep TransformerEncoderLayer off its fast path, which reads weights
     _qkv_same_embed_dim = False
 
-    def __init__(self, attention: Any, mixer: MultiHeadLSTM, host: Host) -> None:
+    def __init__(self, attention: Any, mixer: Mixer, host: Host) -> None:
         super().__init__(attention, mixer, host)
         self.batch_first = attention.batch_first
 
@@ -83,7 +83,7 @@ class TorchStandIn(StandIn):
         refuse_others(args, kwargs, keep=False)
         if key is not query and (key.shape != query.shape or not (traced() or torch.equal(key, query))):
             raise PlugError(
-                'a multi-head LSTM stands in for self-attention, but query and key differ: this is cross-attention; '
+                'what stands here is for self-attention, but query and key differ: this is cross-attention; '
                 'leave it out of layers=[...]'
             )
         x = query if self.batch_first else query.transpose(0, 1)
@@ -105,7 +105,7 @@ class Processor(nn.Module):
     Follows `diffusers.models.attention_processor.AttnProcessor2_0`.
     """
 
-    def __init__(self, mixer: MultiHeadLSTM) -> None:
+    def __init__(self, mixer: Mixer) -> None:
         super().__init__()
         self.mixer = mixer
 
@@ -131,7 +131,7 @@ class Processor(nn.Module):
         """Mix tokens ``(B, N, C)`` or pixels ``(B, C, H, W)``, row by row."""
         refuse_others((), {'attention_mask': attention_mask}, keep=True)
         if encoder_hidden_states is not None and encoder_hidden_states is not hidden_states:
-            raise PlugError('a multi-head LSTM stands in for self-attention, but was called with encoder states')
+            raise PlugError('what stands here is for self-attention, but was called with encoder states')
         x = hidden_states if attn.spatial_norm is None else attn.spatial_norm(hidden_states, temb)
         shape = x.shape
         if x.ndim == 4:
@@ -176,7 +176,7 @@ def refuse_others(args: tuple[Any, ...], kwargs: dict[str, Any], keep: bool) -> 
             continue
         what = 'a mask that hides tokens' if 'mask' in name else 'a further input'
         raise PlugError(
-            f'{name}: {what} was given, which a multi-head LSTM would ignore: use inputs of one size without padding, '
+            f'{name}: {what} was given, which the replacement would ignore: use inputs of one size without padding, '
             f'or leave this attention out of layers=[...]'
         )
     if kwargs.get('is_causal'):
@@ -200,12 +200,12 @@ def is_open(mask: Tensor, named: bool, keep: bool) -> bool:
     return named and not bool(mask.any())
 
 
-def stand_in(kind: type[StandIn]) -> Callable[[nn.Module, MultiHeadLSTM, Host], nn.Module]:
+def stand_in(kind: type[StandIn]) -> Callable[[nn.Module, Mixer, Host], nn.Module]:
     """Put a new module in place of the attention."""
     return kind
 
 
-def set_processor(attention: Any, mixer: MultiHeadLSTM, host: Host) -> nn.Module:
+def set_processor(attention: Any, mixer: Mixer, host: Host) -> nn.Module:
     """Leave the attention of diffusers where it is, without queries, keys and values, with a processor of ours."""
     for name in ('to_q', 'to_k', 'to_v', 'norm_q', 'norm_k'):
         setattr(attention, name, None)
@@ -228,7 +228,7 @@ class Host:
         note: for the documentation.
     """
 
-    build: Callable[[Any, MultiHeadLSTM, Host], nn.Module]
+    build: Callable[[Any, Mixer, Host], nn.Module]
     projection: str
     heads: str
     after: tuple[str, ...] = ()

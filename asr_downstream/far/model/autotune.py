@@ -35,9 +35,9 @@ def tune(model: nn.Module, call: Callable[[], Any], rounds: int = 5, names: tupl
     Raises:
         PlugError: nothing is replaced.
     """
-    found = [mixer for _, mixer in mixers(model)]
+    found = [mixer for _, mixer in mixers(model) if mixer.execution]
     if not found:
-        raise PlugError(f'{type(model).__name__}: no attention is replaced, so there is nothing to tune')
+        raise PlugError(f'{type(model).__name__}: no attention is replaced by LSTMs, so there is nothing to tune')
 
     def run(name: str) -> Callable[[], Any]:
         def once() -> Any:
@@ -62,7 +62,7 @@ def available() -> tuple[str, ...]:
 @contextmanager
 def executed(model: nn.Module, name: str) -> Iterator[None]:
     """Let all replacements run in one way inside the block."""
-    found = [mixer for _, mixer in mixers(model)]
+    found = [mixer for _, mixer in mixers(model) if mixer.execution]
     before = [mixer.execution for mixer in found]
     try:
         for mixer in found:

@@ -11,7 +11,7 @@ from torch import nn
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import PlugError
 from asr_downstream.far.model.backends import rules
-from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.far.model.mixer import Mixer
 from asr_downstream.measure.cost import parameters
 
 __all__ = ['Description', 'Row', 'check_replaced', 'describe', 'mixers']
@@ -26,9 +26,13 @@ class Row:
         variant: M1, M2 or M3.
         channels: of a token.
         widths: hidden units of each head, (ahead, back).
-        parameters: of the LSTMs and their projections, without a projection that is the teacher's.
+        parameters: of the LSTMs and their projections, or of queries, keys and values, without a projection that is the
+            teacher's.
         execution: how the heads run, a key of `EXECUTIONS` or ``'auto'``, see `rules`.
-        scan: in which order they read the tokens, a key of `SCANS`.
+        scan: in which order they read the tokens, a key of `SCANS`; '' where there is no order.
+        mixer: what was put in, a key of `MIXERS`.
+        heads: their number.
+        full: hidden units before pruning; 0 where there are none.
     """
 
     path: str
@@ -37,17 +41,15 @@ class Row:
     widths: tuple[tuple[int, int], ...]
     parameters: int
     execution: str
-    scan: str = 'raster'
+    scan: str
+    mixer: str
+    heads: int
+    full: int
 
     @property
     def units(self) -> int:
         """Hidden units of all heads and directions."""
         return sum(map(sum, self.widths))
-
-    @property
-    def full(self) -> int:
-        """Hidden units before pruning."""
-        return 2 * self.channels
 
 
 @dataclass(frozen=True, repr=False)
@@ -62,21 +64,25 @@ class Description(Printed):
             return [f'{self.model}: no attention is replaced']
         total = sum(row.parameters for row in self.rows)
         units, full = sum(row.units for row in self.rows), sum(row.full for row in self.rows)
-        title = f'{self.model}: {len(self.rows)} attentions replaced, {total:,} parameters, {units:,} of {full:,} units'
-        table = Table('attention', 'form', 'heads', 'units', 'parameters', 'scan', 'execution', title=title)
-        for column in table.columns[2:5]:
+        title = f'{self.model}: {len(self.rows)} attentions replaced, {total:,} parameters'
+        title += f', {units:,} of {full:,} units' if full else ''
+        table = Table('attention', 'mixer', 'form', 'heads', 'units', 'parameters', 'scan', 'execution', title=title)
+        for column in table.columns[3:6]:
             column.justify = 'right'
         for row in self.rows:
-            count = f'{row.units:,} of {row.full:,}'
-            numbers = str(len(row.widths)), count, f'{row.parameters:,}'
-            table.add_row(row.path, row.variant, *numbers, row.scan, row.execution)
-        return [table, *(f'auto on {device}: {rule}' for device, rule in rules().items())]
+            count = f'{row.units:,} of {row.full:,}' if row.full else 'none'
+            numbers = str(row.heads), count, f'{row.parameters:,}'
+            table.add_row(
+                row.path, row.mixer, row.variant, *numbers, row.scan or 'no order', row.execution or 'one way'
+            )
+        auto = rules() if any(row.execution == 'auto' for row in self.rows) else {}
+        return [table, *(f'auto on {device}: {rule}' for device, rule in auto.items())]
 
 
-def mixers(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:
-    """The LSTMs of a model with the paths of the attentions they stand in for."""
+def mixers(model: nn.Module) -> Iterator[tuple[str, Mixer]]:
+    """What was put into a model, with the paths of the attentions it stands in for."""
     for path, module in model.named_modules():
-        if isinstance(module, MultiHeadLSTM):
+        if isinstance(module, Mixer):
             yield path.removesuffix('mixer').rstrip('.').removesuffix('.processor'), module
 
 
@@ -96,6 +102,6 @@ def describe(model: nn.Module) -> Description:
     """List the replaced attentions of ``model``: path, form, units, parameters, and how they are run."""
     rows = []
     for path, mixer in mixers(model):
-        about = mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution, mixer.scan.name
-        rows.append(Row(path, *about))
+        about = mixer.variant, mixer.channels, tuple(mixer.widths), parameters(mixer), mixer.execution
+        rows.append(Row(path, *about, mixer.reads, mixer.name, mixer.count, mixer.full))
     return Description(type(model).__name__, tuple(rows))

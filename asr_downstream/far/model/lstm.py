@@ -5,44 +5,17 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.backends import EXECUTIONS, choose
 from asr_downstream.far.model.head import HeadLSTM
+from asr_downstream.far.model.mixer import VARIANTS, Mixer, uncast
 from asr_downstream.far.model.scan import build_scan
 
-__all__ = ['VARIANTS', 'MultiHeadLSTM', 'Variant', 'linear']
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A form of the replacement.
-
-    Attributes:
-        head_proj: whether each head has a projection back to its width, so that its outputs are comparable with the
-            attention's heads.
-        projection: what follows: ``'kept'`` (the teacher's output projection), ``'fresh'`` (a new one in its place), or
-            ``'own'`` (one of the module, from the states of all heads).
-        note: for the documentation.
-    """
-
-    head_proj: bool
-    projection: str
-    note: str
-
-
-# Of the repository's history: M1 is its form of June 2025, M2 of 18 June, M3 from 26 June 2025 on.
-VARIANTS = {
-    'M1': Variant(False, 'own', 'pre-projection, heads, one projection of all states'),
-    'M2': Variant(True, 'fresh', 'pre-projection, heads, a projection a head, a fresh output projection'),
-    'M3': Variant(True, 'kept', "pre-projection, heads, a projection a head, the teacher's output projection"),
-}
+__all__ = ['MultiHeadLSTM', 'linear']
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
@@ -52,12 +25,7 @@ def linear(inputs: int, outputs: int) -> nn.Linear:
         return nn.Linear(inputs, outputs)
 
 
-def uncast(device: str) -> AbstractContextManager[Any]:
-    """Suspend autocast, where it is on: the context is slow to enter."""
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
-
-
-class MultiHeadLSTM(nn.Module):
+class MultiHeadLSTM(Mixer):
     """Multi-head bidirectional LSTM over tokens: ``(B, N, channels) -> (B, N, channels)``.
 
     A linear map, one bidirectional LSTM for each slice of ``channels / heads`` channels, and, by variant, a linear map
@@ -82,6 +50,11 @@ class MultiHeadLSTM(nn.Module):
         PlugError: sizes do not fit, or a name is not known.
     """
 
+    name = 'lstm'
+    note = 'multi-head LSTMs (FAR, arXiv 2505.21535)'
+    takes = ('widths', 'execution', 'scan', 'before')
+    apart = True
+
     def __init__(
         self,
         channels: int,
@@ -93,16 +66,12 @@ class MultiHeadLSTM(nn.Module):
         scan: Any = 'raster',
         before: int = 0,
     ) -> None:
-        super().__init__()
-        if variant not in VARIANTS:
-            raise PlugError(f'FAR: variant={variant!r} is not known; {did_you_mean(str(variant), VARIANTS)}')
+        super().__init__(channels, heads, variant)
         if execution != 'auto' and execution not in EXECUTIONS:
             raise PlugError(
                 f'FAR: execution={execution!r} is not known; {did_you_mean(str(execution), [*EXECUTIONS, "auto"])}'
             )
-        if heads < 1 or channels % heads:
-            raise PlugError(f'FAR: {channels} channels cannot be split into {heads} heads; give a divisor with heads=')
-        self.channels, self.variant, self.execution = channels, variant, execution
+        self.execution = execution
         size = channels // heads
         widths = [(size, size)] * heads if widths is None else widths
         if len(widths) != heads or any(len(pair) != 2 or min(pair) < 0 for pair in widths):
@@ -126,6 +95,20 @@ class MultiHeadLSTM(nn.Module):
         """Hidden units of each head, ``(ahead, back)``."""
         return [head.widths for head in self.heads]  # type: ignore[misc]
 
+    @property
+    def full(self) -> int:  # type: ignore[override]
+        """Hidden units before pruning."""
+        return 2 * self.channels
+
+    @property
+    def reads(self) -> str:  # type: ignore[override]
+        """Name of the scan."""
+        return self.scan.name
+
+    def fit(self, tokens: int) -> None:
+        """Scan a grid of this many tokens."""
+        self.scan = self.scan.fitted(tokens)
+
     def states(self, tokens: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
         """Hidden states of each head, ``(B, N, ahead + back)``, for what the pre-projection made of the tokens.
 
@@ -140,13 +123,17 @@ class MultiHeadLSTM(nn.Module):
             name = choose(heads, pieces) if self.execution == 'auto' else self.execution
             return self.scan.restore(EXECUTIONS[name](heads, pieces), size, self.before)
 
+    def outputs(self, tokens: Tensor, size: Sequence[int] | None = None) -> list[Tensor]:
+        """States of each head, projected, if each has a projection; see `states`."""
+        states = self.states(tokens, size)
+        if self.head_proj is None:
+            return states
+        return [proj(s) for proj, s in zip(self.head_proj, states, strict=True)]
+
     def forward(self, x: Tensor, size: Sequence[int] | None = None) -> Tensor:
         """Mix tokens ``(B, N, channels)``, of images of ``size``, rows and columns, where that is known."""
-        states = self.states(self.pre_proj(x), size)
-        if self.head_proj is None:
-            assert self.out_proj is not None
-            return self.out_proj(torch.cat(states, -1))
-        return torch.cat([proj(s) for proj, s in zip(self.head_proj, states, strict=True)], -1)
+        mixed = super().forward(x, size)
+        return mixed if self.out_proj is None else self.out_proj(mixed)
 
     def extra_repr(self) -> str:
         """Sizes."""

@@ -16,15 +16,19 @@ from asr_downstream.console.text import some
 from asr_downstream.errors import PlugError, did_you_mean
 from asr_downstream.far.model.attentions import HOSTS, Host, StandIn, TransformersStandIn, find_host, has, stand_in
 from asr_downstream.far.model.describe import Description, describe
-from asr_downstream.far.model.lstm import VARIANTS, MultiHeadLSTM
+from asr_downstream.far.model.linear import MultiHeadLinear
+from asr_downstream.far.model.lstm import MultiHeadLSTM
+from asr_downstream.far.model.mixer import MIXERS, VARIANTS, Mixer
 from asr_downstream.modules.check import check_bare, check_module, check_sites_bare
 from asr_downstream.plugging.plug import own_random_stream
 from asr_downstream.plugging.save import watch
-from asr_downstream.registry import REBUILDERS
+from asr_downstream.registry import REBUILDERS, find
 
 __all__ = ['Place', 'find_attentions', 'places', 'replace']
 
-TAKES = ('type', 'variant', 'layers', 'heads', 'projection', 'execution', 'widths', 'scan')
+TAKES = ('type', 'variant', 'layers', 'heads', 'projection', 'execution', 'widths', 'scan', 'mixer')
+for each in (MultiHeadLSTM, MultiHeadLinear):
+    MIXERS.register_module(name=each.name, module=each)
 # Parts of an attention that stand for queries, keys and values, and go with them.
 QKV = re.compile(r'(to_)?(q|k|v|qkv|kv|query|key|value|c_attn)(_proj|_bias|_norm)?|norm_[qk]|attn_drop.*')
 DROPOUTS = ('proj_drop', 'resid_dropout', 'dropout')
@@ -67,6 +71,7 @@ def replace(model: nn.Module, spec: dict[str, Any]) -> Description:
             known, name it by pattern and say, where it cannot be seen, ``heads`` and ``projection`` (path of its output
             projection). ``widths``: of pruned models, ``{path: [(ahead, back), ...]}``. ``scan``: in which order heads
             read the tokens of an image, ``'raster'`` or ``'cross'``, see `asr_downstream.far.model.scan`.
+            ``mixer``: ``'lstm'``, or ``'linear'`` attention, as a control.
 
     Returns:
         The table of the replacements, as `describe` gives it.
@@ -111,6 +116,7 @@ def check_kinds(spec: dict[str, Any]) -> None:
     """
     for key, kind, should in (
         ('variant', str, f'one of {", ".join(VARIANTS)}'),
+        ('mixer', str, "'lstm' or 'linear'"),
         ('execution', str, "a text such as 'auto'"),
         ('projection', str | None, 'a path inside the module'),
         ('scan', str | dict, "'raster', 'cross', or a dict such as dict(type='cross', before=1)"),
@@ -131,28 +137,25 @@ def is_pair(value: Any) -> bool:
     return isinstance(value, list | tuple) and len(value) == 2 and all(type(n) is int and n >= 0 for n in value)
 
 
-def build_mixer(place: Place, spec: dict[str, Any], widths: Any) -> tuple[MultiHeadLSTM, nn.Module]:
-    """LSTMs for a place and what its output projection becomes."""
+def build_mixer(place: Place, spec: dict[str, Any], widths: Any) -> tuple[Mixer, nn.Module]:
+    """A mixer for a place and what its output projection becomes."""
     variant = spec.get('variant', 'M3')
     old = place.projection
+    own = {**spec, 'widths': widths, 'before': place.host.before}
+    out = old.out_features if variant in VARIANTS and VARIANTS[variant].projection == 'own' else old.in_features
     try:
+        kind: Any = find(MIXERS, spec.get('mixer', MultiHeadLSTM.name))
+        if strange := [key for key in MultiHeadLSTM.takes if spec.get(key) is not None and key not in kind.takes]:
+            raise PlugError(f'FAR: mixer={kind.name!r} takes no {strange[0]!r}; leave it out')
         with own_random_stream(0, place.path):
-            mixer = MultiHeadLSTM(
-                channels_of(place),
-                place.heads,
-                variant,
-                widths,
-                spec.get('execution', 'auto'),
-                old.out_features if variant in VARIANTS and VARIANTS[variant].projection == 'own' else old.in_features,
-                spec.get('scan', 'raster'),
-                place.host.before,
-            )
+            settings = {key: own[key] for key in kind.takes if key in own}
+            mixer = kind(channels_of(place), place.heads, variant, out_channels=out, **settings)
             fresh = nn.Linear(old.in_features, old.out_features, old.bias is not None)
     except PlugError as error:
         raise PlugError(f'{place.path}: {error}') from None
-    kind = VARIANTS[variant].projection
-    projection = {'kept': old, 'fresh': fresh, 'own': nn.Identity()}[kind]
-    for module in (mixer, projection if kind == 'fresh' else mixer):
+    follows = VARIANTS[variant].projection
+    projection = {'kept': old, 'fresh': fresh, 'own': nn.Identity()}[follows]
+    for module in (mixer, projection if follows == 'fresh' else mixer):
         module.to(old.weight.device, old.weight.dtype)
     return mixer, projection
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from asr_downstream.far.model.attentions import StandIn
 from asr_downstream.far.model.describe import mixers
-from asr_downstream.far.model.lstm import VARIANTS
+from asr_downstream.far.model.mixer import VARIANTS
 
 __all__ = ['STUDENTS', 'block_of', 'learning']
 

@@ -18,16 +18,44 @@ from asr_downstream.far.model.describe import Description, check_replaced, descr
 from asr_downstream.far.model.head import Direction, HeadLSTM
 from asr_downstream.far.model.lstm import MultiHeadLSTM, linear
 
-__all__ = ['Groups', 'group_norms', 'hoyer_square', 'mask_units', 'scores', 'shrink', 'smallest_within', 'units_above']
+__all__ = [
+    'Groups',
+    'check_units',
+    'group_norms',
+    'hoyer_square',
+    'mask_units',
+    'scores',
+    'shrink',
+    'smallest_within',
+    'units_above',
+]
 
 EPS = 1e-6
 Unit = tuple[str, int, bool]  # path of the attention, head, whether the direction is the backward one
 Groups = dict[Unit, Tensor]
 
 
+def lstms(model: nn.Module) -> Iterator[tuple[str, MultiHeadLSTM]]:
+    """The LSTMs of a model with the paths of the attentions they stand in for.
+
+    Raises:
+        AsrError: what stands there is no LSTM.
+    """
+    for path, mixer in mixers(model):
+        if not isinstance(mixer, MultiHeadLSTM):
+            raise AsrError(f"{path}: mixer={mixer.name!r} has no hidden units to prune; use mixer='lstm', or hoyer=0")
+        yield path, mixer
+
+
+def check_units(model: nn.Module) -> None:
+    """Refuse a model that has no hidden units; see `lstms`."""
+    for _ in lstms(model):
+        pass
+
+
 def directions(model: nn.Module) -> Iterator[tuple[Unit, Direction]]:
     """Directions of all heads of a model."""
-    for path, mixer in mixers(model):
+    for path, mixer in lstms(model):
         for number, head in enumerate(mixer.heads):
             for direction in head.directions:  # type: ignore[union-attr]
                 yield (path, number, direction.reverse), direction
@@ -120,7 +148,7 @@ def mask_units(model: nn.Module, kept: Groups) -> None:
         direction.weight_hh[:, ~stays] = 0
         direction.bias_ih[~rows] = 0
         direction.bias_hh[~rows] = 0
-    for path, mixer in mixers(model):
+    for path, mixer in lstms(model):
         for weight, columns in zip(projections(mixer), columns_of(path, mixer, kept), strict=True):
             weight[:, ~columns.to(weight.device)] = 0
 
@@ -134,7 +162,7 @@ def shrink(model: Any, kept: Groups) -> Description:
     """
     check_replaced(model)
     widths = {}
-    for path, mixer in mixers(model):
+    for path, mixer in lstms(model):
         columns = columns_of(path, mixer, kept)
         for number, head in enumerate(list(mixer.heads)):
             mixer.heads[number] = smaller(head, *(kept.get((path, number, back)) for back in (False, True)))  # type: ignore[arg-type]
