@@ -65,7 +65,7 @@ def evaluation(name: str = 'folded') -> Any:
 def comparison() -> Any:
     from asr_downstream.detection.evaluation.compare import Comparison, Differences
 
-    return Comparison(evaluation('unfolded'), evaluation(), Differences(1e-5, 1e-6, 0, 1), 1.0)
+    return Comparison(evaluation('unfolded'), evaluation(), Differences(1e-5, 1e-6, 0, 1, 12), 1.0)
 
 
 def receipt() -> Any:

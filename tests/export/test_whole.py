@@ -191,3 +191,13 @@ def test_ap_of_the_program_is_that_of_mmdetection(tmp_path: Path) -> None:
     scores.accumulate()
     scores.summarize()
     assert abs(scores.stats[0] - expected) <= 0.001
+
+
+def test_boxes_of_no_image_prove_nothing(tmp_path: Path) -> None:
+    data = pictures(tmp_path)
+    shipped = exports.detector(tmp_path, data, **{'model.test_cfg.score_thr': 1.0})
+    subject = kind_of(shipped).open(Request(shipped, data, 2))
+    receipt = export(subject, ['onnx'], tmp_path / 'out')
+    assert 'nothing is found in the 2 images' in receipt.about['whole']
+    assert not list((tmp_path / 'out').glob('detector*'))
+    assert 'infer.py' not in receipt.files

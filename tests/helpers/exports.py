@@ -79,7 +79,7 @@ def detector(folder: Path, digits: Path, stock: bool = True, **options: Any) -> 
     from helpers.tiny_detection import tiny
 
     torch.manual_seed(0)
-    config = tiny(digits, validate=True, **STRICTER, **options)
+    config = tiny(digits, validate=True, **{**STRICTER, **options})
     config = stock_config(config) if stock else config
     (folder / 'detector.py').write_text(config.pretty_text)
     model = randomise(build_detector(config))

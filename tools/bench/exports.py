@@ -5,6 +5,7 @@ Each is built small, with random weights, as `fold` ships it, and exported with 
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
@@ -37,6 +38,7 @@ CASES = (
     'deformable_detr/deformable-detr_r50_16xb2-50e_coco', 'dino/dino-4scale_r50_8xb2-12e_coco',
 )  # fmt: skip
 SIDE = 160  # pixels of the images
+DISTANCES = re.compile(r'reg(\.\d+)?\.bias$')
 
 
 def small(config: Config) -> Config:
@@ -68,6 +70,8 @@ def ship(case: str, data: Path, folder: Path) -> Path:
     for name, value in model.named_parameters():
         if name.endswith('bias') and value.numel() and value.max() < -1:
             torch.nn.init.zeros_(value)  # what makes fresh scores too low to be detections
+        elif DISTANCES.search(name):
+            torch.nn.init.ones_(value)  # distances to edges, of which fresh ones are negative: boxes without area
     (folder / 'detector.py').write_text(config.pretty_text)
     torch.save({'state_dict': model.state_dict(), 'meta': {}}, folder / 'detector.pth')
     return folder / 'detector.pth'

@@ -39,6 +39,7 @@ class Differences(NamedTuple):
         boxes_px, scores: largest differences over the images whose detections correspond one to one.
         unmatched: images where the number of detections of some class differs.
         images: images compared.
+        pairs: detections of the one that have their counterpart; of 0 nothing was compared.
         tied: detections in whose place another of the same score is, whose boxes are not compared.
     """
 
@@ -46,6 +47,7 @@ class Differences(NamedTuple):
     scores: float
     unmatched: int
     images: int
+    pairs: int
     tied: int = 0
 
 
@@ -77,6 +79,7 @@ class Comparison(Printed):
         table.add_row('parameters', f'{a.parameters:,}', f'{b.parameters:,}', f'{b.parameters - a.parameters:+,}')
         table.add_row('GMACs', f'{a.gmacs:.3f}', f'{b.gmacs:.3f}', f'{b.gmacs - a.gmacs:+.3f}')
         table.add_row('median latency, ms', f'{a.latency_ms:.1f}', f'{b.latency_ms:.1f}', f'x {self.latency_ratio:.3f}')
+        table.add_row('detections compared', '', '', f'{self.difference.pairs:,}')
         table.add_row('boxes, px', '', '', f'{self.difference.boxes_px:.1e}')
         table.add_row('scores', '', '', f'{self.difference.scores:.1e}')
         table.add_row('detections exchanged at tied scores', '', '', str(self.difference.tied))
@@ -128,7 +131,7 @@ def differences(a: dict[Any, Detections], b: dict[Any, Detections]) -> Differenc
             pairs, tied, hidden = pairs + len(px), tied + int(seen.sum()), hidden + int(unseen.sum())
     if hidden > RARE * pairs:
         boxes, hidden = max(boxes, hidden_px), 0
-    return Differences(boxes, scores, unmatched, len(a), tied + hidden)
+    return Differences(boxes, scores, unmatched, len(a), pairs, tied + hidden)
 
 
 def count_of(scores: Tensor, among: Tensor) -> Tensor:

@@ -92,7 +92,7 @@ class Whole:
         """Write the file into a folder, compare it, and measure it.
 
         Raises:
-            NotWhole: the network with its decoding cannot be traced.
+            NotWhole: the network with its decoding cannot be traced, or nothing is found that could be compared.
             AsrError: boxes differ.
         """
         with tempfile.TemporaryDirectory() as aside:
@@ -110,7 +110,12 @@ class Whole:
                 about = {'classes': json.dumps(self.classes)}
                 onnx.save(whole_graph(self.plan, onnx.load(part), about), folder / name)
         files = {name: FileDetector(open_session(folder / name, threads)) for name in paths}
-        entries = [Entry(TORCH), *(self.entry(folder / name, model) for name, model in files.items())]
+        try:
+            entries = [Entry(TORCH), *(self.entry(folder / name, model) for name, model in files.items())]
+        except NotWhole:
+            for name in paths:
+                (folder / name).unlink()
+            raise
         image, sample = read_image(self.paths[0]), self.given(self.paths[0])
         calls: dict[str, Any] = {TORCH: lambda: self.predict(sample, image)}
         calls |= {name: lambda model=model: model.find(image) for name, model in files.items()}
@@ -173,6 +178,7 @@ class Whole:
 
         Raises:
             AsrError: they differ, and the file is not of 8 bits.
+            NotWhole: nothing was found in any image.
         """
         ours: dict[str, Detections] = {}
         for name in self.paths:
@@ -183,6 +189,10 @@ class Whole:
         apart = differences(self.found, ours)
         if path.name == WHOLE:
             refuse(path, apart)
+            if not apart.pairs:
+                raise NotWhole(
+                    f'nothing is found in the {apart.images} images of the test set, so no box could be compared'
+                )
         facts = {**facts_of(path), 'boxes': apart._asdict()}
         if path.name == WHOLE:
             facts['boxes_px'] = apart.boxes_px
