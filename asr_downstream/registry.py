@@ -125,6 +125,7 @@ RUNS = Registry(
     error=AsrError,
     typed=False,
     modules={
+        'classification': 'asr_downstream.classification.analysis',
         'detection': 'asr_downstream.detection.analysis',
         'diffusion': 'asr_downstream.diffusion.analysis',
     },
