@@ -146,7 +146,7 @@ class Whole:
         """Trace and write the network with its decoding."""
         given = {key: torch.from_numpy(value) for key, value in self.given(self.paths[0]).items()}
         free = {}
-        if self.plan.canvas is None:
+        if self.plan.canvas is None and self.plan.keep_ratio:  # else all images become as large as the first
             free = {axis: self.plan.divisor * Dim(name, min=1, max=LARGEST) for axis, name in ((2, 'h'), (3, 'w'))}
         model = Candidates(self.model, self.plan)
         shapes: dict[str, Any] = {'pixels': free, 'size': {}, 'scale': {}}

@@ -49,7 +49,7 @@ def draw_stage(axis: Axes, stage: StageCorrelation) -> Any:
     axis.set_xticks(ticks, ticks + 1)
     axis.set_yticks(ticks, ticks + 1)
     mean = f'mean {stage.mean:.2f}' if np.isfinite(stage.mean) else 'none'
-    axis.set_title(f'{stage.stage or "model"} ({"shared" if stage.unit else "own"}): {mean}', fontsize=8)
+    axis.set_title(f'{stage.stage or "model"}\n{"shared" if stage.unit else "own"}: {mean}', fontsize=8)
     for y, row in enumerate(matrix):
         for x, value in enumerate(row):
             if not np.isfinite(value):
