@@ -1,0 +1,13 @@
+# Stages of twice as many epochs.
+#   python tools/distill_far.py tools/far_configs/vit-w64-long_cifar10-16px.py --data /data/cifar10-train.zip
+# First vit-w64_cifar10-16px.py, whose teacher this is.
+_base_ = './vit-w64_cifar10-16px.py'
+teacher = dict(
+    _delete_=True,
+    type='ViTForImageClassification',
+    pretrained_model_name_or_path='work_dirs/far/vit-w64_cifar10-16px/shipped/teacher',
+)
+stages = [
+    dict(name='distill', learns='replacements', distance=dict(type='MSE', feature='heads'), epochs=12, warmup_epochs=1),
+    dict(name='finetune', learns='all', learning_rate=5e-4, epochs=6, warmup_epochs=0.4),
+]
