@@ -42,7 +42,7 @@ DISTANCES = re.compile(r'reg(\.\d+)?\.bias$')
 
 
 def small(config: Config) -> Config:
-    """Narrow the backbone and resize images to `SIDE`, in place."""
+    """Narrow the backbone, resize images to `SIDE`, and ask for boxes alone, in place."""
     model = config.model
     if model.backbone.type.endswith('ResNet'):
         factor = model.backbone.get('base_channels', 64) // 8
@@ -54,6 +54,8 @@ def small(config: Config) -> Config:
             for key, kind in (('scale', 'Resize'), ('size', 'Pad')):
                 if node.get('type') == kind and key in node:
                     node[key] = (SIDE, SIDE)
+            if node.get('with_mask'):
+                node['with_mask'] = False  # the digits have none
             node = list(node.values())
         for part in node if isinstance(node, list | tuple) else ():
             resize(part)
