@@ -64,12 +64,29 @@ def small(config: Config) -> Config:
     return config
 
 
+@torch.no_grad()
+def spread(model: Any) -> None:
+    """Give batch norms the statistics of noise: without, fresh features fade, and all boxes get one score."""
+    norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.momentum = 1.0
+    model.extract_feat(torch.randn(16, 3, SIDE, SIDE))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    model.eval()
+
+
 def ship(case: str, data: Path, folder: Path) -> Path:
     """Write a detector as `fold` does, with random weights."""
     config = stock_config(small(load_config(ROOT / 'det_configs' / f'{case}.py', data)))
     torch.manual_seed(0)
     model = build_detector(config)
+    spread(model)
     for name, value in model.named_parameters():
+        if name == 'level_embed':
+            torch.nn.init.normal_(value)  # of Deformable DETR: memory as it was found
         if name.endswith('bias') and value.numel() and value.max() < -1:
             torch.nn.init.zeros_(value)  # what makes fresh scores too low to be detections
         elif DISTANCES.search(name):
