@@ -42,13 +42,13 @@ class Optimiser:
         cls: of torch.
         settings: config -> arguments besides rate and decay; also settings of its groups.
         decay: key of its weight decay where ``weight_decay`` is None; '' for none.
-        moments: config -> tensors that it keeps of every parameter.
+        moments: config -> tensors that it keeps of every parameter; a fraction where it keeps sums of them.
     """
 
     cls: Any
     settings: Callable[[Config], dict[str, Any]]
     decay: str
-    moments: Callable[[Config], int]
+    moments: Callable[[Config], float]
 
 
 OPTIMISERS: Mapping[str, Optimiser] = {
@@ -64,6 +64,7 @@ OPTIMISERS: Mapping[str, Optimiser] = {
         '',
         lambda config: int(config.momentum > 0),
     ),
+    'adafactor': Optimiser(torch.optim.Adafactor, lambda config: {}, '', lambda config: 0.01),
 }
 
 

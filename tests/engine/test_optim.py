@@ -13,6 +13,7 @@ from torch import nn
 
 from asr_downstream.engine.optim import build_optimiser, build_schedule, decay_of
 from asr_downstream.engine.state.save import bytes_of
+from asr_downstream.engine.state.train_state import sums_of
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import sha256
 
@@ -162,3 +163,23 @@ def test_the_least_size_of_a_checkpoint_counts_the_moments(tmp_path: Path) -> No
     assert bytes_of(model, None) == weights + 2 * learning
     _, last = run_of(tmp_path, **SGD)
     assert (last / 'optimizer.bin').stat().st_size > learning
+
+
+def test_a_resumed_adafactor_run_is_the_uninterrupted_one_with_a_small_state(tmp_path: Path) -> None:
+    settings: dict[str, Any] = dict(optimizer='adafactor', learning_rate=0.01)
+    whole, last = run_of(tmp_path, **settings)
+    state = torch.load(last / 'optimizer.bin', weights_only=True)['state']
+    kept = sum(v.numel() for each in state.values() for v in each.values())
+    assert 0 < kept < sum(p.numel() for p in whole.model.parameters()) / 2
+    last.rename(tmp_path / 'gone')
+    again, _ = run_of(tmp_path, 'latest', **settings)
+    assert again.steps == [4, 5, 6]
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(
+    ('shape', 'fits'), [((4, 3), True), ((4, 1), True), ((1, 3), True), ((3, 4), False), ((4,), False), ((2, 3), False)]
+)
+def test_a_state_has_the_shape_of_its_weights_or_of_sums_of_them(shape: Any, fits: bool) -> None:
+    assert sums_of(shape, (4, 3)) is fits

@@ -40,7 +40,7 @@ def save_training(
     ema: EMA | None,
     progress: Progress,
     limit: int | None,
-    moments: int = 2,
+    moments: float = 2,
 ) -> Path:
     """Write a checkpoint; every process calls this.
 
@@ -106,10 +106,10 @@ def write_weights(state: Mapping[str, Tensor], path: Path) -> None:
     save_file({name: value.contiguous() for name, value in state.items()}, path)
 
 
-def bytes_of(model: nn.Module, ema: EMA | None, moments: int = 2) -> int:
+def bytes_of(model: nn.Module, ema: EMA | None, moments: float = 2) -> int:
     """Least size of a checkpoint: weights, their average, and the ``moments`` that the optimiser keeps of each."""
     weights = sum(value.nbytes for value in model.state_dict().values())
-    state = moments * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    state = int(moments * sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad))
     return weights + state + (0 if ema is None else sum(value.nbytes for value in ema.state.values()))
 
 

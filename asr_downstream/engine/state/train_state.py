@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,7 +127,7 @@ def useless(path: Path, reason: str) -> CheckpointError:
 
 
 def load_training(
-    checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, found: Progress, moments: int = 2
+    checkpoint: Path, accelerator: Accelerator, model: nn.Module, ema: EMA | None, found: Progress, moments: float = 2
 ) -> None:
     """Load a checkpoint into a prepared training; every process calls this.
 
@@ -218,10 +218,15 @@ def check_optimiser(optimiser: Any, model: nn.Module, expected: bool, path: Path
         raise useless(path, 'has no state of the optimiser')
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
-            if not isinstance(value, Tensor) or (value.ndim and value.shape != parameter.shape):
+            if not isinstance(value, Tensor) or (value.ndim and not sums_of(value.shape, parameter.shape)):
                 raise useless(path, f'{key} of {name} does not fit it')
             if not_finite({key: value}):
                 raise useless(path, f'{key} of {name} is not finite')
+
+
+def sums_of(shape: Sequence[int], whole: Sequence[int]) -> bool:
+    """Whether a state has the shape of a parameter, or of one that was summed over some of its dimensions."""
+    return len(shape) == len(whole) and all(a in (b, 1) for a, b in zip(shape, whole, strict=True))
 
 
 def check_same_run(
