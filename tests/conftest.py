@@ -20,7 +20,7 @@ from torch import nn
 from asr_downstream.console import cli
 
 ROOT = Path(__file__).resolve().parent.parent
-pytest_plugins = ('helpers.pictures',)
+pytest_plugins = ('helpers.pictures', 'helpers.hub')
 
 
 def pytest_configure(config: pytest.Config) -> None:

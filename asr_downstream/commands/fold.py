@@ -4,6 +4,7 @@
     asr-downstream fold work_dirs/unet-w32-asr-se_digits shipped/digits             # a run of a diffusion model
     asr-downstream fold work_dirs/NAME shipped/NAME --calibrate 64                  # SE, DIA, ...: see below
     asr-downstream fold CONFIG CHECKPOINT OUT --native --calibrate 64               # attention of MMDetection's own
+    asr-downstream fold work_dirs/NAME shipped/NAME --push-to-hub USER/NAME         # and what was written, to the hub
     asr-downstream fold apply BASE ADAPTER OUT --strength 0.7                       # an adapter, into a stock base
 
 Detector: writes shipped/detector.pth (or .safetensors), which the stock config loads with strict=True, that stock
@@ -25,13 +26,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from asr_downstream.commands import gates
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
+from asr_downstream.files.hub import check_repo, files_under, push
 from asr_downstream.files.ready import find_config
 
 OF_DETECTORS = ('native', 'refine_norms', 'max_drop', 'no_evaluate', 'data_root', 'trust', 'cfg_options')
@@ -60,6 +62,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--dataset', action='append', metavar='ID', help='for the card; may be repeated')
     parser.add_argument('--tag', action='append', metavar='TAG', help='for the card; may be repeated')
     parser.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
+    cli.add_hub(parser)
     cli.add_options(parser, 'detector: override the config')
     args = parser.parse_args(words)
 
@@ -69,6 +72,10 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         parser.error('--native goes with --calibrate N, the training images that gates are averaged over')
     if args.native and args.refine_norms:
         parser.error('--refine-norms is for plugged models, not for --native')
+    if args.private and not args.push_to_hub:
+        parser.error('--private goes with --push-to-hub REPO')
+    if args.push_to_hub:
+        check_repo(args.push_to_hub)
     if len(args.paths) == 2:
         refuse(parser, args, 'a detector', OF_DETECTORS)
         if args.data and not args.calibrate:
@@ -104,8 +111,7 @@ def fold_run(args: argparse.Namespace) -> None:
     result = fold_and_ship(run, out, args.calibrate, metadata)
     if result.get('replaced'):
         print(f'{out}: {result["model"]} with replaced attention, for asr_downstream.far.export.load_far, and a card')
-        return
-    if not result['sites'] or result['difference'] is None:
+    elif not result['sites'] or result['difference'] is None:
         print(result['report'])
     else:
         found = result['difference']
@@ -113,8 +119,12 @@ def fold_run(args: argparse.Namespace) -> None:
             f'folded {len(result["sites"])} sites in {result["fold_seconds"]:.2f} s; relative difference of the '
             f'predictions {found["float32"]["model"]:.1e} in float32, {found["float64"]["model"]:.1e} in float64'
         )
-    kind = 'a pipeline of diffusers' if result['pipeline'] else f'a {result["model"]} and its scheduler, for diffusers'
-    print(f'{out}: {kind}, model card, fold_report.json')
+    if not result.get('replaced'):
+        kind = (
+            'a pipeline of diffusers' if result['pipeline'] else f'a {result["model"]} and its scheduler, for diffusers'
+        )
+        print(f'{out}: {kind}, model card, fold_report.json')
+    pushed(args, lambda: files_under(out))
 
 
 def fold_detector(args: argparse.Namespace) -> None:
@@ -133,7 +143,9 @@ def fold_detector(args: argparse.Namespace) -> None:
     if args.native and plan is not None:
         from asr_downstream.detection.native import remove_attention
 
-        print_removed(remove_attention(config, checkpoint, out, plan, args.trust, card), out)
+        removed = remove_attention(config, checkpoint, out, plan, args.trust, card)
+        print_removed(removed, out)
+        pushed(args, lambda: detector_files(out, removed['card']))
         return
     result = fold_checkpoint(config, checkpoint, out, args.trust, plan, card)
     found = result['feature_map_difference']
@@ -153,6 +165,19 @@ def fold_detector(args: argparse.Namespace) -> None:
     print(
         f'{out.parent / "fold_report.json"}: sites, errors, hashes, versions; {out.parent / result["card"]}: model card'
     )
+    pushed(args, lambda: detector_files(out, result['card']))
+
+
+def detector_files(out: Path, card: str) -> dict[str, Path]:
+    """What was written of a detector, under its names in a repository."""
+    files = [out, out.with_suffix('.py'), out.parent / 'fold_report.json']
+    return {'README.md': out.parent / card, **{path.name: path for path in files}}
+
+
+def pushed(args: argparse.Namespace, files: Callable[[], dict[str, Path]]) -> None:
+    """Push what was written, if that is wanted."""
+    if args.push_to_hub:
+        print(push(files(), args.push_to_hub, args.private))
 
 
 def print_removed(result: dict[str, Any], out: Path) -> None:

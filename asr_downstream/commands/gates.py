@@ -2,6 +2,7 @@
 
     asr-downstream gates save CONFIG work_dirs/NAME/epoch_4.pth night.safetensors    # of a detector
     asr-downstream gates save work_dirs/unet-w32-asr-se_digits night.safetensors     # of a run of a diffusion model
+    asr-downstream gates save CONFIG CHECKPOINT night.safetensors --push-to-hub USER/night
     asr-downstream gates list night.safetensors
     asr-downstream gates apply base.pth night.safetensors shipped/night.pth --config CONFIG
     asr-downstream gates apply stock/pipeline night.safetensors rain.safetensors shipped/both --strength 1 0.5
@@ -25,6 +26,7 @@ from pathlib import Path
 
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
+from asr_downstream.files.hub import check_repo, push
 from asr_downstream.files.ready import find_config
 
 
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     save.add_argument('--learnt', action='store_true', help='keep the parameters of the gates, to train on exactly')
     save.add_argument('--weights', choices=['ema', 'raw'], help='diffusion: default: the average, if there is one')
     save.add_argument('--trust', action='store_true', help='detector: read what needs unpickling (can run code)')
+    cli.add_hub(save)
     cli.add_options(save, 'detector: override the config')
     shown = words.add_parser('list', help='show what files hold')
     shown.add_argument('files', type=Path, nargs='+', metavar='FILE', help='adapters')
@@ -63,6 +66,10 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     if args.word == 'save' and len(args.paths) not in (2, 3):
         save.error('expected RUN OUT, or CONFIG CHECKPOINT OUT')
+    if args.word == 'save' and args.private and not args.push_to_hub:
+        save.error('--private goes with --push-to-hub REPO')
+    if args.word == 'save' and args.push_to_hub:
+        check_repo(args.push_to_hub)
     if args.word == 'apply' and len(args.paths) < 3:
         apply.error('expected BASE ADAPTER ... OUT')
     if args.word == 'apply' and len(args.strength) not in (1, len(args.paths) - 2):
@@ -87,6 +94,29 @@ def save_adapter(args: argparse.Namespace) -> None:
         config = load_config(find_config(args.paths[0], 'det_configs'), options=args.cfg_options, needs_data=False)
         adapter = save_adapter_of_detector(config, args.paths[1], out, heads, args.base, args.learnt, args.trust)
     print(adapter)
+    if args.push_to_hub:
+        files = {out.name: out, 'README.md': adapter_card(out, args.push_to_hub, str(adapter)).encode()}
+        print(push(files, args.push_to_hub, args.private))
+
+
+def adapter_card(path: Path, repo: str, table: str) -> str:
+    """Model card of an adapter on the hub."""
+    from asr_downstream.files.card import card_text
+
+    text = f"""# {path.stem}
+
+Gates that were trained on a frozen base, resolved to constants: they fold into it exactly; out comes the stock model.
+
+```
+{table}
+```
+
+```shell
+hf download {repo} {path.name} --local-dir .
+asr-downstream fold apply BASE {path.name} OUT
+```
+"""
+    return card_text(text, path.stem, 'asr_downstream', {}, ('adapter', 'attention'))
 
 
 def show(args: argparse.Namespace) -> None:

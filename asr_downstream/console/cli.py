@@ -120,6 +120,12 @@ def part(text: str) -> float:
     return value
 
 
+def add_hub(parser: argparse.ArgumentParser) -> None:
+    """Add the options of pushing to the hub."""
+    parser.add_argument('--push-to-hub', metavar='REPO', help='also push it: USER/NAME on the Hugging Face hub')
+    parser.add_argument('--private', action='store_true', help='a repository that is made is private')
+
+
 def add_calibration(parser: argparse.ArgumentParser) -> None:
     """Add the options of calibrated folding."""
     parser.add_argument(

@@ -14,6 +14,7 @@ diffusers = pytest.importorskip('diffusers')
 from conftest import randomise
 from helpers.adapters import call, differing, train
 from helpers.diffusion import ASR, UNET, config_for, rewrite, trained
+from helpers.hub import Hub, asr_downstream
 from helpers.shared import NOISE, unet
 
 from asr_downstream import apply_gates, fold, list_gates, plug, save_gates, unload, verify
@@ -146,3 +147,14 @@ def test_a_training_with_learns_from_the_pipeline_to_the_pipeline(tmp_path: Path
     changed = differing(applied, load(base))
     assert {'conv_out.weight', 'conv_out.bias'} < {*changed}
     assert all(name.startswith(('conv_out', *list_gates(tmp_path / 'a.safetensors').sites)) for name in changed)
+
+
+def test_an_adapter_is_pushed_to_a_hub_with_a_card(hub: Hub, tmp_path: Path, base: Path) -> None:
+    out = tmp_path / 'night.safetensors'
+    done = asr_downstream(hub, 'gates', 'save', run_of(tmp_path / 'run', base), out, '--push-to-hub', 'user/night')
+    assert done.returncode == 0, done.stderr
+    assert hub.files.keys() == {'night.safetensors', 'README.md'}
+    assert hub.files['night.safetensors'] == out.read_bytes()
+    card = hub.files['README.md'].decode()
+    assert 'library_name: asr_downstream' in card
+    assert 'asr-downstream fold apply BASE night.safetensors OUT' in card
