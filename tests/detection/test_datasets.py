@@ -16,8 +16,8 @@ pytestmark = pytest.mark.det
 
 from asr_downstream.detection.config import load_config, stock_config
 from asr_downstream.detection.data.coco import check_annotations, check_datasets, path_of
+from asr_downstream.detection.data.convert.voc import convert_voc
 from asr_downstream.detection.data.fit import find_splits, fit_to_data
-from asr_downstream.detection.data.voc import convert_voc
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.errors import DataError
 

@@ -6,6 +6,7 @@
     asr-downstream prepare-data check /data/cells            # check any set in COCO format, as --data-root takes it
     asr-downstream prepare-data voc /data/VOCdevkit          # write annotations/{train,val}.json in COCO format into it
     asr-downstream prepare-data voc /data/flat --split 0.8   # images and *.xml without ImageSets: 80 % for training
+    asr-downstream prepare-data yolo /data/set/data.yaml     # YOLO's format: write annotations/ beside that file
     asr-downstream prepare-data degrade /data/cells data/dark-cells    # a blurred, dark and noisy copy, to adapt to
 
 Nothing is downloaded. Data of diffusion models and of FAR is read as it is: a folder of images, or a zip.
@@ -22,7 +23,7 @@ from asr_downstream.console import cli
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     """Parse the command line and prepare the data."""
     parser = cli.parser(__doc__, 'prepare-data', names)
-    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc|degrade')
+    sets = parser.add_subparsers(dest='set', required=True, metavar='digits|coco|check|voc|yolo|degrade')
     digits = sets.add_parser('digits', help="make a detection set from scikit-learn's handwritten digits")
     digits.add_argument('out', type=Path, nargs='?', default=Path('data/digits'), help='folder (default: data/digits)')
     digits.add_argument('--seed', type=int, default=0, help='the same seed gives the same bytes')
@@ -36,6 +37,11 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     voc.add_argument('--split', type=cli.part, metavar='PART', help='without ImageSets: so much of it is for training')
     voc.add_argument('--seed', type=int, default=0, help='of that draw (default: 0)')
     voc.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
+    yolo = sets.add_parser('yolo', help="convert YOLO's format to COCO format")
+    yolo.add_argument(
+        'root', type=Path, help='folder with a data.yaml, or that file; annotations/ is written beside it'
+    )
+    yolo.add_argument('--overwrite', action='store_true', help='replace annotations/{train,val}.json')
     worse = sets.add_parser('degrade', help='copy a set in COCO format with worse images and the same boxes')
     worse.add_argument('root', type=Path, help='folder of the set')
     worse.add_argument('out', type=Path, help='folder of the copy')
@@ -62,9 +68,14 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
             print(f'{split}: {path}')
         return
     if args.set == 'voc':
-        from asr_downstream.detection.data.voc import convert_voc
+        from asr_downstream.detection.data.convert.voc import convert_voc
 
         print('\n'.join(convert_voc(args.root, args.overwrite, args.split, args.seed)))
+        return
+    if args.set == 'yolo':
+        from asr_downstream.detection.data.convert.yolo import convert_yolo
+
+        print('\n'.join(convert_yolo(args.root, args.overwrite)))
         return
     from asr_downstream.detection.data.coco import check_tree, unpack
 

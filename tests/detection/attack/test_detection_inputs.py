@@ -21,9 +21,9 @@ pytestmark = [pytest.mark.det, pytest.mark.timeout(60)]
 from mmdet.datasets import CocoDataset
 
 from asr_downstream.detection.data.coco import check_annotations
+from asr_downstream.detection.data.convert.voc import convert_voc
 from asr_downstream.detection.data.fit import find_splits
 from asr_downstream.detection.data.headers import read_header
-from asr_downstream.detection.data.voc import convert_voc
 from asr_downstream.errors import AsrError
 
 VALUES: tuple[Any, ...] = (

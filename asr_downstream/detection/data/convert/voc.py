@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from asr_downstream.console.progress import bar
-from asr_downstream.console.text import some
+from asr_downstream.detection.data.convert.coco_file import check_target, is_within, write_splits
 from asr_downstream.detection.data.headers import read_header
 from asr_downstream.errors import DataError
-from asr_downstream.files.atomic import check_could_write, write_together
 
 __all__ = ['CLASSES', 'convert_voc']
 
@@ -53,10 +50,7 @@ def convert_voc(root: Path, overwrite: bool = False, split: float | None = None,
     Raises:
         DataError: something is missing or is no such annotation, or the files are there already.
     """
-    there = [p for p in (root / 'annotations' / f'{name}.json' for name in ('train', 'val')) if p.exists()]
-    if there and not overwrite:
-        raise DataError(f'{some([str(p) for p in there])}: is there already; --overwrite replaces it')
-    check_could_write(root / 'annotations')
+    check_target(root, overwrite)
     years = [p.parent.parent for p in sorted({*root.glob('*/ImageSets/Main'), *root.glob('ImageSets/Main')})]
     if years and split is not None:
         raise DataError(f'{root}: has ImageSets/Main, which say what is for training; leave out --split')
@@ -67,18 +61,7 @@ def convert_voc(root: Path, overwrite: bool = False, split: float | None = None,
         found[name] = [read(folders, image, root) for folders, image in shown]
     names = {o['name'] for images in found.values() for image in images for o in image['objects']}
     classes = [c for c in CLASSES if c in names] if names <= set(CLASSES) else sorted(names)
-    lines, contents = [], {}
-    for name, images in found.items():
-        content = contents[root / 'annotations' / f'{name}.json'] = coco_of(images, classes)
-        boxes = len(content['annotations'])
-        lines.append(f'{name} ({sets[name][0]}): {len(images)} images, {boxes} boxes, {len(classes)} classes')
-    write_together({path: writer(content) for path, content in contents.items()})
-    return lines
-
-
-def writer(content: Any) -> Callable[[Path], Any]:
-    """What writes ``content`` as JSON to a path."""
-    return lambda path: path.write_text(json.dumps(content))
+    return write_splits(root, found, classes, {name: source for name, (source, _) in sets.items()})
 
 
 def chosen_by_lists(root: Path, years: list[Path]) -> dict[str, tuple[str, list[tuple[Folders, str]]]]:
@@ -153,7 +136,7 @@ def read(folders: Folders, name: str, root: Path) -> dict[str, Any]:
         objects: list[dict[str, Any]] = [
             {
                 'name': (entry.findtext('name') or '').strip(),
-                'difficult': int(entry.findtext('difficult') or 0),
+                'crowd': int(entry.findtext('difficult') or 0),
                 'box': [float(entry.findtext(f'bndbox/{k}', '')) for k in ('xmin', 'ymin', 'xmax', 'ymax')],
             }
             for entry in tree.iter('object')
@@ -164,6 +147,9 @@ def read(folders: Folders, name: str, root: Path) -> dict[str, Any]:
         raise DataError(f'{path}: has an object without a name')
     if not all(abs(side) < LARGEST for entry in objects for side in entry['box']):
         raise DataError(f'{path}: has a box that is not finite, or larger than any image')
+    for entry in objects:  # pixels that start at 1, both ends included
+        x1, y1, x2, y2 = entry.pop('box')
+        entry['bbox'] = [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1]
     image = image_of(folders, name, tree.findtext('filename') or '')
     if not image.is_file() or not is_within(image, root):
         raise DataError(f'{folders.images / name}.jpg: no such image, but there is an annotation of it')
@@ -186,34 +172,3 @@ def image_of(folders: Folders, name: str, given: str) -> Path:
         return folders.images / f'{name}.jpg'
     same = [folders.images / f'{name}{suffix}' for suffix in ('.jpg', '.jpeg', '.png', '.JPG', '.JPEG', '.PNG', '.bmp')]
     return next((path for path in (*same, folders.images / given) if path.is_file()), same[0])
-
-
-def is_within(path: Path, root: Path) -> bool:
-    """Whether ``path`` starts from ``root`` without going up: it becomes a name in a file."""
-    return path.is_relative_to(root) and '..' not in path.relative_to(root).parts
-
-
-def coco_of(images: list[dict[str, Any]], classes: list[str]) -> dict[str, Any]:
-    """The content of a COCO file."""
-    numbers = {name: number for number, name in enumerate(classes, 1)}
-    content: dict[str, list[dict[str, Any]]] = {
-        'images': [],
-        'annotations': [],
-        'categories': [{'id': number, 'name': name} for name, number in numbers.items()],
-    }
-    for number, image in enumerate(images, 1):
-        content['images'].append({'id': number, **{k: image[k] for k in ('file_name', 'width', 'height')}})
-        for entry in image['objects']:
-            x1, y1, x2, y2 = entry['box']
-            width, height = x2 - x1 + 1, y2 - y1 + 1
-            content['annotations'].append(
-                {
-                    'id': len(content['annotations']) + 1,
-                    'image_id': number,
-                    'category_id': numbers[entry['name']],
-                    'bbox': [x1 - 1, y1 - 1, width, height],
-                    'area': width * height,
-                    'iscrowd': entry['difficult'],
-                }
-            )
-    return content

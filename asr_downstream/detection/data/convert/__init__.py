@@ -1,0 +1,1 @@
+"""Data sets of other formats, converted to the COCO format beside their images."""
