@@ -198,7 +198,7 @@ def test_replaced_models_and_replaced_models_with_gates(tmp_path: Path) -> None:
         replace(model, FAR)
         randomise(model).eval()
         message = save(model, tmp_path / str(number))
-        assert 'LSTM' in message
+        assert 'replaced attention' in message
         with pytest.raises(OSError, match=r'no file|does not appear'):
             type(model).from_pretrained(tmp_path / str(number), local_files_only=True)
         again = asr_downstream.load_plugged(tmp_path / str(number))
