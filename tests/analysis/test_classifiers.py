@@ -83,7 +83,9 @@ def test_the_command_measures_stripes_and_noise(runs: Any, tmp_path: Path) -> No
     found = json.loads((tmp_path / 'stripes.json').read_text())['runs']
     assert all(site['stripe_ratio'] == 0 for site in found['asr-se']['sites'])
     assert any(site['stripe_ratio'] > 0 for site in found['se']['sites'])
-    done = command('analyze', 'noise', *folders, '--fold', '--images', '32', '--out', tmp_path)
+    done = command(
+        'analyze', 'noise', *folders[1:], '--fold', '--kinds', 'batch-norm', 'fgsm', '--images', '32', '--out', tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert 'accuracy' in (tmp_path / 'noise.json').read_text()
 

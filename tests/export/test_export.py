@@ -130,6 +130,7 @@ def test_models_with_gates_and_other_folders_are_refused(tmp_path: Path) -> None
         kind_of(tmp_path / 'nowhere')
 
 
+@pytest.mark.slow
 def test_the_program_beside_a_unet_samples_as_diffusers_does(tmp_path: Path) -> None:
     import diffusers
     from PIL import Image

@@ -17,6 +17,7 @@ from helpers import exports
 from helpers.tiny_detection import pictures
 
 
+@pytest.mark.slow
 def test_a_detector_is_exported_at_every_size(tmp_path: Path) -> None:
     data = pictures(tmp_path)
     shipped, out = exports.detector(tmp_path, data), tmp_path / 'out'

@@ -112,6 +112,7 @@ def test_pixels_are_those_of_mmdetection_but_for_rounding(exported: tuple[Path, 
         assert levels.mean() < 0.2
 
 
+@pytest.mark.slow
 def test_moved_boxes_are_refused(
     exported: tuple[Path, Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -193,6 +194,7 @@ def test_ap_of_the_program_is_that_of_mmdetection(tmp_path: Path) -> None:
     assert abs(scores.stats[0] - expected) <= 0.001
 
 
+@pytest.mark.slow
 def test_boxes_of_no_image_prove_nothing(tmp_path: Path) -> None:
     data = pictures(tmp_path)
     shipped = exports.detector(tmp_path, data, **{'model.test_cfg.score_thr': 1.0})
