@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from helpers.diffusion import (
     weights,
     write_config,
 )
+from helpers.engine import change_progress
 
 from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.models.components import build_parts
@@ -140,15 +140,7 @@ def test_another_choice_does_not_resume_and_the_same_in_other_words_does(tmp_pat
 
 def test_a_checkpoint_from_before_there_was_a_choice_goes_on(tmp_path: Path, pipe: Path) -> None:
     last = train(tuned(tmp_path, pipe, learns='all', max_train_steps=3))
-    progress = last / 'progress.json'
-    content = json.loads(progress.read_text())
-    del content['settings']['learns']
-    progress.write_text(json.dumps(content))
-    manifest = json.loads((last / 'manifest.json').read_text())
-    from asr_downstream.files.atomic import sha256
-
-    manifest['files'][progress.name] = {'bytes': progress.stat().st_size, 'sha256': sha256(progress)}
-    (last / 'manifest.json').write_text(json.dumps(manifest))
+    change_progress(last, lambda content: content['settings'].pop('learns'))
     assert train(tuned(tmp_path, pipe, learns='all'), 'latest').name == 'checkpoint-6'
 
 

@@ -20,6 +20,7 @@ from helpers.diffusion import (
     write_config,
     write_text_encoder,
 )
+from helpers.engine import change_progress
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -31,7 +32,6 @@ from asr_downstream.diffusion.models.pretrained import noise_schedule, same_sche
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.errors import AsrError
-from asr_downstream.files.atomic import sha256
 
 DAMAGES = ('lacks', 'has more', 'plugged', 'not finite', 'bin')
 WEIGHTS = 'diffusion_pytorch_model.safetensors'
@@ -199,12 +199,7 @@ def test_a_vae_that_lacks_weights_is_refused(tmp_path: Path) -> None:
 
 def as_before(checkpoint: Path, schedule: dict[str, Any]) -> None:
     """Let a checkpoint say which schedule it was trained with, as one does that an earlier version wrote."""
-    path, manifest = checkpoint / 'progress.json', checkpoint / 'manifest.json'
-    content, listed = json.loads(path.read_text()), json.loads(manifest.read_text())
-    content['settings']['noise_scheduler'] = schedule
-    path.write_text(json.dumps(content))
-    listed['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
-    manifest.write_text(json.dumps(listed))
+    change_progress(checkpoint, lambda content: content['settings'].update(noise_scheduler=schedule))
 
 
 @pytest.mark.parametrize('says', ['nothing', 'the same', 'another'])

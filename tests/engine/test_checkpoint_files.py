@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers.engine import run_of
+from helpers.engine import run_of, seal
 from safetensors.torch import load_file, save_file
 
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError, CheckpointError
-from asr_downstream.files.atomic import sha256
 
 
 @pytest.fixture(scope='module')
@@ -31,13 +30,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
     return shutil.copytree(finished, tmp_path / 'run')
-
-
-def seal(checkpoint: Path) -> None:
-    """Write the manifest that fits the files."""
-    files = sorted(p for p in checkpoint.iterdir() if p.name != 'manifest.json')
-    entries = {p.name: {'bytes': p.stat().st_size, 'sha256': sha256(p)} for p in files}
-    (checkpoint / 'manifest.json').write_text(json.dumps({'files': entries}))
 
 
 # Manifest -------------------------------------------------------------------------------------------------------------

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,7 @@ import pytest
 from conftest import ROOT
 from conftest import command as run_tool
 from helpers.diffusion import assert_same, call, command, losses, write_config
-from helpers.engine import Classification, config_for, run_of
+from helpers.engine import Classification, change_progress, config_for, run_of
 from helpers.far import write_config as write_far_config
 from helpers.kills import Command, has_lines
 from helpers.kills import run as run_command
@@ -26,7 +24,6 @@ from asr_downstream.engine.loop import train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.trackers import read_log
 from asr_downstream.errors import AsrError
-from asr_downstream.files.atomic import sha256
 from asr_downstream.files.locks import occupied
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
@@ -72,16 +69,6 @@ def test_losses_after_a_crash_between_lines_of_the_log(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / f'run/checkpoint-{step}')
     run_of(tmp_path / 'run', 'latest', **settings)
     assert losses(tmp_path / 'run') == losses(tmp_path / 'whole')
-
-
-def change_progress(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change ``progress.json`` of a checkpoint, and what its manifest says of it."""
-    path, manifest = checkpoint / 'progress.json', checkpoint / 'manifest.json'
-    content, listed = json.loads(path.read_text()), json.loads(manifest.read_text())
-    change(content)
-    path.write_text(json.dumps(content))
-    listed['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
-    manifest.write_text(json.dumps(listed))
 
 
 def test_a_checkpoint_of_before_has_no_window(tmp_path: Path) -> None:

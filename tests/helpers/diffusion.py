@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
-import json
 import os
 import subprocess
 import sys
@@ -25,7 +24,7 @@ from asr_downstream.diffusion.config import load_config
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.trackers import read_log
-from asr_downstream.files.atomic import sha256
+from helpers.engine import seal
 
 UNET = dict(
     sample_size=8,
@@ -196,11 +195,8 @@ def trained(folder: Path, **settings: Any) -> Path:
 
 def rewrite(checkpoint: Path, name: str, state: dict[str, torch.Tensor]) -> None:
     """Replace a file of weights, and its entry in the manifest."""
-    path = checkpoint / f'{name}.safetensors'
-    save_file(state, path)
-    manifest = json.loads((checkpoint / 'manifest.json').read_text())
-    manifest['files'][path.name] = {'bytes': path.stat().st_size, 'sha256': sha256(path)}
-    (checkpoint / 'manifest.json').write_text(json.dumps(manifest))
+    save_file(state, checkpoint / f'{name}.safetensors')
+    seal(checkpoint)
 
 
 def script(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,7 @@ from asr_downstream.engine.loop import train
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.engine.values import Count
+from asr_downstream.files.atomic import sha256
 
 DEFAULTS = ModuleType('defaults')
 
@@ -108,3 +111,19 @@ def run_of(folder: Path, resume: str | None = None, **settings: Any) -> tuple[Cl
 
 def groups_of(checkpoint: Path) -> list[dict[str, Any]]:
     return torch.load(checkpoint / 'optimizer.bin', weights_only=True)['param_groups']
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest that fits the files of a checkpoint, whatever was done to them."""
+    files = sorted(p for p in checkpoint.iterdir() if p.name != 'manifest.json')
+    entries = {p.name: {'bytes': p.stat().st_size, 'sha256': sha256(p)} for p in files}
+    (checkpoint / 'manifest.json').write_text(json.dumps({'files': entries}))
+
+
+def change_progress(checkpoint: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change ``progress.json`` of a checkpoint, and what its manifest says of it."""
+    path = checkpoint / 'progress.json'
+    content = json.loads(path.read_text())
+    change(content)
+    path.write_text(json.dumps(content))
+    seal(checkpoint)

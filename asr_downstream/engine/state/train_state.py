@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -218,15 +218,22 @@ def check_optimiser(optimiser: Any, model: nn.Module, expected: bool, path: Path
         raise useless(path, 'has no state of the optimiser')
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
-            if not isinstance(value, Tensor) or (value.ndim and not sums_of(value.shape, parameter.shape)):
+            if not isinstance(value, Tensor) or (value.ndim and value.shape != shape_of_state(key, parameter)):
                 raise useless(path, f'{key} of {name} does not fit it')
             if not_finite({key: value}):
                 raise useless(path, f'{key} of {name} is not finite')
 
 
-def sums_of(shape: Sequence[int], whole: Sequence[int]) -> bool:
-    """Whether a state has the shape of a parameter, or of one that was summed over some of its dimensions."""
-    return len(shape) == len(whole) and all(a in (b, 1) for a, b in zip(shape, whole, strict=True))
+# torch's Adafactor keeps the sums of a matrix over one dimension, which stays with length 1.
+SUMMED = {'row_var': -1, 'col_var': -2}
+
+
+def shape_of_state(key: str, parameter: Tensor) -> tuple[int, ...]:
+    """Shape of what an optimiser keeps of a parameter under a key, where that is not one number."""
+    shape = list(parameter.shape)
+    if key in SUMMED and len(shape) > 1:
+        shape[SUMMED[key]] = 1
+    return tuple(shape)
 
 
 def check_same_run(
