@@ -183,6 +183,46 @@ def test_class_names_are_checked_against_the_data(tmp_path: Path) -> None:
     assert build_parts(config, data=False).condition.caption(9) == 'x'
 
 
+def advice(config: Any) -> str:
+    """What building the parts of a config is refused with."""
+    with pytest.raises(AsrError) as caught:
+        build_parts(config)
+    return str(caught.value)
+
+
+def test_following_the_message_on_classes_of_a_dit_ends_in_a_model(tmp_path: Path) -> None:
+    labelled = dict(type='ImageFolder', path=str(write_images(tmp_path / 'some')), resolution=8)
+    unlabelled = {**labelled, 'path': str(write_images(tmp_path / 'one', classes=('cat',)))}
+    dit = dict(type='DiTTransformer2DModel', **{**DIT, 'in_channels': 3, 'out_channels': 3, 'num_embeds_ada_norm': 7})
+    labels = dict(type='ClassLabels')
+    first = advice(config_for(tmp_path, model=dit, data=labelled, plug=None))
+    assert "add condition=dict(type='ClassLabels'), with model.num_embeds_ada_norm=3, or" in first
+    build_parts(
+        config_for(tmp_path, model={**dit, 'num_embeds_ada_norm': 3}, data=labelled, plug=None, condition=labels)
+    )
+    # Images without classes: the same advice with and without a condition, and none of it sends back to the other.
+    without = advice(config_for(tmp_path, model=dit, data=unlabelled, plug=None))
+    assert without == advice(config_for(tmp_path, model=dit, data=unlabelled, plug=None, condition=labels))
+    assert 'put each class into a folder' in without
+    assert "take type='UNet2DModel'" in without
+    assert 'train without condition' not in without
+    assert 'out of the model' not in first + without
+    unet = dict(type='UNet2DModel', **{**UNET, 'in_channels': 3, 'out_channels': 3})
+    build_parts(config_for(tmp_path, model=unet, data=unlabelled))
+
+
+def test_conditions_that_a_model_does_not_take_are_told_before_the_training(tmp_path: Path) -> None:
+    text = dict(type='Text', pretrained_model_name_or_path=str(write_text_encoder(tmp_path / 'encoder')))
+    dit = dict(type='DiTTransformer2DModel', **{**DIT, 'in_channels': 1, 'out_channels': 1})
+    assert 'DiTTransformer2DModel takes no Text' in advice(config_for(tmp_path, model=dit, plug=None, condition=text))
+    unet = dict(type='UNet2DConditionModel', **conditional_arguments(channels=1))
+    told = advice(config_for(tmp_path, model={**unet, 'num_class_embeds': 10}, condition=dict(type='ClassLabels')))
+    assert "UNet2DConditionModel takes no ClassLabels; use condition=dict(type='Text', ...)" in told
+    assert 'leave num_class_embeds=10 out' in advice(
+        config_for(tmp_path, model={**unet, 'num_class_embeds': 10}, condition=text)
+    )
+
+
 def test_a_plugged_average_goes_through_bytes(tmp_path: Path) -> None:
     model = build_model(config_for(tmp_path, plug=ASR))
     buffer = io.BytesIO()

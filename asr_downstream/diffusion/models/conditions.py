@@ -21,6 +21,9 @@ from asr_downstream.registry import Registry, build
 __all__ = ['CONDITIONS', 'ClassLabels', 'Condition', 'Text', 'build_condition']
 
 CONDITIONS = Registry('condition', error=AsrError, key='condition')
+# Which condition of those below a model takes, and the key of its number of classes.
+TAKES = {'UNet2DModel': 'ClassLabels', 'DiTTransformer2DModel': 'ClassLabels', 'UNet2DConditionModel': 'Text'}
+CLASSES = {'DiTTransformer2DModel': 'num_embeds_ada_norm'}
 
 
 class Condition:
@@ -81,10 +84,7 @@ class ClassLabels(Condition):
         self, source: Source | None, model: Any, drop: float = 0.0, classes: Sequence[str] | None = None
     ) -> None:
         if source is not None and source.labels is None:
-            raise AsrError(
-                f'condition: the images of {type(source).__name__} have no classes; put each class into a folder of '
-                f'its name, or train without condition'
-            )
+            raise AsrError(without_classes(source, model))
         if source is not None and classes is not None and tuple(classes) != source.classes:
             raise AsrError(f'condition: the data has the classes {list(source.classes)}, not {list(classes)}')
         check_drop(drop)
@@ -92,8 +92,8 @@ class ClassLabels(Condition):
         self.classes = tuple(classes or ()) if source is None else source.classes
         self.shown = list(range(len(self.classes)))
         self.drop = drop
-        transformer = 'num_embeds_ada_norm' in model.config
-        key = 'num_embeds_ada_norm' if transformer else 'num_class_embeds'
+        key = classes_key(model)
+        transformer = key == 'num_embeds_ada_norm'
         needed = len(self.classes) + (1 if drop and not transformer else 0)  # DiT adds its own
         if model.config.get(key) != needed:
             why = f'{len(self.classes)} classes'
@@ -229,13 +229,58 @@ def build_condition(spec: dict[str, Any] | None, source: Source | None, model: A
     Raises:
         AsrError: a name or argument is not known, or it does not fit data or model.
     """
+    check_taken(None if spec is None else spec.get('type'), source, model)
     if spec is None:
-        if model.config.get('num_class_embeds') or 'num_embeds_ada_norm' in model.config:
-            raise AsrError(
-                'condition: the model has class embeddings but the config has no condition; add condition=dict('
-                "type='ClassLabels'), or take the classes out of the model"
-            )
-        if model.config.get('cross_attention_dim') and type(model).__name__ == 'UNet2DConditionModel':
-            raise AsrError("condition: UNet2DConditionModel needs condition=dict(type='Text', ...)")
         return Condition()
     return build(CONDITIONS, plain(spec), {'source': source, 'model': model})
+
+
+def check_taken(name: str | None, source: Source | None, model: Any) -> None:
+    """Refuse a condition that a model does not take, or none where it needs one; of a user's own nothing is known.
+
+    Raises:
+        AsrError: see above.
+    """
+    kind, classes = type(model).__name__, model.config.get(classes_key(model))
+    taken = TAKES.get(kind)
+    if name in TAKES.values() and taken not in (name, None):
+        models = ' or '.join(repr(model) for model, takes in TAKES.items() if takes == name)
+        raise AsrError(
+            f'condition: {kind} takes no {name}; use condition=dict(type={taken!r}, ...), or a model of type={models}'
+        )
+    if taken == 'Text' and name in (None, 'Text'):
+        if name is None:
+            raise AsrError(f"condition: {kind} needs condition=dict(type='Text', ...)")
+        if classes:
+            raise AsrError(f'condition: Text gives no classes; leave num_class_embeds={classes} out of the model')
+    elif name is None and kind in CLASSES:
+        if source is not None and source.labels is None:
+            raise AsrError(without_classes(source, model))
+        number = f'model.{CLASSES[kind]}={len(source.classes)}' if source is not None else 'their number in the model'
+        raise AsrError(
+            f"condition: {kind} always takes a class; add condition=dict(type='ClassLabels'), with {number}, or take "
+            f"type='UNet2DModel' to train without classes"
+        )
+    elif name is None and classes:
+        raise AsrError(
+            f'condition: the model has class embeddings but the config has no condition; add condition=dict('
+            f"type='ClassLabels'), or leave num_class_embeds={classes} out of the model"
+        )
+
+
+def classes_key(model: Any) -> str:
+    """Key of the number of classes in the config of a model."""
+    return CLASSES.get(type(model).__name__, 'num_class_embeds')
+
+
+def without_classes(source: Source, model: Any) -> str:
+    """Message for images without classes and a model that should have some."""
+    kind = type(model).__name__
+    if kind in CLASSES:
+        why, other = f', and {kind} always takes one', "take type='UNet2DModel' to train without classes"
+    else:
+        why, other = '', 'train without: leave condition and model.num_class_embeds out'
+    return (
+        f'condition: the images of {type(source).__name__} have no classes{why}; put each class into a folder of its '
+        f"name and use condition=dict(type='ClassLabels'), or {other}"
+    )
