@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from asr_downstream.console import cli
+from asr_downstream.plugging.sites import SITES
 
 ROOT = Path(__file__).resolve().parent.parent
 pytest_plugins = ('helpers.pictures', 'helpers.hub')
@@ -56,10 +57,13 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestR
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> Iterator[None]:
+def _alone() -> Iterator[None]:
+    """No test sees what another one left: random numbers, blocks that it registered, threads."""
     torch.manual_seed(0)
-    threads = torch.get_num_threads()
+    threads, sites = torch.get_num_threads(), dict(SITES)
     yield
+    SITES.clear()
+    SITES.update(sites)
     assert torch.get_num_threads() == threads  # else sums of later tests are of another order
 
 

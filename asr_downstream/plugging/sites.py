@@ -11,7 +11,7 @@ after a ReLU goes on the layer before it: ``relu(z) v == relu(z v)`` for the pos
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from operator import attrgetter
@@ -64,10 +64,9 @@ class Branch:
     others: tuple[Branch, ...] = ()
 
 
-# Qualified name of a block class -> how its residual branch ends; subclasses of a block inherit its entry. Holds the
-# entries of `register_site`; those of an adapter are added when a class of its framework is first met.
+# Entries of `register_site`: qualified name of a block class -> how its residual branch ends; subclasses of a block
+# inherit its entry. They win over those of a framework, which stay in its module of data.
 SITES: dict[str, Branch] = {}
-READ: set[str] = set()  # modules of `asr_downstream.registry.FRAMEWORKS` whose entries are in SITES
 
 
 # Layers that cannot be sites, and why: the second table of the documentation.
@@ -179,29 +178,22 @@ def qualified_name(cls: type) -> str:
 
 
 def branch_of(block: nn.Module) -> Branch | None:
-    """Return the entry of `SITES` for the class of ``block`` or its nearest base."""
+    """Return the entry for the class of ``block`` or its nearest base: the user's, or that of its framework."""
     for cls in type(block).__mro__:
-        read_sites(FRAMEWORKS.get(cls.__module__.partition('.')[0]))
-        if (branch := SITES.get(qualified_name(cls))) is not None:
+        name = qualified_name(cls)
+        if (branch := SITES.get(name) or sites_of(cls.__module__.partition('.')[0]).get(name)) is not None:
             return branch
     return None
 
 
-def read_sites(location: str | None) -> None:
-    """Add the entries of an adapter to `SITES`, once; an entry that is there already is the user's, and stays."""
-    if location is not None and location not in READ:
-        READ.add(location)
-        for name, branch in framework_data(location).SITES.items():
-            SITES.setdefault(name, branch)
+def sites_of(framework: str) -> Mapping[str, Branch]:
+    """Entries of a package, of which the module of data may hold others too; none where it is not known."""
+    return framework_data(FRAMEWORKS[framework]).SITES if framework in FRAMEWORKS else {}
 
 
 def known_sites() -> dict[str, Branch]:
     """All entries: those of the adapters, in the order of `asr_downstream.registry.FRAMEWORKS`, then the user's."""
-    order: dict[str, None] = {}
-    for location in FRAMEWORKS.values():
-        read_sites(location)
-        order.update(dict.fromkeys(framework_data(location).SITES))
-    return {name: SITES[name] for name in (*order, *(n for n in SITES if n not in order)) if name in SITES}
+    return {name: branch for framework in FRAMEWORKS for name, branch in sites_of(framework).items()} | SITES
 
 
 def branches(model: nn.Module) -> Iterator[tuple[str, nn.Module, Branch]]:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 import asr_downstream
 from asr_downstream import PlugError, describe, plug, rebind, register_site, verify
 from asr_downstream.models.resnet_cifar import BasicBlock, Bottleneck
-from asr_downstream.plugging.sites import SITES
 from asr_downstream.registry import ATTENTIONS as REGISTRY
 
 
@@ -160,7 +159,6 @@ def test_five_lines_register_an_attention_and_a_site() -> None:
         folded, _ = asr_downstream.fold(model)
         assert verify(model, folded, torch.randn(2, 4, 5, 5)).relative < 1e-5
     finally:
-        SITES.popitem()
         REGISTRY.module_dict.pop('Mean')
 
 
