@@ -49,6 +49,9 @@ max_grad_norm: Limit | None = 1.0
 use_ema: bool = True
 
 # A validation is a grid of samples, samples/step-*.png.
+validate_at_start: bool | None = (
+    None  # also before the first step; None: of pretrained models, whose grid says something
+)
 num_validation_images: Count = 16
 sampler: Literal['DDPM', 'DDIM', 'DPM-Solver++', 'Euler'] | None = None  # None: DDIM, of flow matching Euler
 num_inference_steps: Count = 50

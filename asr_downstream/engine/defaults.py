@@ -58,4 +58,5 @@ checkpointing_steps: Count = 500
 checkpoints_total_limit: Count | None = 3
 report_to: list[Literal['tensorboard', 'wandb']] = ['tensorboard']  # log.jsonl is always written
 validation_steps: Number = 500  # steps between validations; 0: none
+validate_at_start: bool = False  # also before the first step: the baseline
 gate_steps: Number = 0  # steps between lines of gates.jsonl, for `asr-downstream analyze stripes`; 0: none

@@ -214,6 +214,9 @@ class Training:
                 self.window.take_up(self.progress.window[self.accelerator.process_index], self.progress.since)
             self.watch = Watch(self.accelerator)
             stopping = stack.enter_context(until_stopped())
+            if config.validation_steps and not self.progress.step and self.task.validates_at_start():
+                with self.window.paused():
+                    self.validate(0)
             batches = iter(loader)
             for step in range(self.progress.step + 1, total + 1):
                 self.step(step, batches)

@@ -99,6 +99,10 @@ class Task:
     def after_step(self, step: int) -> None:
         """Called after every optimiser step, counted from 1, before weights are averaged."""
 
+    def validates_at_start(self) -> bool:
+        """Whether to validate before the first step."""
+        return bool(self.config.validate_at_start)
+
     def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
         """Measure or show what was learnt, on the main process.
 

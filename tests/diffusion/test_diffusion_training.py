@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.diffusion import (
     ASR,
     DIA,
     UNET,
+    assert_same,
     config_for,
     launch,
     losses,
@@ -18,7 +21,11 @@ from helpers.diffusion import (
     write_config,
     write_images,
 )
+from PIL import Image
 
+from asr_downstream.diffusion.evaluation.pictures import grid
+from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
+from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.trackers import read_log
@@ -57,6 +64,36 @@ def test_options_of_the_loop_train(tmp_path: Path) -> None:
     assert [row['lr'] for row in rows] == pytest.approx([1e-3, 2e-3, 2e-3, 2e-3, 2e-3, 2e-3])
     assert rows[-1]['epoch'] == pytest.approx(6 * 8 / 1797, abs=1e-4)
     assert json.loads((last / 'progress.json').read_text())['step'] == 6
+
+
+def test_the_baseline_is_shown_before_the_first_step_and_not_again_on_resume(tmp_path: Path) -> None:
+    settings = dict(validation_steps=4, num_validation_images=2, num_inference_steps=2, max_train_steps=4)
+    grids = tmp_path / 'run/samples'
+    config = config_for(tmp_path, validate_at_start=True, checkpointing_steps=2, use_ema=True, **settings)
+    model = build_parts(config).model.eval()
+    last = train(config)
+    assert sorted(p.name for p in grids.iterdir()) == ['step-0000000.png', 'step-0000004.png']
+    parts = build_parts(config)
+    images = generate(model, parts, build_sampler(config.sampler, parts.scheduler), range(2), 2, config.seed)
+    assert np.array_equal(np.asarray(Image.open(grids / 'step-0000000.png')), np.asarray(grid(images)))
+    shutil.rmtree(last)
+    (grids / 'step-0000000.png').unlink()
+    again = train(config, resume='latest')
+    assert [p.name for p in grids.iterdir()] == ['step-0000004.png']
+    # The training itself is the same with and without.
+    plain = config_for(tmp_path / 'plain', checkpointing_steps=2, use_ema=True, **settings)
+    assert_same(again, train(plain))
+    assert [p.name for p in (tmp_path / 'plain/run/samples').iterdir()] == ['step-0000004.png']
+
+
+def test_a_pretrained_model_shows_its_baseline_by_itself(tmp_path: Path) -> None:
+    settings = dict(validation_steps=2, num_validation_images=2, num_inference_steps=2, max_train_steps=2, plug=None)
+    build_parts(config_for(tmp_path, plug=None)).model.save_pretrained(tmp_path / 'base')
+    model = dict(type='UNet2DModel', pretrained_model_name_or_path=str(tmp_path / 'base'))
+    for asked, first in ((None, True), (False, False)):
+        folder = tmp_path / f'{asked}'
+        train(config_for(folder, model=model, validate_at_start=asked, **settings))
+        assert (folder / 'run/samples/step-0000000.png').is_file() is first
 
 
 @pytest.mark.slow

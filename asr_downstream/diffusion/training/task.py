@@ -14,7 +14,7 @@ from asr_downstream.diffusion.data import Samples
 from asr_downstream.diffusion.evaluation.pictures import grid, save_grid
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.components import Parts
-from asr_downstream.diffusion.models.pretrained import same_schedule
+from asr_downstream.diffusion.models.pretrained import PATH, same_schedule
 from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.optim import build_optimiser
@@ -60,7 +60,7 @@ class Denoising(Task):
         self.images = parts.images
         self.sampler = build_sampler(config.sampler, parts.scheduler)
         restrict(self.model, learning_of(config, self.model))
-        if 'gates' in words_of(plain(config.learns)) and 'pretrained_model_name_or_path' in config.model:
+        if 'gates' in words_of(plain(config.learns)) and PATH in config.model:
             warn_of_another_start(self.model)
 
     def same(self, key: str, before: Any, now: Any) -> bool:
@@ -97,6 +97,11 @@ class Denoising(Task):
     def objective(self, output: Any, batch: dict[str, Any]) -> Tensor:
         """Loss of what the model returned for `inputs`."""
         return denoising_loss(self.parts.process, output.sample, batch, self.config.snr_gamma)
+
+    def validates_at_start(self) -> bool:
+        """Whether to write a grid of the baseline: by the config, which may leave it to the model."""
+        asked = self.config.validate_at_start
+        return PATH in self.config.model if asked is None else bool(asked)
 
     def validate(self, model: nn.Module, step: int, run: Path, reporter: Reporter) -> None:
         """Write ``samples/step-<step>.png``: always the same noise."""
