@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import re
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -60,6 +63,33 @@ class Page(HTMLParser):
     def all(self, *names: str) -> list[dict[str, str]]:
         """Attributes of the tags of these names."""
         return [attributes for tag, attributes in self.tags if tag in names]
+
+
+def check_is_one_file(text: str) -> Page:
+    """No script, no style but the page's own, nothing that is loaded; ids are unique, anchors lead somewhere."""
+    page = Page(text)
+    names = {tag for tag, _ in page.tags}
+    assert not names & {'script', 'iframe', 'object', 'embed', 'form', 'base', 'input', 'button', 'audio', 'video'}
+    for tag, attributes in page.tags:
+        assert not [key for key in attributes if key.startswith('on') or key == 'style'], (tag, attributes)
+        for key in ('src', 'href', 'srcset', 'xlink:href', 'action', 'data'):
+            assert attributes.get(key, '#').startswith(('#', 'data:')), attributes[key]
+    ids = [attributes['id'] for _, attributes in page.tags if 'id' in attributes]
+    assert len(set(ids)) == len(ids)
+    for attributes in page.all('a'):
+        assert attributes['href'][1:] in ids
+    for _, attributes in page.tags:
+        for each in attributes.get('aria-labelledby', '').split():
+            assert each in ids
+    [style] = re.findall(r'<style>(.*?)</style>', text, re.DOTALL)
+    [policy] = [each['content'] for each in page.all('meta') if 'Content-Security-Policy' in each.get('http-equiv', '')]
+    hashed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    assert f"style-src 'sha256-{hashed}'" in policy
+    assert policy.startswith("default-src 'none'")
+    assert 'url(' not in style
+    assert '@import' not in style
+    assert all('alt' in each for each in page.all('img'))
+    return page
 
 
 def put(path: Path, content: Any) -> Path:
