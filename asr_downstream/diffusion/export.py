@@ -80,7 +80,7 @@ def fold_and_ship(
     with whole_folder(out, sum(value.nbytes for value in stock.state_dict().values())) as aside:
         part = save_parts(run, stock, aside)
         check_loads(stock, aside / part)
-        save_grid(aside / 'samples.png', images)
+        save_grid(aside / 'samples.png', images, captions=[run.parts.condition.caption(n) for n in range(PICTURES)])
         weights = sorted((aside / part).glob('*.safetensors'))
         report = {
             'run': run.folder.name,

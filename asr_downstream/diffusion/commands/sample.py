@@ -5,7 +5,8 @@
     asr-downstream sample RUN --show cat dog --guidance-scale 3     # of a conditioned model: its classes, or prompts
     asr-downstream sample RUN/checkpoint-500 --fold                 # an earlier checkpoint; its folded, stock model
 
-Writes RUN/images/grid.png, and with --single one PNG an image. Image n of a seed is the same with every batch size.
+Writes RUN/images/grid.png, of conditioned models with the class or prompt below each image, and with --single one PNG
+an image. Image n of a seed is the same with every batch size.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         model.to(device), run.parts, build_sampler(name, run.parts.scheduler), range(args.num_samples),
         args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images',
     )  # fmt: skip
-    save_grid(out / 'grid.png', images, args.columns)
+    captions = [run.parts.condition.caption(number) for number in range(args.num_samples)]
+    save_grid(out / 'grid.png', images, args.columns, captions)
     if args.single:
         save_images(out, images, range(args.num_samples))
     weights = 'averaged weights' if run.ema else 'weights as trained'

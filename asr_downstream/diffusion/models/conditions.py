@@ -58,7 +58,7 @@ class Condition:
         raise AsrError('the run has no condition: there is nothing to choose with --show')
 
     def caption(self, number: int) -> str:
-        """Condition of generated image ``number``, for people."""
+        """Condition of generated image ``number``, for people: it stands below the image in grids."""
         return ''
 
     def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -114,8 +114,9 @@ class Denoising(Task):
         except DataError as error:  # whether the training itself diverged, the loop sees
             reporter.say(f'step {step}: no samples: {error}')
             return
-        save_grid(run / 'samples' / f'step-{step:07d}.png', images)
-        reporter.picture(step, grid(images))
+        captions = [self.parts.condition.caption(number) for number in range(len(images))]
+        save_grid(run / 'samples' / f'step-{step:07d}.png', images, captions=captions)
+        reporter.picture(step, grid(images, captions=captions))
 
     def config_text(self) -> str:
         """Resolved config, with the classes or prompts that the data gave."""
