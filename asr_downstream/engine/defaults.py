@@ -13,7 +13,8 @@ from asr_downstream.engine.values import Above, AtLeast, Count, Limit, MaxShare,
 custom_imports: dict | None = None
 
 # Where images come from: Digits, ImageFolder, Zip or HubDataset; path=..., resolution=..., random_flip=False,
-# max_bad_share=0.01 (the share of files that may be undecodable before the run stops).
+# max_bad_share=0.01 (the share of files that may be undecodable before the run stops). Of a folder or zip, a part:
+# classes=['cat', 'dog'], whose numbers are 0 and 1 in that order; subset=1000 images, or subset='train/*' by path.
 data: dict = dict(type='Digits', resolution=8)
 
 # How long, and with what.

@@ -8,13 +8,18 @@ from __future__ import annotations
 
 import os
 import zipfile
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
+from asr_downstream.console.text import some
 from asr_downstream.engine.data.folders import files_below
+from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError, DataError, did_you_mean
 from asr_downstream.registry import Registry
 
@@ -56,19 +61,32 @@ class Files(Source):
     Args:
         paths: relative paths with forward slashes.
         root: what they are in, for messages.
+        classes: images of these alone, whose numbers are 0, 1, ... in the order given; one is enough.
+        subset: so many of the images, drawn once and for all, of which fewer are a part; or those whose path fits a
+            pattern such as ``'train/*'``. The classes, and their numbers, are those of all images.
+
+    Raises:
+        DataError: there are no such images, classes or paths.
     """
 
-    def __init__(self, paths: list[str], root: Path) -> None:
+    def __init__(
+        self, paths: list[str], root: Path, classes: Sequence[str] | None = None, subset: int | str | None = None
+    ) -> None:
         self.root = root
         self.paths = sorted(p for p in paths if is_image(p))
         if not self.paths:
             raise DataError(f'{root}: has no images ({", ".join(sorted(SUFFIXES))}); check the path')
-        folders = [PurePosixPath(p).parent.name for p in self.paths]
-        classes = sorted(set(folders))
-        if len(classes) > 1 and '' not in classes:
-            self.classes = tuple(classes)
-            numbers = {name: number for number, name in enumerate(classes)}
-            self.labels = [numbers[folder] for folder in folders]
+        found = sorted({class_of(p) for p in self.paths})
+        if classes is not None:
+            self.classes = checked_classes(classes, found, root)
+            self.paths = [p for p in self.paths if class_of(p) in self.classes]
+        elif len(found) > 1 and '' not in found:
+            self.classes = tuple(found)
+        if subset is not None:
+            self.paths = part_of(self.paths, subset, root)
+        if self.classes:
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            self.labels = [numbers[class_of(p)] for p in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -76,6 +94,50 @@ class Files(Source):
     def name(self, index: int) -> str:
         """Path of the file."""
         return f'{self.root}/{self.paths[index]}'
+
+
+def class_of(path: str) -> str:
+    """Name of the folder that a file is in; '' for none."""
+    return PurePosixPath(path).parent.name
+
+
+def checked_classes(classes: Sequence[str], found: list[str], root: Path) -> tuple[str, ...]:
+    """Classes of a config, if they are among those that were found.
+
+    Raises:
+        AsrError: they are no list of different names.
+        DataError: there are no images of one.
+    """
+    if not isinstance(classes, list | tuple) or not classes or not all(isinstance(name, str) for name in classes):
+        raise AsrError(f"data: classes={classes!r} should be a list of names, such as ['cat', 'dog']")
+    if len(set(classes)) < len(classes):
+        raise AsrError(f'data: classes={list(classes)} has a name twice')
+    there = [name for name in found if name]
+    if missing := [name for name in classes if name not in there]:
+        raise DataError(
+            f'{root}: has no images of {", ".join(map(repr, missing))}; the folders of images there are '
+            f'{some(there, 20)}'
+        )
+    return tuple(classes)
+
+
+def part_of(paths: list[str], subset: int | str, root: Path) -> list[str]:
+    """Part of some paths, in their order; see `Files`.
+
+    Raises:
+        AsrError: it is neither a number nor a pattern.
+        DataError: there are not so many, or none fits.
+    """
+    if isinstance(subset, str):
+        if kept := [path for path in paths if fnmatchcase(path, subset)]:
+            return kept
+        raise DataError(f'{root}: no image fits subset={subset!r}; paths are such as {some(paths, 3)}')
+    if type(subset) is not int or subset < 1:
+        raise AsrError(f"data: subset={subset!r} should be a number of images, or a pattern such as 'train/*'")
+    if subset > len(paths):
+        raise DataError(f'{root}: has {len(paths):,} images, fewer than subset={subset:,}')
+    drawn = torch.randperm(len(paths), generator=generator('subset')).tolist()[:subset]
+    return [paths[index] for index in sorted(drawn)]
 
 
 def is_image(path: str) -> bool:
@@ -91,13 +153,14 @@ class ImageFolder(Files):
 
     Args:
         path: the folder.
+        classes, subset: see `Files`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, classes: Sequence[str] | None = None, subset: int | str | None = None) -> None:
         root = Path(path)
         if not root.is_dir():
             raise DataError(f'{root}: no such image folder; give one with --data, or set ASR_DATA_ROOT')
-        super().__init__(files_below(root), root)
+        super().__init__(files_below(root), root, classes, subset)
 
     def read(self, index: int) -> Image.Image:
         """Decode the file."""
@@ -112,9 +175,10 @@ class Zip(Files):
 
     Args:
         path: the zip file.
+        classes, subset: see `Files`.
     """
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, classes: Sequence[str] | None = None, subset: int | str | None = None) -> None:
         root = Path(path)
         if not root.is_file():
             raise DataError(f'{root}: no such zip file; give one with --data, or set ASR_DATA_ROOT')
@@ -123,7 +187,7 @@ class Zip(Files):
                 paths = [entry.filename for entry in archive.infolist() if not entry.is_dir()]
         except zipfile.BadZipFile as error:
             raise DataError(f'{root}: is no zip file that can be read ({error}); copy it again') from error
-        super().__init__(paths, root)
+        super().__init__(paths, root, classes, subset)
         self.handle: tuple[int, zipfile.ZipFile | None] = (0, None)
 
     def read(self, index: int) -> Image.Image:
