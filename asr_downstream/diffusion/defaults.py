@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from asr_downstream.engine.values import Above, AtLeast, Count, Finite, Limit, Share
+from asr_downstream.engine.values import Above, AtLeast, Count, Finite, Limit, Number, Share
 
 DEFAULT_SCHEDULE = dict(type='DDPMScheduler', num_train_timesteps=1000, beta_schedule='linear')
 
@@ -47,6 +47,10 @@ adam_beta1: Share = 0.95
 adam_weight_decay: AtLeast = 1e-6
 max_grad_norm: Limit | None = 1.0
 use_ema: bool = True
+
+# Steps between pipelines, pipeline-<step> beside the checkpoints: folded, and at the last step too; a multiple of
+# checkpointing_steps, of which checkpoints_total_limit stay; 0: none.
+save_pipeline_steps: Number = 0
 
 # A validation is a grid of samples, samples/step-*.png.
 validate_at_start: bool | None = (

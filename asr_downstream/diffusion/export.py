@@ -12,7 +12,7 @@ import torch
 
 from asr_downstream.console.text import some
 from asr_downstream.diffusion.card import Metadata, far_card, model_card
-from asr_downstream.diffusion.evaluation.fold import as_trained, compare, fold_run
+from asr_downstream.diffusion.evaluation.fold import as_trained, compare, fold_run, verify_forward
 from asr_downstream.diffusion.evaluation.pictures import save_grid
 from asr_downstream.diffusion.evaluation.results import Result, read_results
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
@@ -25,11 +25,13 @@ from asr_downstream.files.atomic import check_writable, files_in, not_ours, sha2
 from asr_downstream.files.configs import plain
 from asr_downstream.folding.adapters.file import Adapter
 from asr_downstream.folding.adapters.save import save_of_training
+from asr_downstream.folding.report import FoldReport
+from asr_downstream.folding.verify import check_same
 from asr_downstream.measure.cost import parameters
 from asr_downstream.measure.versions import versions
 from asr_downstream.plugging.describe import describe
 
-__all__ = ['fold_and_ship', 'save_adapter_of_run']
+__all__ = ['fold_and_ship', 'save_adapter_of_run', 'save_pipeline']
 
 REPORT = 'fold_report.json'
 PICTURES, PICTURE_STEPS = 16, 50
@@ -81,27 +83,52 @@ def fold_and_ship(
         part = save_parts(run, stock, aside)
         check_loads(stock, aside / part)
         save_grid(aside / 'samples.png', images, captions=[run.parts.condition.caption(n) for n in range(PICTURES)])
-        weights = sorted((aside / part).glob('*.safetensors'))
-        report = {
-            'run': run.folder.name,
-            'step': run.step,
-            'ema': run.ema,
-            'checkpoint_sha256': run.sha256,
-            'weights': {path.name: sha256(path) for path in weights},
-            'model': type(stock).__name__,
-            'pipeline': (aside / 'model_index.json').is_file(),
-            'plug': plain(run.config.plug),
-            'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
-            'fold_seconds': round(seconds, 3),
-            'difference': difference,
-            'sites': [asdict(site) for site in folding.sites],
-            'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
-            'versions': versions(),
-            'files': sorted([*files_in(aside), REPORT, 'README.md']),
-        }
+        about = {'fold_seconds': round(seconds, 3), 'difference': difference}
+        report = report_of(run, stock, folding, aside / part, about)
+        report['files'] = sorted([*files_in(aside), REPORT, 'README.md'])
         write_json(aside / REPORT, report)
         (aside / 'README.md').write_text(model_card(run, report, results, metadata), encoding='utf-8')
     return {**report, 'report': folding}
+
+
+def save_pipeline(run: Run, out: Path) -> None:
+    """Write what `fold_and_ship` writes without what takes long: no samples, no card, and one forward is compared.
+
+    Args:
+        run: loaded; its gates fold exactly.
+        out: folder, which is replaced.
+
+    Raises:
+        CheckpointError, FoldError, AsrError: see `fold_and_ship`.
+    """
+    stock, folding = fold_run(run) if describe(run.parts.model).sites else as_trained(run)
+    forward = verify_forward(run, run.parts.model, stock, torch.float32)
+    check_same(forward, stock, str(run.checkpoint))
+    with whole_folder(out, sum(value.nbytes for value in stock.state_dict().values())) as aside:
+        part = save_parts(run, stock, aside)
+        check_loads(stock, aside / part)
+        report = report_of(run, stock, folding, aside / part, {'difference': {'float32': {'model': forward.relative}}})
+        report['files'] = sorted([*files_in(aside), REPORT])
+        write_json(aside / REPORT, report)
+
+
+def report_of(run: Run, stock: Any, folding: FoldReport, part: Path, about: dict[str, Any]) -> dict[str, Any]:
+    """Report on a folder that was just written: what is in it, where it comes from, and ``about``."""
+    return {
+        'run': run.folder.name,
+        'step': run.step,
+        'ema': run.ema,
+        'checkpoint_sha256': run.sha256,
+        'weights': {path.name: sha256(path) for path in sorted(part.glob('*.safetensors'))},
+        'model': type(stock).__name__,
+        'pipeline': (part.parent / 'model_index.json').is_file(),
+        'plug': plain(run.config.plug),
+        'parameters': {'plugged': parameters(run.parts.model), 'shipped': parameters(stock)},
+        **about,
+        'sites': [asdict(site) for site in folding.sites],
+        'calibration': None if folding.calibration is None else folding.calibration.as_dict(),
+        'versions': versions(),
+    }
 
 
 def save_adapter_of_run(

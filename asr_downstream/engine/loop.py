@@ -354,6 +354,9 @@ class Training:
         self.checkpoint = save_training(
             self.run, self.accelerator, self.model, self.ema, self.progress, limit, self.moments
         )
+        if self.reporter is not None:
+            self.task.saved(self.checkpoint, self.progress.step, self.reporter)
+        self.accelerator.wait_for_everyone()
 
     def validate(self, step: int) -> None:
         """Let the main process validate the averaged weights, and the others wait."""

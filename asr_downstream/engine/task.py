@@ -113,6 +113,9 @@ class Task:
             reporter: for `Reporter.numbers` and `Reporter.picture`.
         """
 
+    def saved(self, checkpoint: Path, step: int, reporter: Reporter) -> None:
+        """Called on the main process after a checkpoint was written."""
+
     def config_text(self) -> str:
         """Text of ``config.py`` of the run: the resolved config, see `asr_downstream.engine.config.portable`."""
         raise NotImplementedError

@@ -13,7 +13,10 @@ __all__ = ['sections_of']
 
 DEPTH = 4
 # Folders of runs that are no runs.
-PARTS = ('checkpoint-', 'shipped', 'tensorboard', 'data', 'vis_data', 'samples', 'evaluation', 'pictures', 'configs')
+PARTS = (
+    'checkpoint-', 'pipeline-', 'shipped', 'tensorboard', 'data', 'vis_data', 'samples', 'evaluation', 'pictures',
+    'configs',
+)  # fmt: skip
 
 
 def sections_of(paths: Sequence[Path]) -> list[Section]:

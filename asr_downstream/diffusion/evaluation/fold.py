@@ -22,7 +22,9 @@ from asr_downstream.modules.copies import copy_of
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.weights import load_state
 
-__all__ = ['SAMPLE_STEPS', 'as_trained', 'calibration_batches', 'compare', 'fold_run', 'stock_of']
+__all__ = [
+    'SAMPLE_STEPS', 'as_trained', 'calibration_batches', 'compare', 'fold_run', 'stock_of', 'verify_forward',
+]  # fmt: skip
 
 SAMPLE_STEPS = 10  # of the sample that is compared, by the first sampler of the process
 

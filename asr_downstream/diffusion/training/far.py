@@ -125,7 +125,7 @@ def put_over(stored: Config, config: Config) -> Config:
     keys = [key for key in inspect.get_annotations(defaults) if key not in NOT_TRAINING]
     changes = {key: plain(config[key]) for key in keys}
     changes['custom_imports'] = both_imports(stored, config)
-    changes['learns'] = 'all'  # what learns is up to the stages
+    changes |= {'learns': 'all', 'save_pipeline_steps': 0}  # what learns is up to the stages; LSTMs are no pipeline
     if config.data.get('path'):
         resolution = stored.data.get('resolution')
         changes['data'] = {**plain(stored.data), **plain(config.data), 'resolution': resolution}

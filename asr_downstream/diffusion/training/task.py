@@ -16,6 +16,7 @@ from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.models.pretrained import PATH, same_schedule
 from asr_downstream.diffusion.training.objective import denoising_loss
+from asr_downstream.diffusion.training.saved import check_can_save, save_on_the_way
 from asr_downstream.engine.config import portable
 from asr_downstream.engine.optim import build_optimiser
 from asr_downstream.engine.task import Task
@@ -59,6 +60,7 @@ class Denoising(Task):
         self.model = parts.model
         self.images = parts.images
         self.sampler = build_sampler(config.sampler, parts.scheduler)
+        check_can_save(config, self.model)
         restrict(self.model, learning_of(config, self.model))
         if 'gates' in words_of(plain(config.learns)) and PATH in config.model:
             warn_of_another_start(self.model)
@@ -117,6 +119,12 @@ class Denoising(Task):
         captions = [self.parts.condition.caption(number) for number in range(len(images))]
         save_grid(run / 'samples' / f'step-{step:07d}.png', images, captions=captions)
         reporter.picture(step, grid(images, captions=captions))
+
+    def saved(self, checkpoint: Path, step: int, reporter: Reporter) -> None:
+        """Write a pipeline, if it is time."""
+        every = self.config.save_pipeline_steps
+        if every and (step % every == 0 or step == self.config.max_train_steps):
+            save_on_the_way(checkpoint, self.config.checkpoints_total_limit, reporter.say)
 
     def config_text(self) -> str:
         """Resolved config, with the classes or prompts that the data gave."""
