@@ -39,10 +39,10 @@ class Optimiser:
     """What there is to know of an optimiser that configs name.
 
     Attributes:
-        cls: of torch.
+        cls: of torch, or a function that makes one.
         settings: config -> arguments besides rate and decay; also settings of its groups.
         decay: key of its weight decay where ``weight_decay`` is None; '' for none.
-        moments: config -> tensors that it keeps of every parameter; a fraction where it keeps sums of them.
+        moments: config -> tensors that it keeps of every parameter; a fraction where it keeps sums, or 8 bits, of them.
     """
 
     cls: Any
@@ -51,13 +51,35 @@ class Optimiser:
     moments: Callable[[Config], float]
 
 
+def adamw_of_8_bits(groups: list[dict[str, Any]], **settings: Any) -> Any:
+    """AdamW of bitsandbytes, which keeps the moments of large weights in 8 bits.
+
+    Raises:
+        AsrError: it is not installed.
+    """
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise AsrError(
+            f'optimizer: adamw8bit needs bitsandbytes ({error}); install it with: pip install bitsandbytes, or use '
+            f"optimizer='adamw', or 'adafactor', which keeps even less"
+        ) from error
+    return bitsandbytes.optim.AdamW8bit(groups, **settings)
+
+
+def adam_settings(config: Config) -> dict[str, Any]:
+    """Arguments of AdamW."""
+    return {'betas': (config.adam_beta1, config.adam_beta2), 'eps': config.adam_epsilon}
+
+
 OPTIMISERS: Mapping[str, Optimiser] = {
     'adamw': Optimiser(
         torch.optim.AdamW,
-        lambda config: {'betas': (config.adam_beta1, config.adam_beta2), 'eps': config.adam_epsilon},
+        adam_settings,
         'adam_weight_decay',
         lambda config: 2,
     ),
+    'adamw8bit': Optimiser(adamw_of_8_bits, adam_settings, 'adam_weight_decay', lambda config: 0.5),
     'sgd': Optimiser(
         torch.optim.SGD,
         lambda config: {'momentum': config.momentum, 'nesterov': config.nesterov},

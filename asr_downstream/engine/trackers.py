@@ -1,4 +1,4 @@
-"""Logs of a training: log.jsonl, TensorBoard, Weights & Biases, and a progress bar or lines."""
+"""Logs of a training: log.jsonl, TensorBoard, Weights & Biases, trackio, and a progress bar or lines."""
 
 from __future__ import annotations
 
@@ -60,8 +60,8 @@ class Reporter:
         start: optimiser steps done before.
         since: step of the last line that counts; losses after it are of a window that goes on.
         total: optimiser steps in all.
-        backends: ``'tensorboard'``, ``'wandb'``.
-        config: of the run, for W&B.
+        backends: ``'tensorboard'``, ``'wandb'``, ``'trackio'``.
+        config: of the run, for W&B and trackio.
 
     Raises:
         AsrError: a back end is not installed, or the log cannot be written.
@@ -76,7 +76,7 @@ class Reporter:
             self.file = self.path.open('a')
         self.total = total
         self.board: Any = None
-        self.wandb: Any = None
+        self.services: list[tuple[Any, Any]] = []  # a module with the calls of W&B, and its run
         if 'tensorboard' in backends:
             try:
                 from torch.utils.tensorboard import SummaryWriter
@@ -92,17 +92,20 @@ class Reporter:
                 raise AsrError(
                     f'report_to: wandb is not installed ({error}); pip install wandb, or leave it out'
                 ) from error
-            identity = run / 'wandb_id'  # of this run alone, whatever others are called
-            if not start or not identity.is_file():
-                identity.write_text(uuid.uuid4().hex[:12])
-            self.wandb = wandb.init(
-                project=os.environ.get('WANDB_PROJECT', 'asr_downstream'),
-                name=run.name,
-                dir=str(run),
-                config=config,
-                id=identity.read_text(),
-                resume='allow',
-            )
+            identity = identity_of(run, 'wandb', anew=not start)
+            project = os.environ.get('WANDB_PROJECT', 'asr_downstream')
+            found = wandb.init(project=project, name=run.name, dir=str(run), config=config, id=identity, resume='allow')
+            self.services.append((wandb, found))
+        if 'trackio' in backends:
+            try:
+                import trackio
+            except ImportError as error:
+                raise AsrError(
+                    f'report_to: trackio is not installed ({error}); pip install trackio, or leave it out'
+                ) from error
+            name = f'{run.name}-{identity_of(run, "trackio", anew=not start)}'  # its runs are told by their names
+            project = os.environ.get('TRACKIO_PROJECT', 'asr_downstream')
+            self.services.append((trackio, trackio.init(project=project, name=name, config=config, resume='allow')))
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(total=total, initial=start, disable=not self.terminal, dynamic_ncols=True, unit='step')
         self.start, self.clock = start, time.monotonic()
@@ -145,8 +148,8 @@ class Reporter:
         with writing(self.path.with_name('tensorboard')):
             for name, value in numbers.items() if self.board is not None else ():
                 self.board.add_scalar(name, value, step)
-        if self.wandb is not None:
-            self.wandb.log(numbers, step=step)
+        for _, service in self.services:
+            service.log(numbers, step=step)
 
     def picture(self, step: int, image: Image.Image) -> None:
         """Show a grid of samples in the back ends."""
@@ -154,10 +157,8 @@ class Reporter:
             import numpy as np
 
             self.board.add_image('samples', np.asarray(image), step, dataformats='HWC')
-        if self.wandb is not None:
-            import wandb
-
-            self.wandb.log({'samples': wandb.Image(image)}, step=step)
+        for module, service in self.services:
+            service.log({'samples': module.Image(image)}, step=step)
 
     def say(self, line: str) -> None:
         """Print a line past the bar."""
@@ -171,7 +172,21 @@ class Reporter:
         self.bar.close()
         with suppress(OSError):  # of a full disk, which was said when a line did not fit
             self.file.close()
-        for backend in (self.board, self.wandb):
-            if backend is not None:
-                with suppress(OSError):
-                    (backend.close if hasattr(backend, 'close') else backend.finish)()
+        ends = [service.finish for _, service in self.services]
+        for end in ends if self.board is None else [self.board.close, *ends]:
+            with suppress(OSError):
+                end()
+
+
+def identity_of(run: Path, service: str, anew: bool) -> str:
+    """What a service knows a run by: of this run alone, whatever others are called.
+
+    Args:
+        run: folder, where it is kept.
+        service: name.
+        anew: whether the run begins.
+    """
+    path = run / f'{service}_id'
+    if anew or not path.is_file():
+        path.write_text(uuid.uuid4().hex[:12])
+    return path.read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import nn
 
 from asr_downstream.engine.optim import build_optimiser, build_schedule, decay_of
 from asr_downstream.engine.state.save import bytes_of
-from asr_downstream.engine.state.train_state import shape_of_state
+from asr_downstream.engine.state.train_state import check_optimiser, shape_of_state
 from asr_downstream.errors import AsrError, CheckpointError
 
 SGD: dict[str, Any] = dict(optimizer='sgd', learning_rate=0.1, weight_decay=1e-4)
@@ -192,3 +193,64 @@ def test_sums_of_another_dimension_are_refused(tmp_path: Path, key: str) -> None
     seal(last)
     with pytest.raises(CheckpointError, match=f'{key} of .* does not fit it'):
         run_of(tmp_path, 'latest', **{**settings, 'max_train_steps': 8})
+
+
+# 8 bits ---------------------------------------------------------------------------------------------------------------
+
+EIGHT: dict[str, Any] = dict(optimizer='adamw8bit', width=600)  # smaller weights keep moments of 32 bits
+
+
+def test_8_bits_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'bitsandbytes', None)
+    with pytest.raises(
+        AsrError, match=r"adamw8bit needs bitsandbytes .*pip install bitsandbytes, or use .*'adafactor'"
+    ):
+        run_of(tmp_path, **EIGHT)
+
+
+def test_shapes_of_8_bits_are_known_by_name() -> None:
+    weight = nn.Parameter(torch.zeros(10, 60))
+    assert [shape_of_state(key, weight) for key in ('state1', 'qmap2', 'absmax1')] == [(10, 60), (256,), (3,)]
+    assert shape_of_state('absmax', weight) == (10, 60)
+
+
+@pytest.mark.parametrize('count', [-1, 2.5, True, '3', None])
+def test_a_count_of_steps_is_a_number(count: Any) -> None:
+    model = nn.Linear(3, 2)
+    optimiser = torch.optim.AdamW(model.parameters())
+    optimiser.state[model.weight] = {'step': 3, 'state1': torch.zeros(2, 3)}
+    check_optimiser(optimiser, model, True, Path('optimizer.bin'))
+    optimiser.state[model.weight]['step'] = count
+    with pytest.raises(CheckpointError, match='step of weight does not fit it'):
+        check_optimiser(optimiser, model, True, Path('optimizer.bin'))
+
+
+def test_a_resumed_run_of_8_bits_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    pytest.importorskip('bitsandbytes')
+    whole, last = run_of(tmp_path, **EIGHT)
+    plain, _ = run_of(tmp_path / 'plain', **{**EIGHT, 'optimizer': 'adamw'})
+    apart = (whole.model[4].weight - plain.model[4].weight).abs().max()
+    assert 0 < apart < 0.02  # the same optimiser, in 8 bits
+    state = torch.load(last / 'optimizer.bin', weights_only=True)['state']
+    assert any(value.dtype == torch.uint8 for each in state.values() for value in tensors(each))
+    last.rename(tmp_path / 'gone')
+    again, last = run_of(tmp_path, 'latest', **EIGHT)
+    assert again.steps == [4, 5, 6]
+    for key, value in whole.model.state_dict().items():
+        assert torch.equal(value, again.model.state_dict()[key]), key
+    state = torch.load(last / 'optimizer.bin', weights_only=True)
+    inner = [each for one in state['state'].values() for each in (one, *one.values()) if isinstance(each, dict)]
+    scales = next(each for each in inner if 'absmax1' in each)
+    scales['absmax1'] = scales['absmax1'][1:].clone()
+    torch.save(state, last / 'optimizer.bin')
+    seal(last)
+    with pytest.raises(CheckpointError, match='absmax1 of .* does not fit it'):
+        run_of(tmp_path, 'latest', **{**EIGHT, 'max_train_steps': 8})
+
+
+def tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    """Tensors of a state, also in dicts of it."""
+    found = []
+    for value in state.values():
+        found += tensors(value) if isinstance(value, dict) else [value] if isinstance(value, torch.Tensor) else []
+    return found

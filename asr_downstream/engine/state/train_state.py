@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -218,6 +219,8 @@ def check_optimiser(optimiser: Any, model: nn.Module, expected: bool, path: Path
         raise useless(path, 'has no state of the optimiser')
     for name, parameter in model.named_parameters():
         for key, value in states.get(parameter, {}).items():
+            if key == COUNT and type(value) is int and value >= 0:  # of bitsandbytes
+                continue
             if not isinstance(value, Tensor) or (value.ndim and value.shape != shape_of_state(key, parameter)):
                 raise useless(path, f'{key} of {name} does not fit it')
             if not_finite({key: value}):
@@ -226,10 +229,16 @@ def check_optimiser(optimiser: Any, model: nn.Module, expected: bool, path: Path
 
 # torch's Adafactor keeps the sums of a matrix over one dimension, which stays with length 1.
 SUMMED = {'row_var': -1, 'col_var': -2}
+# bitsandbytes' 8 bits are places in a map of 256 values, times a scale for every 256 numbers.
+COUNT, MAPS, SCALES, LEVELS = 'step', ('qmap1', 'qmap2'), ('absmax1', 'absmax2'), 256
 
 
 def shape_of_state(key: str, parameter: Tensor) -> tuple[int, ...]:
     """Shape of what an optimiser keeps of a parameter under a key, where that is not one number."""
+    if key in MAPS:
+        return (LEVELS,)
+    if key in SCALES:
+        return (math.ceil(parameter.numel() / LEVELS),)
     shape = list(parameter.shape)
     if key in SUMMED and len(shape) > 1:
         shape[SUMMED[key]] = 1
