@@ -71,7 +71,7 @@ def test_the_folded_pipeline_samples_where_this_package_is_not_installed(
     site = next(home.glob('lib/python*/site-packages'))
     (site / 'libraries.pth').write_text(next(p for p in sys.path if p.endswith('site-packages')) + '\n')
     python = str(home / 'bin/python')
-    absent = subprocess.run([python, '-c', 'import asr_downstream'], cwd=tmp_path, capture_output=True, text=True)
+    absent = subprocess.run([python, '-Ic', 'import asr_downstream'], cwd=tmp_path, capture_output=True, text=True)
     assert 'No module named' in absent.stderr
     code = (
         'import sys, torch; from diffusers import DDPMPipeline\n'
@@ -83,7 +83,7 @@ def test_the_folded_pipeline_samples_where_this_package_is_not_installed(
     )
     seeds = [str(mix(0, 'image', number)) for number in range(3)]
     done = subprocess.run(
-        [python, '-c', code, str(shipped), str(tmp_path / 'images.pt'), *seeds],
+        [python, '-Ic', code, str(shipped), str(tmp_path / 'images.pt'), *seeds],
         cwd=tmp_path, capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -81,8 +81,10 @@ class Learning(Printed):
         """
         params = dict(model.named_parameters())
         by_itself = {*self.frozen, *self.names} - {*self.unfrozen}
-        before = optimiser_bytes([p for name, p in params.items() if name in by_itself], make)
         state = optimiser_bytes([params[name] for name in self.names], make)
+        before = state
+        if by_itself != {*self.names}:
+            before = optimiser_bytes([p for name, p in params.items() if name in by_itself], make)
         if before is None or state is None:
             return self
         return replace(self, state=state, state_saved=before - state)
