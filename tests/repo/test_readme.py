@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import ast
-import json
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 from conftest import ROOT
 from helpers.command_lines import parse
 from helpers.documents import DOCUMENTS, FENCE, Document, commands
+from helpers.interpreter import Interpreter
 
 from asr_downstream.commands.main import COMMANDS as CONSOLE
 from asr_downstream.files.ready import FOLDERS, find_config
@@ -30,22 +28,30 @@ NOT_RUN = {
 }
 BLOCKS = [(document.name, block) for document in DOCUMENTS for block in document.blocks('python')]
 RUNNABLE = [(name, block) for name, block in BLOCKS if not any(words in block for words in NOT_RUN)]
-RUN = (
-    'import json, sys\nfor block in json.load(sys.stdin): exec(compile(block, block, "exec"), {"__name__": "__main__"})'
-)
 COMMANDS = [(document.name, *command) for document in DOCUMENTS for command in document.commands()]
 
 
+@pytest.fixture(scope='module')
+def interpreter() -> Iterator[Interpreter]:
+    with Interpreter() as found:
+        yield found
+
+
 @pytest.mark.parametrize('document', sorted({name for name, _ in RUNNABLE}))
-def test_python_blocks_run(document: str) -> None:
-    """One process a document: importing takes longer than the blocks."""
+def test_python_blocks_run(document: str, interpreter: Interpreter) -> None:
     blocks = [block for name, block in RUNNABLE if name == document]
     if any('from transformers' in block for block in blocks):
         pytest.importorskip('transformers')
-    done = subprocess.run(
-        [sys.executable, '-c', RUN], input=json.dumps(blocks), cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    code, text = interpreter.run(blocks)
+    assert code == 0, text
+
+
+def test_the_interpreter_tells_what_failed_and_keeps_nothing(interpreter: Interpreter) -> None:
+    code, text = interpreter.run(['x = 1', 'print(x)'])
+    assert code == 1, 'blocks share no names'
+    assert "NameError: name 'x' is not defined" in text
+    assert interpreter.run(['import math; math.pi = 3']) == (0, '')
+    assert interpreter.run(['import math; assert math.pi > 3; print("seen")']) == (0, 'seen\n')
 
 
 def test_python_blocks_that_are_not_run_compile() -> None:
