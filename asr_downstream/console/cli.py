@@ -19,6 +19,7 @@ IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.M
 __all__ = [
     'Names',
     'add_calibration',
+    'add_launcher',
     'add_options',
     'add_sampling',
     'count',
@@ -155,6 +156,14 @@ def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
     parser.add_argument('--seed', type=int, default=0, help='of the images (default: 0)')
     parser.add_argument('--batch-size', type=count, default=64, help='images a forward (default: 64)')
     parser.add_argument('--weights', choices=['ema', 'raw'], help='default: the average, if the run has one')
+
+
+def add_launcher(parser: argparse.ArgumentParser) -> None:
+    """Add the options of a launch of several processes, as MMDetection's tools have them."""
+    parser.add_argument(
+        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started this process, if several'
+    )
+    parser.add_argument('--local-rank', '--local_rank', type=int, help='what some launchers pass; not used')
 
 
 def ema(args: argparse.Namespace) -> bool | None:

@@ -4,13 +4,16 @@
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold calibrated --calibrate 64
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold --per-class --show-dir pictures --fast --tta
+    python -m asr_downstream.console.torchrun --standalone --nproc_per_node 8 -m asr_downstream test-det CONFIG \\
+      work_dirs/NAME/epoch_10.pth --launcher pytorch
 
 Gates of ASR fold exactly. Gates that depend on the input (SE, DIA, ...) fold only by calibration: each is replaced by
 its mean over training images, and the table shows what that costs.
 
 Prints COCO metrics (AP and AR of boxes, and of masks if the config asks for them), parameters, multiply-adds and
 latency, and with --fold the largest difference of boxes and scores. Writes the same, and AP by class, as test.json to
-the work dir. pycocotools computes the metrics; --fast uses faster-coco-eval, which gives the same numbers.
+the work dir. pycocotools computes the metrics; --fast uses faster-coco-eval, which gives the same numbers. Several
+processes share the images, in the batches of one, and give its numbers.
 """
 
 from __future__ import annotations
@@ -43,14 +46,17 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--data-root', type=Path, help='folder of the data set, instead of the one in the config')
     parser.add_argument('--work-dir', type=Path, help='where test.json goes (default: work_dirs/<config>)')
     parser.add_argument('--trust', action='store_true', help='read checkpoints that need unpickling (can run code)')
+    cli.add_launcher(parser)
     cli.add_options(parser)
     args = parser.parse_args(argv)
 
     if args.fold != 'calibrated' and (args.calibrate or args.refine_norms or args.max_drop is not None):
         parser.error('--calibrate, --refine-norms and --max-drop go with --fold calibrated')
+    from asr_downstream.console.processes import Processes, end_processes
     from asr_downstream.detection.config import load_config
     from asr_downstream.detection.evaluation.calibrate import CalibrationPlan
     from asr_downstream.detection.evaluation.test import TestPlan, evaluate_checkpoint
+    from asr_downstream.detection.training.launch import start
     from asr_downstream.files.configs import work_dir_of
 
     config = load_config(find_config(args.config, 'det_configs'), args.data_root, args.cfg_options)
@@ -61,4 +67,9 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         args.fold, calibration, args.fast, args.tta, args.per_class, args.show_dir, args.show_images, args.trust
     )
     out = (args.work_dir or work_dir_of(config)) / 'test.json'
-    print(evaluate_checkpoint(config, args.checkpoint, out, plan))
+    start(config, args.launcher)
+    processes = Processes.of_launch()
+    text = processes.together(lambda: evaluate_checkpoint(config, args.checkpoint, out, plan, processes))
+    end_processes()
+    if processes.is_first:
+        print(text)

@@ -54,10 +54,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--ema', action='store_true', help='average the weights; checkpoints and AP are of the average')
     parser.add_argument('--fold-eval', action='store_true', help='validate a folded copy')
     parser.add_argument('--report-to', nargs='+', default=[], choices=['tensorboard', 'wandb'], help='besides the log')
-    parser.add_argument(
-        '--launcher', choices=['none', 'pytorch', 'slurm'], default='none', help='what started this process, if several'
-    )
-    parser.add_argument('--local-rank', '--local_rank', type=int, help='what some launchers pass; not used')
+    cli.add_launcher(parser)
     parser.add_argument('--seed', type=int, help='random seed, instead of the one in the config')
     parser.add_argument(
         '--trust', action='store_true', help='read checkpoints that need unpickling, or are fetched (can run code)'

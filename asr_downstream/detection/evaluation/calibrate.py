@@ -16,6 +16,7 @@ from mmengine.device import get_device
 from mmengine.runner import Runner
 from torch import nn
 
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.console.text import some
 from asr_downstream.detection.evaluation.evaluate import evaluate
 from asr_downstream.errors import DataError, FoldError
@@ -150,8 +151,12 @@ def check_exact(model: nn.Module, checkpoint: Path, option: str) -> None:
         )
 
 
-def fold_over_images(config: Config, model: nn.Module, plan: CalibrationPlan) -> tuple[nn.Module, FoldReport]:
+def fold_over_images(
+    config: Config, model: nn.Module, plan: CalibrationPlan, processes: Processes = ALONE
+) -> tuple[nn.Module, FoldReport]:
     """Fold a detector by calibration on its own training images; the metric is AP on the test set of the config.
+
+    All of ``processes`` call this: they share the measuring of AP, and each folds its own model.
 
     Raises:
         FoldError: see `asr_downstream.fold`.
@@ -167,6 +172,6 @@ def fold_over_images(config: Config, model: nn.Module, plan: CalibrationPlan) ->
         step=preprocessed_features,
         check=batches[:1],
         refine_norms=plan.refine_norms,
-        metric=(lambda m: evaluate(config, m, 'AP').metrics['AP']) if plan.evaluate else None,
+        metric=(lambda m: evaluate(config, m, 'AP', processes=processes).metrics['AP']) if plan.evaluate else None,
         max_drop=plan.max_drop,
     )

@@ -13,6 +13,7 @@ from rich.table import Table
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.console.text import Printed
 from asr_downstream.detection.evaluation.evaluate import (
     Detections,
@@ -87,13 +88,23 @@ class Comparison(Printed):
         return [table]
 
 
-def compare(config: Config, plugged: nn.Module, folded: nn.Module, fast: bool = False, pictures: int = 0) -> Comparison:
+def compare(
+    config: Config,
+    plugged: nn.Module,
+    folded: nn.Module,
+    fast: bool = False,
+    pictures: int = 0,
+    processes: Processes = ALONE,
+) -> Comparison:
     """Evaluate a plugged detector and its folded copy on the test set of ``config``, and compare their detections.
 
-    ``fast`` and ``pictures``: see `asr_downstream.detection.evaluation.evaluate.evaluate`.
+    ``fast``, ``pictures`` and ``processes``: see `asr_downstream.detection.evaluation.evaluate.evaluate`. The
+    detections are compared on the first process.
     """
-    a, b = (evaluate(config, m, n, fast, pictures) for m, n in ((plugged, 'unfolded'), (folded, 'folded')))
-    times = measure_latency({a.name: plugged, b.name: folded}, first_image(config))
+    arms = ((plugged, 'unfolded'), (folded, 'folded'))
+    a, b = (evaluate(config, model, name, fast, pictures, processes) for model, name in arms)
+    image = first_image(config)
+    times = processes.first(lambda: measure_latency({a.name: plugged, b.name: folded}, image))
     for arm in (a, b):
         arm.latency_ms = median(times[arm.name])
     slower = ratio(times[b.name], times[a.name]).median

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from mmdet.evaluation import CocoMetric
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler
 from mmengine.device import get_device
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import BaseMetric, Evaluator
+from mmengine.evaluator.metric import _to_cpu
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from rich.table import Table
 from torch import nn
 
-from asr_downstream.console.progress import bar
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.console.text import Printed, some
 from asr_downstream.detection.evaluation.scores import KINDS, Scores, score
 from asr_downstream.errors import DataError
@@ -37,6 +39,8 @@ __all__ = ['Detections', 'Evaluation', 'Seen', 'detect', 'evaluate', 'gmacs', 'm
 
 # Boxes (n, 4) as x1, y1, x2, y2 in pixels, scores (n,), labels (n,).
 Detections: TypeAlias = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+MEETING = 16  # batches of a process between two meetings: images take different times
 
 METRICS = {'AP': 'mAP', 'AP50': 'mAP_50', 'AP75': 'mAP_75', 'APs': 'mAP_s', 'APm': 'mAP_m', 'APl': 'mAP_l'}
 
@@ -96,7 +100,9 @@ def metric(value: float) -> str:
 
 
 @torch.no_grad()
-def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0) -> Evaluation:
+def evaluate(
+    config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0, processes: Processes = ALONE
+) -> Evaluation:
     """Run ``model`` over the test set of ``config``, score it with the config's evaluator, and count what it costs.
 
     Args:
@@ -106,11 +112,12 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
         name: column head.
         fast: score with faster-coco-eval instead of pycocotools.
         pictures: number of images to keep for pictures.
+        processes: share the batches; all of them call this, and have the metrics.
 
     Raises:
         DataError: see `detect`.
     """
-    scores, detections, seen = detect(config, model, name, fast, pictures)
+    scores, detections, seen = detect(config, model, name, fast, pictures, processes)
     result = described(model, name, scores.summary, detections, first_image(config))
     result.classes, result.seen = scores.classes, seen
     return result
@@ -118,12 +125,12 @@ def evaluate(config: Config, model: nn.Module, name: str, fast: bool = False, pi
 
 @torch.no_grad()
 def detect(
-    config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0
+    config: Config, model: nn.Module, name: str, fast: bool = False, pictures: int = 0, processes: Processes = ALONE
 ) -> tuple[Scores, dict[Any, Detections], dict[Any, Seen]]:
     """Run ``model`` over the test set of ``config`` and score it; arguments as of `evaluate`.
 
     Returns:
-        The scores, the detections by image id, and of the first images what a picture needs.
+        The scores; and on the first process the detections by image id, and of the first images what a picture needs.
 
     Raises:
         DataError: the config has no test set or evaluator, or ``fast`` is asked of metrics that are not COCO's.
@@ -134,25 +141,80 @@ def detect(
     model.eval()
     model.to(get_device())
     with redirect_stdout(io.StringIO()):  # pycocotools prints
-        loader = Runner.build_dataloader(config.test_dataloader)
+        loader, batches = own_batches(config.test_dataloader, processes)
         evaluator = Evaluator(config.test_evaluator)
     evaluator.dataset_meta = loader.dataset.metainfo
     if fast and not is_coco(evaluator):
         given = type(evaluator.metrics[0]).__name__
         raise DataError(f'--fast is for COCO metrics of boxes and masks, not for {given}')
-    detections: dict[Any, Detections] = {}
-    seen: dict[Any, Seen] = {}
-    for batch in bar(loader, f'testing {name}'):
+    left = pictures
+
+    def test(batch: Any) -> Tested:
+        nonlocal left
         samples = model.test_step(batch)  # type: ignore[operator]
         evaluator.process(data_samples=samples, data_batch=batch)
+        tested = Tested([taken(metric) for metric in evaluator.metrics], {}, {})
         for sample in samples:
             found = sample.pred_instances
-            detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
-            if len(seen) < pictures:
-                seen[sample.img_id] = Seen(Path(sample.img_path), found.masks.cpu() if 'masks' in found else None)
+            tested.detections[sample.img_id] = (found.bboxes.cpu(), found.scores.cpu(), found.labels.cpu())
+            if left > 0:
+                tested.seen[sample.img_id] = Seen(
+                    Path(sample.img_path), found.masks.cpu() if 'masks' in found else None
+                )
+                left -= 1
+        return tested
+
+    detections: dict[Any, Detections] = {}
+    seen: dict[Any, Seen] = {}
+    for tested in processes.shared(test, loader, batches, f'testing {name}', MEETING):
+        for metric, results in zip(evaluator.metrics, tested.results, strict=True):
+            metric.results += results
+        detections |= tested.detections
+        seen |= tested.seen
+    seen = dict(list(seen.items())[:pictures])
     truths = annotated(loader.dataset, seen)
     seen = {image: shown._replace(truth=truths.get(image)) for image, shown in seen.items()}
-    return scored(evaluator, len(loader.dataset), fast), detections, seen
+    return processes.first(lambda: scored(evaluator, len(loader.dataset), fast)), detections, seen
+
+
+class Tested(NamedTuple):
+    """What a batch leaves: the results of each metric, the detections by image id, and what pictures need."""
+
+    results: list[list[Any]]
+    detections: dict[Any, Detections]
+    seen: dict[Any, Seen]
+
+
+def taken(metric: Any) -> list[Any]:
+    """Results that a metric has gathered, on the CPU; it is left without."""
+    results, metric.results = _to_cpu(metric.results), []
+    return results
+
+
+def own_batches(settings: Any, processes: Processes) -> tuple[Any, int]:
+    """Loader of the test batches of this process, and the number of batches of all.
+
+    Batches are those of one process, and no image is in two, as MMEngine's sampler would fill up the last round.
+
+    Raises:
+        DataError: the config samples its images in another way than in their order.
+    """
+    if processes.count == 1:
+        loader = Runner.build_dataloader(settings)
+        return loader, len(loader)
+    loader = Runner.build_dataloader({**settings, 'num_workers': 0, 'persistent_workers': False})
+    if type(loader.sampler) is not DefaultSampler or loader.sampler.shuffle or settings.get('batch_sampler'):
+        raise DataError(
+            'several processes test images in the order of the set: use sampler=dict(type="DefaultSampler", '
+            'shuffle=False) and no batch_sampler in test_dataloader'
+        )
+    size, count = settings.get('batch_size', 1), len(loader.dataset)
+    batches = [list(range(start, min(start + size, count))) for start in range(0, count, size)]
+    if settings.get('drop_last'):
+        batches = batches[: count // size]
+    own = {key: value for key, value in settings.items() if key not in ('batch_size', 'drop_last', 'sampler')}
+    own |= {'dataset': loader.dataset, 'sampler': None, 'batch_sampler': processes.own(batches)}
+    return Runner.build_dataloader(own), len(batches)
 
 
 def annotated(dataset: Any, images: Collection[Any]) -> dict[Any, Detections]:
@@ -180,15 +242,15 @@ def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
     metric: Any = evaluator.metrics[0]
     if getattr(metric, 'format_only', False):  # its detections are written and not scored
         with redirect_stdout(io.StringIO()):
-            evaluator.evaluate(images)
+            computed(evaluator, images)
         return Scores({}, {})
     if not is_coco(evaluator):
         with redirect_stdout(io.StringIO()):
-            found = evaluator.evaluate(images)
-        return Scores({key.rpartition('/')[2]: float(value) for key, value in found.items()}, {})
+            numbers = computed(evaluator, images)
+        return Scores({key.rpartition('/')[2]: float(value) for key, value in numbers.items()}, {})
     with tempfile.TemporaryDirectory() as folder, redirect_stdout(io.StringIO()):
         metric.format_only, metric.outfile_prefix = True, f'{folder}/found'
-        evaluator.evaluate(images)
+        computed(evaluator, images)
         files = {kind: Path(f'{folder}/found.{kind}.json') for kind in metric.metrics}
         missing = [kind for kind, file in files.items() if not file.is_file()]
         if missing:
@@ -196,6 +258,24 @@ def scored(evaluator: Evaluator, images: int, fast: bool) -> Scores:
         found = {kind: json.loads(file.read_bytes()) for kind, file in files.items()}
     classes, limits = evaluator.dataset_meta['classes'], metric.proposal_nums
     return score(metric._coco_api.dataset, found, classes, metric.img_ids, fast, limits)
+
+
+def computed(evaluator: Evaluator, images: int) -> dict[str, float]:
+    """``evaluator.evaluate`` of results that are all here; MMEngine's own waits for every process of a launch.
+
+    Raises:
+        DataError: a metric has its own way to gather.
+    """
+    if Processes.of_launch().count == 1:
+        return evaluator.evaluate(images)
+    found: dict[str, float] = {}
+    for metric in evaluator.metrics:
+        if type(metric).evaluate is not BaseMetric.evaluate:
+            raise DataError(f'{type(metric).__name__} gathers results in its own way: test in one process')
+        start = f'{metric.prefix}/' if metric.prefix else ''
+        found |= {start + key: value for key, value in metric.compute_metrics(metric.results[:images]).items()}
+        metric.results.clear()
+    return found
 
 
 def is_coco(evaluator: Evaluator) -> bool:

@@ -12,6 +12,7 @@ from mmengine.runner import Runner
 from rich.table import Table
 from torch import nn
 
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.console.text import render
 from asr_downstream.detection.data.coco import check_datasets, named_sets
 from asr_downstream.detection.evaluation.augmented import augmented
@@ -57,7 +58,9 @@ class TestPlan:
     trust: bool = False
 
 
-def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestPlan) -> str:
+def evaluate_checkpoint(
+    config: Config, checkpoint: Path, out: Path, plan: TestPlan, processes: Processes = ALONE
+) -> str:
     """Evaluate a checkpoint, if asked for beside its folded copy; write ``out`` and return the tables.
 
     Args:
@@ -65,6 +68,7 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         checkpoint: what training wrote.
         out: JSON file to write.
         plan: what to do.
+        processes: share the test; all of them call this, the first one measures speed, writes and has the tables.
 
     Raises:
         AsrError: data or checkpoint are missing or unsound, or the model does not fold.
@@ -91,24 +95,27 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
         if plan.folding == 'exact':
             last, report = fold_exactly(model)
         else:
-            last, report = fold_over_images(config, model, plan.calibration)
-        comparison = compare(config, model, last, plan.fast, pictures)
+            last, report = fold_over_images(config, model, plan.calibration, processes)
+        comparison = compare(config, model, last, plan.fast, pictures, processes)
         evaluations = [comparison.unfolded, comparison.folded]
         content = comparison.as_dict()
         if report.calibration is not None:
             content['calibration'] = report.calibration.as_dict()
         texts += [str(report), str(comparison)]
     else:
-        result = evaluate(config, model, 'detector', plan.fast, pictures)
-        result.latency_ms = median(measure_latency({'detector': model}, first_image(config))['detector'])
+        result = evaluate(config, model, 'detector', plan.fast, pictures, processes)
+        image = first_image(config)
+        result.latency_ms = median(processes.first(lambda: measure_latency({'detector': model}, image))['detector'])
         evaluations = [result]
         content = result.as_dict()
         texts.append(str(result))
     if plan.tta:
-        tested = evaluate_augmented(config, last, f'{evaluations[-1].name}, TTA', plan.fast)
+        tested = evaluate_augmented(config, last, f'{evaluations[-1].name}, TTA', plan.fast, processes)
         evaluations.append(tested)
         content['tta'] = {**tested.metrics, 'classes': tested.classes}
         texts.append(str(tested))
+    if not processes.is_first:
+        return ''
     if plan.per_class:
         texts.append(by_class(evaluations))
     if plan.show_dir:
@@ -126,10 +133,12 @@ def evaluate_checkpoint(config: Config, checkpoint: Path, out: Path, plan: TestP
     return '\n'.join(texts)
 
 
-def evaluate_augmented(config: Config, model: nn.Module, name: str, fast: bool) -> Evaluation:
+def evaluate_augmented(
+    config: Config, model: nn.Module, name: str, fast: bool, processes: Processes = ALONE
+) -> Evaluation:
     """Evaluate with test-time augmentation."""
     changed, wrapped = augmented(config, model)
-    return evaluate(changed, wrapped, name, fast)
+    return evaluate(changed, wrapped, name, fast, processes=processes)
 
 
 def config_classes(config: Config) -> list[str]:

@@ -7,16 +7,17 @@ from collections.abc import Callable
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import init_dist
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['is_first', 'join', 'largest', 'together']
+__all__ = ['is_first', 'join', 'largest', 'start', 'together']
 
 # Where a launcher says which process this is.
 RANK = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
 
 
-def join(config: Config, launcher: str) -> None:
+def join(config: Config, launcher: str, would: str = 'train') -> None:
     """Say in a config how its Runner finds the other processes; on CPU, find them here and now.
 
     MMEngine's own launcher binds every process to a GPU and fails where there is none.
@@ -24,6 +25,7 @@ def join(config: Config, launcher: str) -> None:
     Args:
         config: changed in place.
         launcher: ``'none'``, ``'pytorch'`` (torchrun, `tools/dist_train.sh`) or ``'slurm'``.
+        would: what each process would do alone, for messages.
 
     Raises:
         AsrError: the launcher is not the one that started this process.
@@ -31,7 +33,7 @@ def join(config: Config, launcher: str) -> None:
     launched = int(os.environ.get('WORLD_SIZE', '1'))
     if launcher == 'none':
         if launched > 1:
-            raise AsrError(f'{launched} processes were launched, but each would train alone: add --launcher pytorch')
+            raise AsrError(f'{launched} processes were launched, but each would {would} alone: add --launcher pytorch')
         return
     if launcher == 'pytorch' and 'RANK' not in os.environ:
         raise AsrError(
@@ -53,6 +55,13 @@ def join(config: Config, launcher: str) -> None:
         'device_ids': None,
         'find_unused_parameters': config.get('find_unused_parameters', False),
     }
+
+
+def start(config: Config, launcher: str) -> None:
+    """Join the processes of a launch for a test, which has no Runner to do it; see `join`."""
+    join(config, launcher, would='test')
+    if launcher != 'none' and torch.cuda.is_available():
+        init_dist(launcher, **(config.get('env_cfg') or {}).get('dist_cfg', {'backend': 'nccl'}))
 
 
 def is_first(config: Config) -> bool:

@@ -5,10 +5,12 @@
     asr-downstream evaluate RUN_A RUN_B RUN_B/checkpoint-500 --num-samples 5000 --data /data/cifar10.zip
     asr-downstream evaluate RUN --extractor inception:pt_inception-2015-12-05-6726825d.pth
     asr-downstream evaluate RUN_A RUN_B --show                       # what was measured before
+    python -m asr_downstream.console.torchrun --standalone --nproc_per_node 8 -m asr_downstream evaluate RUN
 
 The default extractor is a small encoder that is trained on the data once and kept with the first run; it compares
 models on one data set and is not the Inception of the literature. Numbers go to RUN/evaluation.json with everything
-that they depend on; numbers that were measured differently are never put into one table.
+that they depend on; numbers that were measured differently are never put into one table. Several processes share the
+sampling; the first one measures.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
 
     from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs
     from asr_downstream.diffusion.evaluation.results import read_results, tables
+    from asr_downstream.engine.launch import end_processes, start_sharing
     from asr_downstream.engine.state.checkpoints import run_of
 
     if args.show:
@@ -63,4 +66,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         batch_size=args.batch_size,
         workers=args.workers,
     )
-    print(tables(evaluate_runs(args.runs, plan, args.data)))
+    processes = start_sharing()
+    found = processes.together(lambda: evaluate_runs(args.runs, plan, args.data, processes))
+    end_processes()
+    if processes.is_first:
+        print(tables(found))

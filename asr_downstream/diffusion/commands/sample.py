@@ -4,17 +4,24 @@
     asr-downstream sample RUN --num-samples 1000 --single --sampler DPM-Solver++ --steps 20   # also of flow matching
     asr-downstream sample RUN --show cat dog --guidance-scale 3     # of a conditioned model: its classes, or prompts
     asr-downstream sample RUN/checkpoint-500 --fold                 # an earlier checkpoint; its folded, stock model
+    python -m asr_downstream.console.torchrun --standalone --nproc_per_node 8 -m asr_downstream sample RUN
 
 Writes RUN/images/grid.png, of conditioned models with the class or prompt below each image, and with --single one PNG
-an image. Image n of a seed is the same with every batch size.
+an image. Image n of a seed is the same with every batch size, up to rounding. Several processes share the batches, and
+write the files of one.
 """
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from asr_downstream.console import cli
+
+if TYPE_CHECKING:
+    from asr_downstream.console.processes import Processes
 
 
 def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
@@ -29,6 +36,15 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--fold', action='store_true', help='fold first, and sample from the stock model')
     args = parser.parse_args(argv)
 
+    from asr_downstream.engine.launch import end_processes, start_sharing
+
+    processes = start_sharing()
+    processes.together(lambda: sample(args, processes))
+    end_processes()
+
+
+def sample(args: argparse.Namespace, processes: Processes) -> None:
+    """Generate and write; all processes of a launch share it."""
     import torch
 
     from asr_downstream.diffusion.evaluation.fold import fold_run
@@ -48,8 +64,10 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     run.parts.to(device)
     images = generate(
         model.to(device), run.parts, build_sampler(name, run.parts.scheduler), range(args.num_samples),
-        args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images',
+        args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images', processes=processes,
     )  # fmt: skip
+    if not processes.is_first:
+        return
     captions = [run.parts.condition.caption(number) for number in range(args.num_samples)]
     save_grid(out / 'grid.png', images, args.columns, captions)
     if args.single:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.diffusion.evaluation.encoder import FILE as ENCODER_FILE
 from asr_downstream.diffusion.evaluation.encoder import train_encoder
 from asr_downstream.diffusion.evaluation.fold import fold_run
@@ -78,7 +79,9 @@ class Plan:
     workers: int = 1
 
 
-def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -> list[Result]:
+def evaluate_runs(
+    paths: Sequence[Path], plan: Plan, data: Path | None = None, processes: Processes = ALONE
+) -> list[Result]:
     """Evaluate runs, or single checkpoints of runs, against the same real images with the same extractor.
 
     Results are kept in ``evaluation.json`` of each run, and a grid of each arm in ``evaluation/``.
@@ -87,30 +90,65 @@ def evaluate_runs(paths: Sequence[Path], plan: Plan, data: Path | None = None) -
         paths: folders of runs or checkpoints.
         plan: how.
         data: the images, instead of those in the config.
+        processes: share the sampling; the first one does the rest. All of them call this, and have the results.
 
     Raises:
         AsrError: a run, its data or the extractor cannot be read, or the plan does not fit; said before any work.
         DataError: a real image cannot be decoded: a set that is silently shorter gives a wrong FID.
     """
-    for path in paths:
-        check_evaluable(load_run(path, False, plan.ema), plan)
+
+    def check() -> None:
+        for path in paths:
+            check_evaluable(load_run(path, False, plan.ema), plan)
+
+    processes.first(check)
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
-    extractor: Any = None
-    real: dict[str, tuple[Distances, str]] = {}
+    real = Real(plan, device)
     results = []
     for path in paths:
         run = load_run(path, data or True, plan.ema)
+        processes.first(partial(real.prepare, run))
+        models = models_of(run, plan)
+        generated = sample_models(run, plan, models, device, processes)
+        results += processes.first(partial(measure_run, run, plan, models, generated, real))
+    return results
+
+
+class Real:
+    """Extractor and real images of an evaluation; runs of the same data share them.
+
+    Args:
+        plan: of the evaluation.
+        device: of the extractor.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device) -> None:
+        self.plan, self.device = plan, device
+        self.extractor: Any = None
+        self.measured: dict[str, tuple[Distances, str]] = {}
+
+    def prepare(self, run: Run) -> None:
+        """Measure the images of a run, if they have not been."""
         images = run.parts.images
         assert images is not None
-        if extractor is None:
-            extractor = extractor_for(run, plan).to(device)
-        which = json.dumps([plain(run.config.data), images.mode], sort_keys=True)
-        if which not in real:
-            real[which] = measure_real(images, extractor, plan)
-        found = evaluate_run(run, plan, extractor, *real[which], device)
-        save_results(run.folder, found)
-        results += found
-    return results
+        if self.extractor is None:
+            self.extractor = extractor_for(run, self.plan).to(self.device)
+        if self.which(run) not in self.measured:
+            self.measured[self.which(run)] = measure_real(images, self.extractor, self.plan)
+        if self.plan.num_samples <= self.extractor.num_features:
+            print(
+                f'{self.plan.num_samples} images for {self.extractor.num_features} features: the covariance has not '
+                f'full rank, and FID depends much on the number; use more --num-samples'
+            )
+
+    def of(self, run: Run) -> tuple[Distances, str]:
+        """Distances to the real images of a run, and their name."""
+        return self.measured[self.which(run)]
+
+    def which(self, run: Run) -> str:
+        """Text that tells the images of a run from others."""
+        assert run.parts.images is not None
+        return json.dumps([plain(run.config.data), run.parts.images.mode], sort_keys=True)
 
 
 def check_evaluable(run: Run, plan: Plan) -> None:
@@ -161,16 +199,37 @@ def real_batches(images: Images, workers: int) -> Iterator[Tensor]:
         yield batch / 2 + 0.5
 
 
-def evaluate_run(
-    run: Run, plan: Plan, extractor: Any, distances: Distances, source: str, device: torch.device
-) -> list[Result]:
-    """Evaluate one run, and its folded self if the plan says so."""
+def models_of(run: Run, plan: Plan) -> dict[str, nn.Module]:
+    """Model of a run, and its folded self if the plan says so."""
     models: dict[str, nn.Module] = {'unfolded': run.parts.model}
     if plan.fold is not None and describe(run.parts.model).sites:  # a stock run is evaluated as it is
         arm = 'folded' if plan.fold == 'exact' else f'calibrated on {plan.calibrate}'
         models[arm] = fold_run(run, plan.calibrate if plan.fold == 'calibrated' else None)[0]
+    return models
+
+
+def sample_models(
+    run: Run, plan: Plan, models: dict[str, nn.Module], device: torch.device, processes: Processes
+) -> dict[str, Tensor]:
+    """Images of each model, on the first process."""
     run.parts.to(device)
-    sampler = build_sampler(plan.sampler, run.parts.scheduler)
+    order = torch.randperm(len(run.parts.samples()), generator=generator(plan.seed, 'conditions')).tolist()
+    return {
+        arm: generate(
+            model.to(device), run.parts, build_sampler(plan.sampler, run.parts.scheduler), range(plan.num_samples),
+            plan.steps, plan.seed, plan.batch_size, plan.guidance_scale,
+            f'{run.folder.name}, {arm}: {plan.num_samples} images',
+            partial(run.parts.condition.like_data, order=order), processes,
+        )
+        for arm, model in models.items()
+    }  # fmt: skip
+
+
+def measure_run(
+    run: Run, plan: Plan, models: dict[str, nn.Module], generated: dict[str, Tensor], real: Real
+) -> list[Result]:
+    """Measure what was generated, and the models; keep the results with the run."""
+    (distances, source), extractor = real.of(run), real.extractor
     provenance = {
         'images': plan.num_samples,
         'real': source,
@@ -184,33 +243,22 @@ def evaluate_run(
         'kid_subsets': f'{KID_SUBSETS} of {subset_size(plan.num_samples, len(distances.real))}',
         'versions': versions(),
     }
-    if plan.num_samples <= extractor.num_features:
-        print(
-            f'{plan.num_samples} images for {extractor.num_features} features: the covariance has not full rank, and '
-            f'FID depends much on the number; use more --num-samples'
-        )
-    order = torch.randperm(len(run.parts.samples()), generator=generator(plan.seed, 'conditions')).tolist()
-    generated: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, float]] = {}
     for arm, model in models.items():
-        model.to(device)
-        generated[arm] = generate(
-            model, run.parts, sampler, range(plan.num_samples), plan.steps, plan.seed, plan.batch_size,
-            plan.guidance_scale, f'{run.folder.name}, {arm}: {plan.num_samples} images',
-            partial(run.parts.condition.like_data, order=order),
-        )  # fmt: skip
         # through 8 bits, as the real images have come
         features = features_of(extractor, ((b * 255).round() / 255 for b in generated[arm].split(256)))
         numbers[arm] = distances.to(features)
         numbers[arm] |= {'parameters': cost.parameters(model), 'gmacs': forward_gmacs(run.parts, model)}
         save_grid(run.folder / 'evaluation' / f'{arm}-{run.step}.png', generated[arm][:PICTURES])
-    times = measure_speed(run, models, sampler, plan.guidance_scale)
+    times = measure_speed(run, models, build_sampler(plan.sampler, run.parts.scheduler), plan.guidance_scale)
     for arm in models:
         numbers[arm]['images_per_second'] = TIMED_IMAGES * TIMED_STEPS / plan.steps / (median(times[arm]) / 1e3)
         if arm != 'unfolded':
             numbers[arm]['speed'] = ratio(times[arm], times['unfolded']).median
             numbers[arm]['pixels'] = float((generated[arm] - generated['unfolded']).abs().max()) * 255
-    return [Result(run.folder.name, arm, run.step, run.sha256, provenance, numbers[arm]) for arm in models]
+    found = [Result(run.folder.name, arm, run.step, run.sha256, provenance, numbers[arm]) for arm in models]
+    save_results(run.folder, found)
+    return found
 
 
 def describe_extractor(extractor: Any) -> str:

@@ -1,7 +1,8 @@
 """FID and KID: features of an extractor, distances of torchmetrics. `METRICS` has them by name, and those of users.
 
 A metric is called with ``real`` and ``generated``, features ``(N, F)`` in float64 on the CPU, and a seed. It returns
-numbers by their names.
+numbers by their names. In a launch of several processes the first one calls it alone: it must not wait for others, as
+torchmetrics does without ``sync_on_compute=False``.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ __all__ = ['METRICS', 'Distances', 'Extractor', 'Inception', 'build_extractor', 
 
 METRICS = Registry('metric', error=AsrError)
 KID_SUBSETS = 100
+HERE: dict[str, Any] = {'sync_on_compute': False}  # of torchmetrics: the first process of a launch has all features
 
 
 class Extractor(Protocol):
@@ -121,7 +123,7 @@ def check_metrics(names: Iterable[str]) -> None:
 @METRICS.register_module(name='fid')
 def fid(real: Tensor, generated: Tensor, seed: int) -> dict[str, float]:
     """Frechet distance of normal distributions that are fitted to the features."""
-    metric = FrechetInceptionDistance(feature=Given(real.shape[1]))
+    metric = FrechetInceptionDistance(feature=Given(real.shape[1]), **HERE)
     metric.update(real, real=True)
     metric.update(generated, real=False)
     return {'fid': float(metric.compute())}
@@ -134,7 +136,7 @@ def kid(real: Tensor, generated: Tensor, seed: int) -> dict[str, float]:
         warnings.simplefilter('ignore')  # that it keeps all features
         torch.manual_seed(seed)
         size = subset_size(len(generated), len(real))
-        metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size)
+        metric = KernelInceptionDistance(feature=Given(real.shape[1]), subsets=KID_SUBSETS, subset_size=size, **HERE)
         metric.update(real, real=True)
         metric.update(generated, real=False)
         mean, std = metric.compute()

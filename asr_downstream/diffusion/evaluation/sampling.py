@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.console.progress import bar
+from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.models.process import Diffusion, Flow, process_of
 from asr_downstream.engine.data.sampler import mix
@@ -60,8 +60,9 @@ def generate(
     guidance_scale: float = 1.0,
     text: str = '',
     describe: Callable[[Sequence[int]], Tensor] | None = None,
+    processes: Processes = ALONE,
 ) -> Tensor:
-    """Generate images.
+    """Generate images; all of ``processes`` call this.
 
     Args:
         model: in eval mode, on any device.
@@ -74,9 +75,10 @@ def generate(
         guidance_scale: 1 is no guidance; more needs a condition that was trained with ``drop``.
         text: of the progress bar; without it there is none.
         describe: numbers to conditions; by default classes or prompts take turns.
+        processes: share the batches: a batch is the same images in one process and in many.
 
     Returns:
-        Images ``(N, C, H, W)`` in [0, 1], float32, on the CPU.
+        Images ``(N, C, H, W)`` in [0, 1], float32, on the CPU; on all but the first process none.
 
     Raises:
         AsrError: training mode, too many steps, or guidance without ``drop``.
@@ -86,10 +88,12 @@ def generate(
         raise AsrError(f'{type(model).__name__} is in training mode: call model.eval() first')
     check_can_sample(parts, sampler, steps, guidance_scale)
     batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
-    images = []
-    for batch in bar(batches, text) if text else batches:
+
+    def draw(batch: list[int]) -> Tensor:
         described = (describe or parts.condition.of_samples)(batch)
-        images.append(generate_batch(model, parts, sampler, batch, described, steps, seed, guidance_scale))
+        return generate_batch(model, parts, sampler, batch, described, steps, seed, guidance_scale)
+
+    images = processes.shared(draw, processes.own(batches), len(batches), text)
     return torch.cat(images) if images else torch.empty(0, *parts.shape)
 
 
