@@ -174,6 +174,7 @@ def test_what_cannot_be_analysed_is_one_line(detectors: dict[str, Path], tmp_pat
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_diffusion_model_by_timestep(tmp_path: Path) -> None:
     diffusion = pytest.importorskip('helpers.diffusion')
     run = diffusion.trained(tmp_path / 'se', plug=dict(type='Attention', attention=dict(type='SE', reduction=4)))

@@ -47,6 +47,7 @@ def check(path: Path) -> bytes:
     return svg.read_bytes()
 
 
+@pytest.mark.slow
 def test_all_figures(tmp_path: Path) -> None:
     found = find_stripes('a $ name', model(), DATA, by=lambda batch: batch[:, 0, 0, 0] // 3, grouped='third')
     draw_gates(tmp_path / 'gates', found)

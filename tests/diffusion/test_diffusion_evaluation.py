@@ -146,6 +146,7 @@ def test_runs_are_compared_in_pictures_and_tables(run: Path, encoder: Path, tmp_
         compare_runs([tmp_path], tmp_path / 'none')
 
 
+@pytest.mark.slow
 def test_calibrated_folding_is_evaluated_beside_the_model(tmp_path: Path, encoder: Path) -> None:
     path = trained(tmp_path, plug=DIA)
     plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'calibrated', 'calibrate': 8})

@@ -74,7 +74,10 @@ IN = {
 }
 
 
-@pytest.mark.parametrize('spec', [KEPT, dict(DIA, preserve=True)], ids=lambda spec: spec['type'])
+@pytest.mark.parametrize(
+    'spec',
+    [pytest.param(KEPT, id='ASR'), pytest.param(dict(DIA, preserve=True), id='DIA', marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize('learns', IN)
 def test_only_what_was_named_changes(tmp_path: Path, pipe: Path, spec: Any, learns: str) -> None:
     config = tuned(tmp_path, pipe, plug=spec, learns=learns, use_ema=True, max_train_steps=3)

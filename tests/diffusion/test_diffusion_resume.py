@@ -46,9 +46,15 @@ SPLIT = dict(train_batch_size=4, gradient_accumulation_steps=2)
     'settings',
     [
         {},
-        {'dataloader_num_workers': 2, 'gradient_accumulation_steps': 2, 'train_batch_size': 4},
+        pytest.param(
+            {'dataloader_num_workers': 2, 'gradient_accumulation_steps': 2, 'train_batch_size': 4},
+            marks=pytest.mark.slow,
+        ),
         {'plug': DIA, 'gradient_checkpointing': True, 'use_ema': False, 'snr_gamma': 5.0},
-        {'plug': None, 'model': dict(type='UNet2DModel', **UNET, dropout=0.3), 'validation_steps': 2},
+        pytest.param(
+            {'plug': None, 'model': dict(type='UNet2DModel', **UNET, dropout=0.3), 'validation_steps': 2},
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=['plain', 'workers', 'dia', 'dropout'],
 )
@@ -165,6 +171,7 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     assert 'processes 2 -> 1; the run goes on, but not bit for bit' in done.stdout
 
 
+@pytest.mark.slow
 def test_interrupting_writes_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     path = write_config(tmp_path, max_train_steps=100_000, checkpointing_steps=50_000)
     run = tmp_path / 'run'
@@ -286,6 +293,7 @@ def test_a_resumed_run_follows_the_config(finished: Path, tmp_path: Path, capsys
     assert group['weight_decay'] == 0.5
 
 
+@pytest.mark.slow
 def test_accumulation_may_change_at_a_resume(finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / 'run', tmp_path / 'run')
     shutil.rmtree(tmp_path / 'run/checkpoint-6')

@@ -198,6 +198,7 @@ def test_features_of_a_unet(teacher: Path, tmp_path: Path) -> None:
             assert not torch.equal(wanted.found[path], own.found[path])
 
 
+@pytest.mark.slow
 def test_other_features_are_learnt_from(teacher: Path, tmp_path: Path) -> None:
     stage = dict(name='distill', distance=dict(type='Cosine', feature='attention'), max_train_steps=1)
     run_stages(far_config(tmp_path, teacher, stages=[stage]), tmp_path / 'out')
@@ -207,6 +208,7 @@ def test_other_features_are_learnt_from(teacher: Path, tmp_path: Path) -> None:
 # Other runs -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_latent_run_with_classes(tmp_path: Path) -> None:
     vae().save_pretrained(tmp_path / 'vae')
     latents = dict(pretrained_model_name_or_path=str(tmp_path / 'vae'))
@@ -292,6 +294,7 @@ def test_a_run_without_self_attention(tmp_path: Path) -> None:
         run_stages(far_config(tmp_path, run.parent), tmp_path / 'out')
 
 
+@pytest.mark.slow
 def test_the_teacher_is_the_average(teacher: Path, tmp_path: Path) -> None:
     config = far_config(tmp_path, teacher)
     found = load_teacher(config, tmp_path)

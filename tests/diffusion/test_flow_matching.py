@@ -240,6 +240,7 @@ def test_the_card_and_the_commands_know_the_flow(run: Path, shipped: Path, tmp_p
     assert_refused(refused, "sampler 'DDIM'", FLOW, "'Euler', 'DPM-Solver++'")
 
 
+@pytest.mark.slow
 def test_evaluation_compares_the_folded_flow(run: Path, tmp_path: Path) -> None:
     images = load_run(run, data=True).parts.images
     assert images is not None
@@ -298,6 +299,7 @@ def test_a_latent_dit_ships_with_a_solver_that_its_pipeline_runs(tmp_path: Path)
     assert again.scheduler.config.shift == 2.0
 
 
+@pytest.mark.slow
 def test_a_dit_in_pixels_ships_with_code_that_samples(tmp_path: Path) -> None:
     model = dict(type='DiTTransformer2DModel', **{**DIT, 'in_channels': 1, 'out_channels': 1})
     model['num_embeds_ada_norm'] = 10

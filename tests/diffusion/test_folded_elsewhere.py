@@ -33,6 +33,7 @@ def test_lora_of_peft_goes_on_a_folded_unet_and_off() -> None:
     assert {*merged.state_dict()} == {*unet().state_dict()}
 
 
+@pytest.mark.slow
 def test_a_compiled_folded_unet_computes_the_same() -> None:
     model = unet()
     plug(model, ASR)

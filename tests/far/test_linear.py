@@ -147,7 +147,7 @@ def test_folders_have_all_of_it(tmp_path: Path) -> None:
     assert 'hidden units' not in text
 
 
-@pytest.mark.parametrize('name', ['ViT', 'UNet2DModel'])
+@pytest.mark.parametrize('name', ['ViT', pytest.param('UNet2DModel', marks=pytest.mark.slow)])
 def test_exported_and_compiled_models_compute_the_same(name: str) -> None:
     from test_far_export import First  # type: ignore[import-not-found]
 

@@ -202,7 +202,8 @@ def shrink_of(model: nn.Module, kept: Any) -> nn.Module:
     return smaller
 
 
-@pytest.mark.parametrize('name', ['ViT', pytest.param('UNet2DModel', marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ViT', 'UNet2DModel'])
 def test_cross_models_export_and_compile(name: str) -> None:
     from test_far_export import First  # type: ignore[import-not-found]
 

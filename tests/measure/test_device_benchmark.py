@@ -39,7 +39,9 @@ def test_variants_are_all_combinations_and_what_compiles_comes_last() -> None:
 
 
 @pytest.mark.parametrize('kind', ['training', 'inference'])
-@pytest.mark.parametrize('precision', bench.PRECISIONS)
+@pytest.mark.parametrize(
+    'precision', [pytest.param(p, marks=[] if p == 'float32' else [pytest.mark.slow]) for p in bench.PRECISIONS]
+)
 def test_arms_are_timed(kind: str, precision: str, models: dict[str, nn.Module], device: torch.device) -> None:
     before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
     asked = variant(kind=kind, precision=precision, layout='channels_last')

@@ -281,7 +281,7 @@ def normed(attention: str = 'SE', **kwargs: Any) -> nn.Module:
     return randomise(model)
 
 
-@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('training', [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_fused_equals_plain_with_second_derivatives(training: bool) -> None:
     model = normed(reduction=2).train(training)
     parameters = dict(model.named_parameters())

@@ -204,7 +204,9 @@ def test_the_status_of_a_part(checkout: Checkout) -> None:
     assert text.splitlines()[-3:] == ['1: exit status 5', '2: passed', '3: passed']
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize(
+    'number', [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGKILL))]
+)
 @pytest.mark.parametrize('moment', ['run 1', 'run 2'])
 def test_no_process_is_left_behind(checkout: Checkout, number: signal.Signals, moment: str) -> None:
     """After an interruption, in the program that runs or while waiting for the compilation; and it continues."""
