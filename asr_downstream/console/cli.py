@@ -18,6 +18,7 @@ IN_WORKER = re.compile(r'^Caught \w+ in DataLoader worker.*^[\w.]+Error: ', re.M
 
 __all__ = [
     'Names',
+    'Options',
     'add_calibration',
     'add_launcher',
     'add_options',

@@ -58,5 +58,6 @@ validate_at_start: bool | None = (
 )
 num_validation_images: Count = 16
 sampler: Literal['DDPM', 'DDIM', 'DPM-Solver++', 'Euler'] | None = None  # None: DDIM, of flow matching Euler
+sampler_kwargs: dict = {}  # of the sampler in diffusers: dict(thresholding=True) clips DPM-Solver++, for pixels alone
 num_inference_steps: Count = 50
 guidance_scale: Finite = 1.0  # of conditioned models that were trained with drop > 0

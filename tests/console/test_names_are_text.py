@@ -21,7 +21,8 @@ from asr_downstream.diffusion.export import fold_and_ship
 from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.engine.config import CONFIG_FILE, portable
-from asr_downstream.errors import AsrError
+from asr_downstream.engine.data.sources import HubDataset
+from asr_downstream.errors import AsrError, DataError
 
 NAMES = ['[bold]', '[/x]', 'a[red]b[/red]', '[link=file:///etc]here', ':smile:', '\\[x]', '[[x]]']
 
@@ -141,6 +142,20 @@ def test_data_that_has_no_rows_is_blamed_itself(tmp_path: Path, options: dict[st
     done = call('diffusion/train.py', path, '--dry-run')
     assert_refused(done, 'imagefolder', next(iter(options)))
     assert 'condition' not in done.stderr
+
+
+def test_a_stream_is_refused_before_it_is_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    monkeypatch.setattr(datasets, 'load_dataset', lambda *args, **kwargs: pytest.fail('it was opened'))
+    with pytest.raises(DataError, match=r'me/birds: streaming .* no order that a resumed run .*leave streaming out'):
+        HubDataset('me/birds', streaming=True)
+
+
+def test_the_splits_to_choose_from_are_named(tmp_path: Path) -> None:
+    images = write_images(tmp_path / 'images')
+    with pytest.raises(DataError, match="split=None is no single one; name one, such as split='train'"):
+        HubDataset('imagefolder', split=None, data_dir=str(images), cache_dir=str(tmp_path / 'cache'))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,13 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('run', type=Path, help='folder of a run, for its newest checkpoint, or of a checkpoint')
     parser.add_argument('--out', type=Path, help='folder (default: RUN/images)')
     cli.add_sampling(parser, num_samples=64)
+    parser.add_argument(
+        '--sampler-kwargs',
+        nargs='+',
+        action=cli.Options,
+        metavar='KEY=VALUE',
+        help='of the scheduler in diffusers: thresholding=True (for pixels, not latents), use_karras_sigmas=True',
+    )
     parser.add_argument('--show', nargs='+', metavar='NAME', help='classes, or prompts, to generate in turn')
     parser.add_argument('--single', action='store_true', help='write each image as a file, too')
     parser.add_argument('--columns', type=cli.count, help='of the grid')
@@ -62,8 +69,9 @@ def sample(args: argparse.Namespace, processes: Processes) -> None:
     model = fold_run(run)[0] if args.fold else run.parts.model
     device = torch.device('cuda' if torch.cuda.is_available() else 'cpu')
     run.parts.to(device)
+    sampler = build_sampler(name, run.parts.scheduler, args.sampler_kwargs, run.parts.vae is not None)
     images = generate(
-        model.to(device), run.parts, build_sampler(name, run.parts.scheduler), range(args.num_samples),
+        model.to(device), run.parts, sampler, range(args.num_samples),
         args.steps, args.seed, args.batch_size, args.guidance_scale, f'{args.num_samples} images', processes=processes,
     )  # fmt: skip
     if not processes.is_first:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,25 +11,54 @@ from torch import Tensor, nn
 
 from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.diffusion.models.components import Parts
+from asr_downstream.diffusion.models.pretrained import DEFINING
 from asr_downstream.diffusion.models.process import Diffusion, Flow, process_of
 from asr_downstream.engine.data.sampler import mix
-from asr_downstream.errors import AsrError, DataError, did_you_mean
+from asr_downstream.engine.values import Above, MaxShare, check_values
+from asr_downstream.errors import AsrError, DataError, did_you_mean, warn
 
 __all__ = ['build_sampler', 'check_can_sample', 'generate', 'sampler_name']
 
 
-def build_sampler(name: str | None, scheduler: Any) -> Any:
+# Kinds of options that a scheduler of diffusers would only fail on later.
+OPTIONS = {'thresholding': bool, 'dynamic_thresholding_ratio': MaxShare, 'sample_max_value': Above}
+OF_TRAINING = (*DEFINING, 'use_flow_sigmas', 'flow_shift')
+BEYOND, SHARE = 1.5, 0.05  # of pixels in [-1, 1]: a trained model puts next to none there
+
+
+def build_sampler(
+    name: str | None, scheduler: Any, options: Mapping[str, Any] | None = None, latents: bool = False
+) -> Any:
     """Make a sampler for a model that was trained with ``scheduler``.
 
     Args:
         name: DDPM (Ho et al., arXiv 2006.11239), DDIM (arXiv 2010.02502) or DPM-Solver++ (arXiv 2211.01095); of flow
             matching Euler or DPM-Solver++. None: see `sampler_name`.
         scheduler: of the training; the noise schedule and what the model predicts are taken from it.
+        options: further arguments of the scheduler of diffusers, such as ``thresholding=True``.
+        latents: whether the model denoises latents.
 
     Raises:
-        AsrError: the name is not known, or does not sample such a model.
+        AsrError: the name is not known, or does not sample such a model, or an option is not one of the sampler.
     """
-    return process_of(scheduler).samplers[sampler_name(name, scheduler)](scheduler)
+    name = sampler_name(name, scheduler)
+    sampler = process_of(scheduler).samplers[name](scheduler)
+    if not options:
+        return sampler
+    known = set(inspect.signature(type(sampler).__init__).parameters) - {'self', *OF_TRAINING}
+    for key in options:
+        if key in OF_TRAINING:
+            raise AsrError(f'sampler_kwargs: {key} is what the model was trained with; leave it out')
+        if key not in known:
+            raise AsrError(f'sampler_kwargs: {name} takes no {key!r}; {did_you_mean(key, known)}')
+    kinds = {key: kind for key, kind in OPTIONS.items() if key in options}
+    check_values(kinds, {key: options[key] for key in kinds}, 'sampler_kwargs')
+    if latents and options.get('thresholding'):
+        raise AsrError('sampler_kwargs: thresholding is for pixels in [-1, 1]; latents are larger, leave it out')
+    try:
+        return type(sampler).from_config(sampler.config, **options)
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise AsrError(f'sampler_kwargs: {name} does not take {dict(options)} ({error})') from error
 
 
 def sampler_name(name: str | None, scheduler: Any) -> str:
@@ -139,6 +169,7 @@ def generate_batch(
             plain = model(scaled, when, **nothing).sample
             predicted = plain + guidance_scale * (predicted - plain)
         x = sampler.step(predicted, t, x, generator=streams).prev_sample
+    hint_at_thresholding(x, sampler, parts)
     images = parts.decode(x).float().cpu()
     if not (x.isfinite().all() and images.isfinite().all()):  # decoding clips infinity to white
         raise DataError(
@@ -146,3 +177,16 @@ def generate_batch(
             f'diverged, or the numbers are too large for {str(dtype).removeprefix("torch.")}'
         )
     return images
+
+
+def hint_at_thresholding(x: Tensor, sampler: Any, parts: Parts) -> None:
+    """Warn of pixels far outside of [-1, 1]: DPM-Solver++ clips nothing on its way, other than DDIM and DDPM."""
+    if parts.vae is not None or sampler.config.get('thresholding', True):
+        return
+    beyond = float((x.abs() > BEYOND).float().mean())
+    if sampler.config.get('clip_sample') is None and beyond > SHARE:  # it has no such setting
+        warn(
+            f'{beyond:.0%} of the pixels lie beyond {BEYOND} instead of in [-1, 1], as of a model that has not learnt '
+            f'much yet: {type(sampler).__name__} does not clip what it predicts unless it is told to, with '
+            f'sampler_kwargs=dict(thresholding=True) in a config, or sample --sampler-kwargs thresholding=True'
+        )

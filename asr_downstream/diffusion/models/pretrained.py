@@ -27,7 +27,7 @@ from asr_downstream.files.atomic import first_line
 from asr_downstream.modules.slots import GATES
 from asr_downstream.plugging.weights import check_weights_finite
 
-__all__ = ['PATH', 'find_model', 'load_whole', 'noise_schedule', 'resumed_schedule', 'same_schedule']
+__all__ = ['DEFINING', 'PATH', 'find_model', 'load_whole', 'noise_schedule', 'resumed_schedule', 'same_schedule']
 
 INDEX, SCHEDULER = 'model_index.json', 'scheduler_config.json'
 PATH, SUBFOLDER = 'pretrained_model_name_or_path', 'subfolder'

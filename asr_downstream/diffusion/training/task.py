@@ -59,7 +59,8 @@ class Denoising(Task):
         self.parts = parts
         self.model = parts.model
         self.images = parts.images
-        self.sampler = build_sampler(config.sampler, parts.scheduler)
+        options = plain(config.sampler_kwargs)
+        self.sampler = build_sampler(config.sampler, parts.scheduler, options, parts.vae is not None)
         check_can_save(config, self.model)
         restrict(self.model, learning_of(config, self.model))
         if 'gates' in words_of(plain(config.learns)) and PATH in config.model:

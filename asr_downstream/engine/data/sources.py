@@ -232,15 +232,17 @@ class HubDataset(Source):
             import datasets
         except ImportError as error:
             raise DataError(f'HubDataset needs datasets ({error}); install it with: pip install datasets') from error
+        if kwargs.get('streaming'):
+            raise DataError(
+                f'{path}: streaming data sets have no length and no order that a resumed run could find again; leave '
+                f"streaming out, which downloads it once, or a part of it with split='train[:10%]'"
+            )
         try:
             self.rows = datasets.load_dataset(path, name, split=split, **kwargs)
         except Exception as error:  # its errors have no common class
             raise DataError(f'{path}: cannot be loaded by datasets ({type(error).__name__}: {error})') from error
-        if not isinstance(self.rows, datasets.Dataset):  # a stream, or all splits
-            raise DataError(
-                f'{path}: images are drawn by number, which a {type(self.rows).__name__} cannot do; leave out '
-                f"streaming, and name a split='train' (streaming={kwargs.get('streaming', False)}, split={split!r})"
-            )
+        if not isinstance(self.rows, datasets.Dataset):
+            raise DataError(f'{path}: split={split!r} is no single one; name one, such as {splits_of(self.rows)}')
         self.path = f'{path}[{split}]'
         features = self.rows.features
         self.image_column = self.column(features, image_column, datasets.Image, 'image')
@@ -279,6 +281,11 @@ class HubDataset(Source):
         if self.caption_column is None:
             raise DataError(f"{self.path}: name its captions with data=dict(..., caption_column='text')")
         return self.rows[index][self.caption_column]
+
+
+def splits_of(rows: Any) -> str:
+    """Names of the splits of a data set."""
+    return ' or '.join(f'split={name!r}' for name in rows) if isinstance(rows, dict) else "split='train'"
 
 
 @SOURCES.register_module()
