@@ -65,6 +65,7 @@ def test_stripes_of_detectors(detectors: dict[str, Path], tmp_path: Path) -> Non
     assert 'outputs change by' in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_correlation_and_cost_of_detectors(detectors: dict[str, Path], tmp_path: Path) -> None:
     done = analyze('correlation', detectors['DIA'], '--images', 4, '--out', tmp_path)

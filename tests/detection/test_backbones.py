@@ -91,7 +91,17 @@ def test_the_stages_of_a_transformer_are_those_of_its_blocks() -> None:
     assert [(unit.name, len(unit.sites)) for unit in units] == [(f'stages.{n}.blocks', 2) for n in range(4)]
 
 
-@pytest.mark.parametrize('name', ['Swin', 'PVT', 'Hourglass', 'CSPNeXt (RTMDet)', 'EfficientNet-B0', 'HRNet'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'Swin',
+        'PVT',
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ('Hourglass', 'CSPNeXt (RTMDet)', 'EfficientNet-B0', 'HRNet')
+        ),
+    ],
+)
 def test_initialisation_is_that_of_the_stock_class_and_leaves_the_gates(name: str) -> None:
     torch.manual_seed(3)
     stock = build(BY_NAME[name])

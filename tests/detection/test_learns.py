@@ -46,10 +46,11 @@ IN = {
     'bias': lambda name: name.endswith('bias') and not GATES.search(name),
     'bbox_head.*': lambda name: name.startswith('bbox_head.'),
 }
+FAST = ('gates', 'norms')
 
 
 @pytest.mark.parametrize('path', [ASR, pytest.param(DIA, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('learns', IN)
+@pytest.mark.parametrize('learns', [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in IN])
 def test_only_what_was_named_changes(digits: Path, stock: Path, tmp_path: Path, path: str, learns: str) -> None:
     start = AtStart()
     checkpoint = run(plugged(digits, stock, path, learns=learns), tmp_path, hooks=(start,))
@@ -128,6 +129,7 @@ def test_another_choice_does_not_resume(digits: Path, stock: Path, tmp_path: Pat
             run(plugged(digits, stock, learns=learns), tmp_path, 'latest')
 
 
+@pytest.mark.slow
 def test_gradients_are_accumulated(digits: Path, stock: Path, tmp_path: Path) -> None:
     start = AtStart()
     config = plugged(digits, stock, learns='gates', **{'optim_wrapper.accumulative_counts': 2})
@@ -164,6 +166,7 @@ def test_averaged_weights_have_no_copies_of_what_is_frozen(digits: Path, stock: 
         assert torch.equal(content['ema_state_dict'][f'module.{name}'], value), name
 
 
+@pytest.mark.slow
 def test_statistics_run_where_that_is_asked_for(digits: Path, stock: Path, tmp_path: Path) -> None:
     start = AtStart()
     config = plugged(digits, stock, learns='gates', norm_statistics='running')

@@ -118,6 +118,7 @@ def test_a_part_that_the_base_has_not_learns_and_another_head_is_named(
         learning_of(config, build_detector(config))
 
 
+@pytest.mark.slow
 def test_a_plugged_checkpoint_is_a_base_as_well(digits: Path, stock: Path, tmp_path: Path) -> None:
     first = run(plugged(digits, stock, learns='gates'), tmp_path / 'first')
     start = AtStart()

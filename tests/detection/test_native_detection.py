@@ -42,6 +42,7 @@ def saved(digits: Path, folder: Path, backbone: dict[str, Any], **spec: Any) -> 
     return path, checkpoint
 
 
+@pytest.mark.slow
 def test_a_backbone_with_a_switch_becomes_a_stock_one(digits: Path, tmp_path: Path) -> None:
     path, checkpoint = saved(digits, tmp_path, CSPNEXT)
     out = tmp_path / 'shipped' / 'detector.pth'

@@ -23,6 +23,7 @@ MODELS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', [pytest.param(n, marks=m) for n, m in MODELS])
 @pytest.mark.parametrize('arm', ['asr-se', pytest.param('asr-eca', marks=pytest.mark.slow)])
 def test_stock_config_loads_the_folded_checkpoint_strictly(name: str, arm: str, tool: object, tmp_path: Path) -> None:

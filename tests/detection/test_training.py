@@ -212,7 +212,8 @@ def test_averaged_weights_are_what_is_written_and_folds(digits: Path, tmp_path: 
     assert report['feature_map_difference']['float64']['relative'] < 1e-10
 
 
-@pytest.mark.parametrize('path', [ASR, pytest.param(DIA, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize('path', [ASR, DIA])
 def test_a_stock_checkpoint_fine_tunes_from_exactly_where_it_stands(digits: Path, tmp_path: Path, path: str) -> None:
     last = Detections()
     keep = {'model.test_cfg.score_thr': 0.0}  # two epochs find nothing with more

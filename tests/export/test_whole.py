@@ -130,6 +130,7 @@ def test_moved_boxes_are_refused(
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_the_program_beside_it_needs_three_packages(exported: tuple[Path, Path, Path], tmp_path: Path) -> None:
     data, _, out = exported
     images = sorted((data / 'val').glob('*.png'))

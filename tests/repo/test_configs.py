@@ -29,6 +29,7 @@ from asr_downstream.far.model.describe import mixers
 
 CONFIGS = sorted(p for p in (ROOT / 'det_configs').rglob('*.py') if '_base_' not in p.parts)
 FAST = ('-asr-se', '_digits')  # of R18 only where there is no R50
+ALIKE = ('cascade', 'rtmdet-ins', 'dino', 'atss')  # detectors whose parts others have, too
 ARMS = ('', '-se', '-asr-se', '-dia', '-asr-dia')
 DETECTORS = (
     'faster-rcnn_r50{}-c3-c5_fpn_1x_coco',
@@ -54,7 +55,7 @@ RESOLVED = json.loads((ROOT / 'tests/repo/resolved_configs.json').read_text())  
 
 def params() -> list[Any]:
     def fast(path: Path) -> bool:
-        return any(part in path.stem for part in FAST) and '_r18-asr' not in path.stem
+        return any(part in path.stem for part in FAST) and not any(part in path.stem for part in ('_r18-asr', *ALIKE))
 
     return [pytest.param(p, id=p.stem, marks=[] if fast(p) else pytest.mark.slow) for p in CONFIGS]
 

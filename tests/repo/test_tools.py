@@ -76,7 +76,7 @@ def test_fold_ships_what_plain_mmdetection_loads(
     tool: Tool, digits: Path, trained: Path, tmp_path: Path, suffix: str
 ) -> None:
     out = tmp_path / f'detector{suffix}'
-    done = tool('fold', PLUGGED, trained, out)
+    done = command('fold', PLUGGED, trained, out)
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / 'fold_report.json').read_text())
     assert len(report['sites']) == 6

@@ -141,7 +141,7 @@ def test_what_was_tested_is_on_the_card_for_machines(made: dict[Path, Path], tmp
     assert shipped().data.eval_results is None
 
 
-@pytest.mark.parametrize('folding', [None, 'exact'])
+@pytest.mark.parametrize('folding', [pytest.param(None, marks=pytest.mark.slow), 'exact'])
 def test_a_set_without_annotations_is_for_predictions_and_pictures(
     made: dict[Path, Path], tmp_path: Path, folding: str | None
 ) -> None:
