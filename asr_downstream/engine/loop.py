@@ -34,7 +34,7 @@ from asr_downstream.engine.state.train_state import (
 )
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
-from asr_downstream.engine.watch import Watch, together
+from asr_downstream.engine.watch import Watch, together, whole
 from asr_downstream.errors import AsrError, CompleteError, OtherProcessError
 from asr_downstream.files.atomic import check_writable
 from asr_downstream.files.configs import plain
@@ -289,7 +289,7 @@ class Training:
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     most = math.inf if config.max_grad_norm is None else config.max_grad_norm
-                    self.norm = accelerator.clip_grad_norm_(self.wrapped.parameters(), most)
+                    self.norm = whole(accelerator.clip_grad_norm_(self.wrapped.parameters(), most))
                 self.optimiser.step()
                 self.optimiser.zero_grad()
             self.window.add(loss, others)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asr_downstream.errors import AsrError, OtherProcessError
 
-__all__ = ['Watch', 'together']
+__all__ = ['Watch', 'together', 'whole']
 
 SKIPPED_AT_MOST = 50  # fp16 halves its scale at each skipped step: from 2**16 it is gone long before
 
@@ -109,3 +109,8 @@ def together(accelerator: Accelerator, work: Any) -> None:
             raise OtherProcessError(f'process {failed[0]} failed; it says why') from failure
     if failure is not None:
         raise failure
+
+
+def whole(value: Any) -> Any:
+    """A tensor whose parts are on the processes (a DTensor), put together; anything else as it is. All must ask."""
+    return value.full_tensor() if hasattr(value, 'full_tensor') else value
