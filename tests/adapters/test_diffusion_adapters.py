@@ -149,6 +149,7 @@ def test_a_training_with_learns_from_the_pipeline_to_the_pipeline(tmp_path: Path
     assert all(name.startswith(('conv_out', *list_gates(tmp_path / 'a.safetensors').sites)) for name in changed)
 
 
+@pytest.mark.slow
 def test_an_adapter_is_pushed_to_a_hub_with_a_card(hub: Hub, tmp_path: Path, base: Path) -> None:
     out = tmp_path / 'night.safetensors'
     done = asr_downstream(hub, 'gates', 'save', run_of(tmp_path / 'run', base), out, '--push-to-hub', 'user/night')

@@ -36,7 +36,9 @@ cli.run(main)
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize(('number', 'status'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ('number', 'status'), [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
+)
 def test_a_signal_to_the_group_spares_the_workers(number: signal.Signals, status: int) -> None:
     process = subprocess.Popen(
         [sys.executable, '-c', PROGRAM],

@@ -74,6 +74,7 @@ def test_only_what_was_named_changes(digits: Path, stock: Path, tmp_path: Path, 
     assert all(torch.equal(start.state[name], value) for name, value in base.items())
 
 
+@pytest.mark.slow
 def test_all_is_what_it_was_without_the_key(digits: Path, stock: Path, tmp_path: Path) -> None:
     first = run(plugged(digits, stock), tmp_path / 'a')
     other = run(plugged(digits, stock, learns='all'), tmp_path / 'b')
@@ -122,6 +123,7 @@ def test_a_resumed_training_is_the_one_without_the_stop(
     assert (tmp_path / 'parts' / BASE_FILE).read_text() == before == (tmp_path / 'whole' / BASE_FILE).read_text()
 
 
+@pytest.mark.slow
 def test_another_choice_does_not_resume(digits: Path, stock: Path, tmp_path: Path) -> None:
     run(plugged(digits, stock, learns='gates', **{'train_cfg.max_epochs': 1}), tmp_path)
     for learns in ('norms', 'all', ['gates', 'norms']):
@@ -138,6 +140,7 @@ def test_gradients_are_accumulated(digits: Path, stock: Path, tmp_path: Path) ->
     assert changed == {name for name, _ in start.model.named_parameters() if GATES.search(name)}
 
 
+@pytest.mark.slow
 def test_averaged_weights_have_no_copies_of_what_is_frozen(digits: Path, stock: Path, tmp_path: Path) -> None:
     class Averages(Hook):
         priority = 'LOWEST'

@@ -301,6 +301,7 @@ def test_an_epoch_of_another_length_starts_again(digits: Path, tmp_path: Path, c
     assert len(seen) == 3  # the whole second epoch, now of three steps
 
 
+@pytest.mark.slow
 def test_a_resume_at_an_epoch_trains_every_step_of_the_next(digits: Path, tmp_path: Path) -> None:
     work = tmp_path / 'work'
     run(configured(digits, **{'train_cfg.max_epochs': 1}), work)

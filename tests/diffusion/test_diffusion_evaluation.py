@@ -93,9 +93,16 @@ def test_folded_and_unfolded_have_the_same_numbers(run: Path, encoder: Path, tmp
     assert folded.numbers['gmacs'] == pytest.approx(unfolded.numbers['gmacs'], rel=0.01)
     assert folded.provenance == unfolded.provenance
     assert {r.arm for r in read_results(run)} == {'unfolded', 'folded'}
-    evaluate_runs([run], plan)
-    assert len(read_results(run)) == 2  # the same again replaces
     assert (run / 'evaluation/folded-1.png').is_file()
+
+
+@pytest.mark.slow
+def test_the_same_again_replaces_and_another_seed_is_beside(run: Path, encoder: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(run, tmp_path / 'run', ignore=shutil.ignore_patterns('evaluation.json')))
+    plan = Plan(**{**vars(QUICK), 'extractor': str(encoder), 'fold': 'exact'})
+    unfolded, _ = evaluate_runs([run], plan)
+    evaluate_runs([run], plan)
+    assert len(read_results(run)) == 2
     other = evaluate_runs([run], Plan(**{**vars(plan), 'seed': 1, 'fold': None}))
     assert other[0].numbers['fid'] != unfolded.numbers['fid']
     text = tables(read_results(run))

@@ -72,13 +72,14 @@ IN = {
     'bias': lambda name: name.endswith('bias') and not GATES.search(name),
     'conv_out.*': lambda name: name.startswith('conv_out.'),
 }
+FAST = ('gates', 'norms')
 
 
 @pytest.mark.parametrize(
     'spec',
     [pytest.param(KEPT, id='ASR'), pytest.param(dict(DIA, preserve=True), id='DIA', marks=pytest.mark.slow)],
 )
-@pytest.mark.parametrize('learns', IN)
+@pytest.mark.parametrize('learns', [pytest.param(n, marks=[] if n in FAST else [pytest.mark.slow]) for n in IN])
 def test_only_what_was_named_changes(tmp_path: Path, pipe: Path, spec: Any, learns: str) -> None:
     config = tuned(tmp_path, pipe, plug=spec, learns=learns, use_ema=True, max_train_steps=3)
     start = copy.deepcopy(build_parts(config).model.state_dict())
@@ -116,7 +117,7 @@ def test_the_start_is_the_base_bit_for_bit(tmp_path: Path, pipe: Path) -> None:
     assert not torch.equal(plain(x, t).sample, stock(x, t).sample)
 
 
-@pytest.mark.parametrize('learns', ['gates', ['gates', 'conv_out.*']])
+@pytest.mark.parametrize('learns', [pytest.param('gates', marks=pytest.mark.slow), ['gates', 'conv_out.*']])
 def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, pipe: Path, learns: Any) -> None:
     settings = {'learns': learns, 'gradient_accumulation_steps': 2, 'train_batch_size': 4}
     train(tuned(tmp_path / 'whole', pipe, **settings))

@@ -216,7 +216,9 @@ def conditioned(folder: Path, kind: str) -> dict[str, Any]:
     )
 
 
-@pytest.mark.parametrize('kind', PIPELINES)
+@pytest.mark.parametrize(
+    'kind', [pytest.param(k, marks=[pytest.mark.slow] if k == 'latent text' else []) for k in PIPELINES]
+)
 def test_conditioned_models_ship_as_the_pipeline_of_diffusers(tmp_path: Path, kind: str) -> None:
     from helpers.diffusion import ASR
 

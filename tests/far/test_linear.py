@@ -162,6 +162,7 @@ def test_exported_and_compiled_models_compute_the_same(name: str) -> None:
         assert torch.allclose(torch.compile(model, backend='eager')(**inputs), wanted, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_stages_train_it_and_pruning_says_no(tmp_path: Path) -> None:
     path = write_config(tmp_path, replace=LINEAR, max_train_steps=3, validation_steps=0)
     config, out = load_config(path), tmp_path / 'out'

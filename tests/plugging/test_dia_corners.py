@@ -202,9 +202,8 @@ def test_a_part_without_gradients_is_fine_where_the_unit_does_not_train() -> Non
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize(
-    'spec', [pytest.param(DIA, id='DIA'), pytest.param(ASR_DIA, id='ASR-DIA', marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('spec', [pytest.param(DIA, id='DIA'), pytest.param(ASR_DIA, id='ASR-DIA')])
 def test_compiled_and_eager_parts_share_the_state(spec: dict) -> None:
     model = wide(spec)
     x = maps()

@@ -65,7 +65,7 @@ def test_a_training_of_the_demo(tmp_path: Path, part: str, begun: str, later: st
     assert 'Traceback' not in process.text
 
 
-@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_the_last_moment_of_a_stage(tmp_path: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that was told to stop is the last one, of distillation and of pruning; --resume goes on behind it."""
     path, out = write_config(tmp_path), tmp_path / 'out'
