@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from asr_downstream.console import cli
+from asr_downstream.measure import timing
 from asr_downstream.plugging.sites import SITES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -72,6 +73,14 @@ def _alone() -> Iterator[None]:
     SITES.clear()
     SITES.update(sites)
     assert torch.get_num_threads() == threads  # else sums of later tests are of another order
+
+
+@pytest.fixture(autouse=True)
+def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two rounds of every timing are enough where times are not what is tested."""
+    if 'measure' not in request.path.parts:
+        turns = timing.turns
+        monkeypatch.setattr(timing, 'turns', lambda names, rounds, text: turns(names, min(rounds, 2), text))
 
 
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
