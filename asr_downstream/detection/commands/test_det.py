@@ -4,8 +4,7 @@
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold calibrated --calibrate 64
     asr-downstream test-det CONFIG work_dirs/NAME/epoch_10.pth --fold --per-class --show-dir pictures --fast --tta
-    python -m asr_downstream.console.torchrun --standalone --nproc_per_node 8 -m asr_downstream test-det CONFIG \\
-      work_dirs/NAME/epoch_10.pth --launcher pytorch
+    python -m torch.distributed.run --nproc_per_node 8 -m asr_downstream test-det CONFIG X.pth --launcher pytorch
 
 Gates of ASR fold exactly. Gates that depend on the input (SE, DIA, ...) fold only by calibration: each is replaced by
 its mean over training images, and the table shows what that costs.
