@@ -17,7 +17,6 @@ from asr_downstream.classification.evaluate import run_logits, trained
 from asr_downstream.classification.task import Classification
 from asr_downstream.engine.classification import accuracy, logits
 from asr_downstream.engine.config import CONFIG_FILE
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.train_state import AVERAGE, WEIGHTS
 from asr_downstream.errors import CheckpointError
@@ -25,6 +24,7 @@ from asr_downstream.files.atomic import sha256
 from asr_downstream.folding.analysis.attacks import Attack
 from asr_downstream.folding.analysis.runs import Change, OpenRun, Wanted
 from asr_downstream.folding.analysis.stripes import Metric
+from asr_downstream.modules.seeds import generator
 from asr_downstream.registry import RUNS
 
 __all__ = ['open_classifier']

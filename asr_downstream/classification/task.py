@@ -14,9 +14,9 @@ from asr_downstream.classification.models import build_model
 from asr_downstream.engine.classification import ImageClassification
 from asr_downstream.engine.config import with_epochs
 from asr_downstream.engine.data.labelled import normal
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.launch import world
 from asr_downstream.errors import AsrError
+from asr_downstream.modules.seeds import generator
 
 __all__ = ['Classification']
 

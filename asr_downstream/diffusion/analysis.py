@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from asr_downstream.diffusion.evaluation.fold import call
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.diffusion.training.objective import denoising_loss
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.folding.analysis.runs import OpenRun, Wanted
 from asr_downstream.folding.analysis.stripes import Metric
+from asr_downstream.modules.seeds import generator
 from asr_downstream.registry import RUNS
 
 __all__ = ['NoisyImages', 'open_diffusion']

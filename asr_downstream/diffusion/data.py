@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 from torch.utils.data import Dataset
 
 from asr_downstream.engine.data.images import Images
-from asr_downstream.engine.data.sampler import generator
+from asr_downstream.modules.seeds import generator
 
 __all__ = ['Samples']
 

@@ -19,19 +19,14 @@ from torch.utils.data import DataLoader
 from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent, until_stopped
 from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.data.images import BadFiles
-from asr_downstream.engine.data.sampler import Draws, mix
+from asr_downstream.engine.data.sampler import Draws
 from asr_downstream.engine.launch import gather_bad, others_may_end, start_processes
 from asr_downstream.engine.meters import Window
 from asr_downstream.engine.optim import build_optimiser, build_schedule, decays_of, optimiser_of, set_rates
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.engine.state.save import bytes_of, save_training
-from asr_downstream.engine.state.train_state import (
-    Progress,
-    check_same_run,
-    load_training,
-    read_progress,
-)
+from asr_downstream.engine.state.train_state import Progress, check_same_run, load_training, read_progress
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
 from asr_downstream.engine.watch import Watch, together, whole
@@ -40,6 +35,7 @@ from asr_downstream.files.atomic import check_writable
 from asr_downstream.files.configs import plain
 from asr_downstream.files.locks import check_free, occupied
 from asr_downstream.folding.analysis.training import FILE, GateRecorder
+from asr_downstream.modules.seeds import mix
 
 __all__ = ['check_folder', 'recompute_activations', 'train']
 

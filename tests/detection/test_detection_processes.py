@@ -88,6 +88,7 @@ def numbers(path: Path) -> Any:
     return cleared(json.loads(path.read_text()))
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_does(trained: tuple[Any, Path, Path], tmp_path: Path) -> None:
     config, file, checkpoint = trained
     text = evaluate_checkpoint(config, checkpoint, tmp_path / 'one' / 'test.json', TestPlan(folding='exact'))

@@ -79,6 +79,7 @@ def test_two_processes_write_the_images_of_one(run: Path, tmp_path: Path) -> Non
     assert done.stdout == alone.stdout.replace(str(tmp_path / 'one'), str(tmp_path / 'two'))  # said once
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_does(run: Path, tmp_path: Path) -> None:
     rows, grids = [], []
     for number, start in enumerate((None, TORCHRUN)):

@@ -17,9 +17,9 @@ from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.models.process import Diffusion
 from asr_downstream.diffusion.training.task import Denoising
-from asr_downstream.engine.data.sampler import mix
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.errors import AsrError
+from asr_downstream.modules.seeds import mix
 
 # Sampling -------------------------------------------------------------------------------------------------------------
 

@@ -33,8 +33,8 @@ from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.export import fold_and_ship
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
-from asr_downstream.engine.data.sampler import mix
 from asr_downstream.errors import AsrError, CheckpointError, FoldError
+from asr_downstream.modules.seeds import mix
 
 
 @pytest.fixture(scope='module')

@@ -40,8 +40,8 @@ from asr_downstream.diffusion.models.process import FLOW, Density, Flow, process
 from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.objective import denoising_loss
 from asr_downstream.diffusion.training.train import train
-from asr_downstream.engine.data.sampler import generator, mix
 from asr_downstream.errors import AsrError
+from asr_downstream.modules.seeds import generator, mix
 
 SCHEDULE = dict(type=FLOW, num_train_timesteps=1000)
 SETTINGS = {'noise_scheduler': SCHEDULE}

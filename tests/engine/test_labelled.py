@@ -16,8 +16,8 @@ from asr_downstream.engine.classification import accuracy
 from asr_downstream.engine.data.augment import AUGMENTATIONS, Crop, Flip, build_augmentations, check_many
 from asr_downstream.engine.data.images import build_images
 from asr_downstream.engine.data.labelled import Labelled, Store, first_of_each, labels_of, normal, split
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError, DataError
+from asr_downstream.modules.seeds import generator
 
 KINDS = ('files', 'memory', 'device')
 AUGMENT = [dict(type='Crop', padding=3), dict(type='Flip')]

@@ -16,7 +16,6 @@ from mmengine.config import Config
 from safetensors.torch import load_file
 
 from asr_downstream.engine.data.augment import AUGMENTATIONS, build_augmentations
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.optim import build_schedule
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.trackers import read_log
@@ -31,6 +30,7 @@ from asr_downstream.far.evaluation.token_relations import attention_maps, mixer_
 from asr_downstream.far.export import load_far
 from asr_downstream.far.model.replace import find_attentions, replace
 from asr_downstream.far.model.trainable import block_of
+from asr_downstream.modules.seeds import generator
 from asr_downstream.registry import TASKS, build
 
 

@@ -73,6 +73,39 @@ def test_mmdetection_is_mended_whoever_imports_it(first: str) -> None:
     assert done.stdout.splitlines()[-2:] == [str(first.startswith('mmdet')), 'None'], done.stderr
 
 
+# What the extra det does not bring, and the others do.
+ELSEWHERE = {
+    'accelerate',
+    'datasets',
+    'diffusers',
+    'onnx',
+    'onnxruntime',
+    'onnxscript',
+    'pydantic',
+    'torchmetrics',
+    'transformers',
+}
+
+
+@pytest.mark.det
+def test_detection_needs_its_own_extra_alone(tmp_path: Path) -> None:
+    pytest.importorskip('mmdet')
+    from asr_downstream.detection.data.digits import make_digits
+
+    make_digits(tmp_path, sizes={'train': 8, 'val': 4})
+    done = python(
+        'import importlib, pkgutil\n'
+        'import asr_downstream.detection as package\n'
+        "for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        '    importlib.import_module(module.name)\n'
+        'from asr_downstream.commands.main import main\n'
+        f"main(['train-det', 'retinanet_r18-w16-asr-se_fpn_digits', '--dry-run', '--data-root', {str(tmp_path)!r}])\n",
+        ELSEWHERE,
+    )
+    assert done.returncode == 0, done.stderr
+    assert 'backbone.layer3.1.bn2' in done.stdout
+
+
 def test_importing_reaches_no_network() -> None:
     done = python(
         'import socket\n'

@@ -34,11 +34,11 @@ from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.diffusion.training.train import train
 from asr_downstream.engine.config import CONFIG_FILE
-from asr_downstream.engine.data.sampler import mix
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import write_json
 from asr_downstream.measure import cost
 from asr_downstream.measure.versions import versions
+from asr_downstream.modules.seeds import mix
 from asr_downstream.plugging.describe import describe
 
 __all__ = ['run_demo']

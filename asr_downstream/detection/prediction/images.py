@@ -11,9 +11,8 @@ import torch
 from asr_downstream.console.text import some
 from asr_downstream.detection.data.coco import read_annotations
 from asr_downstream.detection.evaluation.evaluate import Detections
-from asr_downstream.engine.data.folders import files_below
-from asr_downstream.engine.data.sources import is_image
 from asr_downstream.errors import DataError
+from asr_downstream.files.folders import files_below, is_image
 
 __all__ = ['Truth', 'find_images']
 

@@ -25,7 +25,7 @@ from mmengine.runner import Runner
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 from asr_downstream.console.stopping import leave_stopping_to_the_parent
-from asr_downstream.engine.data.sampler import mix
+from asr_downstream.modules.seeds import mix
 
 __all__ = ['Draws', 'DrawsHook', 'draw_by_sample', 'seed_all']
 

@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 
 from asr_downstream.console.progress import bar
 from asr_downstream.engine.data.images import Images
-from asr_downstream.engine.data.sampler import Draws, generator
+from asr_downstream.engine.data.sampler import Draws
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import sha256, write_atomically
 from asr_downstream.models.resnet_cifar import BasicBlock, ResNet
+from asr_downstream.modules.seeds import generator
 from asr_downstream.plugging.weights import check_weights_finite
 
 __all__ = ['FILE', 'Encoder', 'load_encoder', 'train_encoder']

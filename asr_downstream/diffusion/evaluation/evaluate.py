@@ -33,13 +33,13 @@ from asr_downstream.diffusion.evaluation.sampling import build_sampler, check_ca
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.runs import Run, load_run
 from asr_downstream.engine.data.images import Images
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import check_writable
 from asr_downstream.files.configs import plain
 from asr_downstream.measure import cost
 from asr_downstream.measure.timing import paired_times, ratio
 from asr_downstream.measure.versions import versions
+from asr_downstream.modules.seeds import generator
 from asr_downstream.plugging.describe import describe
 
 __all__ = ['Plan', 'evaluate_runs']

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.build import build_model
 from asr_downstream.diffusion.runs import Run
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import CheckpointError
 from asr_downstream.folding.calibrated import fold_calibrated
 from asr_downstream.folding.exact import fold_exactly
 from asr_downstream.folding.report import FoldReport
 from asr_downstream.folding.verify import Verification, check_same, verify
 from asr_downstream.modules.copies import copy_of
+from asr_downstream.modules.seeds import generator
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.weights import load_state
 

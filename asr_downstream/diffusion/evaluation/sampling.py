@@ -13,9 +13,9 @@ from asr_downstream.console.processes import ALONE, Processes
 from asr_downstream.diffusion.models.components import Parts
 from asr_downstream.diffusion.models.pretrained import DEFINING
 from asr_downstream.diffusion.models.process import Diffusion, Flow, process_of
-from asr_downstream.engine.data.sampler import mix
 from asr_downstream.engine.values import Above, MaxShare, check_values
 from asr_downstream.errors import AsrError, DataError, did_you_mean, warn
+from asr_downstream.modules.seeds import mix
 
 __all__ = ['build_sampler', 'check_can_sample', 'generate', 'sampler_name']
 

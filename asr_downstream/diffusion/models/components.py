@@ -17,9 +17,9 @@ from asr_downstream.diffusion.models.conditions import Condition, build_conditio
 from asr_downstream.diffusion.models.pretrained import find_model, load_whole, noise_schedule
 from asr_downstream.diffusion.models.process import FLOW, Density, Flow, Process, process_of
 from asr_downstream.engine.data.images import Images, build_images
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError
 from asr_downstream.files.configs import plain
+from asr_downstream.modules.seeds import generator
 
 __all__ = ['Parts', 'build_parts']
 

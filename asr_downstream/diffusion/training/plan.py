@@ -9,10 +9,10 @@ from rich.table import Table
 from asr_downstream.console.text import render
 from asr_downstream.diffusion.models.components import build_parts
 from asr_downstream.diffusion.training.task import Denoising, learning_of
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.loop import recompute_activations
 from asr_downstream.files.configs import work_dir_of
 from asr_downstream.measure import cost
+from asr_downstream.modules.seeds import generator
 from asr_downstream.plugging.describe import describe
 from asr_downstream.plugging.learning.choose import Learning
 

@@ -12,8 +12,8 @@ from torch.utils.data import Dataset
 
 from asr_downstream.engine.data.augment import Augmentation, check_many
 from asr_downstream.engine.data.images import Images, in_range
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError, DataError
+from asr_downstream.modules.seeds import generator
 
 __all__ = ['DRAWN', 'Labelled', 'Store', 'first_of_each', 'labels_of', 'normal', 'split']
 

@@ -7,24 +7,14 @@ any number of workers, and when a batch is split over processes or accumulation 
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 
 import torch
 from torch.utils.data import Sampler
 
-__all__ = ['Draws', 'generator', 'mix']
+from asr_downstream.modules.seeds import generator
 
-
-def mix(*parts: object) -> int:
-    """Hash numbers and words to a seed below 2**63."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, 'big') >> 1
-
-
-def generator(*parts: object) -> torch.Generator:
-    """Return a CPU generator of its own stream for ``parts``."""
-    return torch.Generator().manual_seed(mix(*parts))
+__all__ = ['Draws']
 
 
 class Draws(Sampler[list[tuple[int, int]]]):

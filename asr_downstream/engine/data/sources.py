@@ -18,14 +18,13 @@ import torch
 from PIL import Image
 
 from asr_downstream.console.text import some
-from asr_downstream.engine.data.folders import files_below
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.errors import AsrError, DataError, did_you_mean
+from asr_downstream.files.folders import IMAGES, files_below, is_image
+from asr_downstream.modules.seeds import generator
 from asr_downstream.registry import Registry
 
 __all__ = ['SOURCES', 'Digits', 'Files', 'HubDataset', 'ImageFolder', 'Source', 'Zip']
 
-SUFFIXES = frozenset(('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'))
 SOURCES = Registry('image source', error=AsrError, key='data')
 
 
@@ -75,7 +74,7 @@ class Files(Source):
         self.root = root
         self.paths = sorted(p for p in paths if is_image(p))
         if not self.paths:
-            raise DataError(f'{root}: has no images ({", ".join(sorted(SUFFIXES))}); check the path')
+            raise DataError(f'{root}: has no images ({", ".join(sorted(IMAGES))}); check the path')
         found = sorted({class_of(p) for p in self.paths})
         if classes is not None:
             self.classes = checked_classes(classes, found, root)
@@ -140,16 +139,10 @@ def part_of(paths: list[str], subset: int | str, root: Path) -> list[str]:
     return [paths[index] for index in sorted(drawn)]
 
 
-def is_image(path: str) -> bool:
-    """Whether a path looks like an image; hidden files and folders do not, nor what macOS adds to archives."""
-    parts = PurePosixPath(path).parts
-    return PurePosixPath(path).suffix.lower() in SUFFIXES and not any(p.startswith(('.', '__MACOSX')) for p in parts)
-
-
 @SOURCES.register_module()
 class ImageFolder(Files):
     """Images below a folder; each folder counts once, see
-    `asr_downstream.engine.data.folders.files_below`.
+    `asr_downstream.files.folders.files_below`.
 
     Args:
         path: the folder.

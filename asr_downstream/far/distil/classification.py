@@ -14,11 +14,11 @@ from transformers.image_processing_base import ImageProcessingMixin
 from asr_downstream.console.text import some
 from asr_downstream.engine.classification import ImageClassification, accuracy
 from asr_downstream.engine.data.labelled import normal, split
-from asr_downstream.engine.data.sampler import generator
 from asr_downstream.engine.optim import decay_of, decaying_groups
 from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.far.config import SCHEMA
 from asr_downstream.files.configs import plain
+from asr_downstream.modules.seeds import generator
 from asr_downstream.plugging.weights import check_weights_finite
 from asr_downstream.registry import TASKS, Registry, find, named
 

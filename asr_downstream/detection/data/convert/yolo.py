@@ -16,10 +16,10 @@ from asr_downstream.console.progress import bar
 from asr_downstream.detection.data.convert.coco_file import check_target, is_within, write_splits
 from asr_downstream.detection.data.headers import read_header
 from asr_downstream.errors import DataError
+from asr_downstream.files.folders import IMAGES, files_below, is_image
 
 __all__ = ['convert_yolo']
 
-SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.tif', '.tiff', '.webp')
 FILES = ('data.yaml', 'data.yml', 'dataset.yaml')
 TREE = 'ROOT/ { data.yaml  images/{train,val}/*.jpg  labels/{train,val}/*.txt }'
 
@@ -105,7 +105,7 @@ def images_of(given: str, content: dict[str, Any], file: Path) -> list[Path]:
     if place is None:
         raise DataError(f'{file}: {given}: no such folder or list; looked at {", ".join(map(str, tried))}')
     if place.is_dir():
-        paths = sorted(path for path in place.rglob('*') if path.suffix.lower() in SUFFIXES)
+        paths = [place / name for name in sorted(files_below(place)) if is_image(name)]
     else:
         try:
             lines = place.read_text(encoding='utf-8').split('\n')
@@ -113,7 +113,7 @@ def images_of(given: str, content: dict[str, Any], file: Path) -> list[Path]:
             raise DataError(f'{place}: is no list of images ({error})') from error
         paths = [place.parent / line.strip() for line in lines if line.strip()]
     if not paths:
-        raise DataError(f'{place}: has no images ({", ".join(SUFFIXES)})')
+        raise DataError(f'{place}: has no images ({", ".join(sorted(IMAGES))})')
     return paths
 
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import stat
 import warnings
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from asr_downstream.console.text import some
 from asr_downstream.errors import DataError
 
-__all__ = ['files_below']
+__all__ = ['IMAGES', 'files_below', 'is_image']
+
+IMAGES = frozenset(('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'))
 
 # What the entry of a folder is.
 FILE, FOLDER, LINK, ODD = 'file', 'folder', 'link', 'odd'
@@ -66,3 +68,9 @@ def kind_of(entry: os.DirEntry[str]) -> str:
     except OSError:
         return FILE
     return FILE if stat.S_ISREG(mode) else LINK if stat.S_ISDIR(mode) else ODD
+
+
+def is_image(path: str) -> bool:
+    """Whether a path looks like an image; hidden files and folders do not, nor what macOS adds to archives."""
+    parts = PurePosixPath(path).parts
+    return PurePosixPath(path).suffix.lower() in IMAGES and not any(p.startswith(('.', '__MACOSX')) for p in parts)
