@@ -129,6 +129,7 @@ class Training:
         self.window = Window(accelerator, config)
         self.moments = optimiser_of(config).moments(config)
         self.checkpoint: Path | None = None
+        self.reporter: Reporter | None = None
         self.norm: Any = 0.0
 
     def wrap(self) -> None:
