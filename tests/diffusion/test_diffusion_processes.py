@@ -69,6 +69,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_images_of_one(run: Path, tmp_path: Path) -> None:
     alone = call('diffusion/sample.py', run, *SAMPLING, '--single', '--out', tmp_path / 'one')
     done = two(TORCHRUN, 'diffusion/sample.py', run, *SAMPLING, '--single', '--out', tmp_path / 'two')
