@@ -83,6 +83,15 @@ def _few_rounds(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         monkeypatch.setattr(timing, 'turns', lambda names, rounds, text: turns(names, min(rounds, 2), text))
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As many threads as torchrun gives a process: sums are split by them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(params=['cpu', pytest.param('cuda', marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """Where a test runs: it is the same on the CPU and, with the mark gpu, on a CUDA device."""

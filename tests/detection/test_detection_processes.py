@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT, randomise
 
 pytest.importorskip('mmdet')
-pytestmark = pytest.mark.det
+pytestmark = [pytest.mark.det, pytest.mark.usefixtures('one_thread')]
 
 from helpers.tiny_detection import as_file, tiny
 
@@ -61,22 +61,10 @@ def annotate(path: Path, found: dict[Any, Any]) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """As many threads as torchrun gives a process: sums are split by them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def test_det(start: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_test_det(start: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, '-W', 'ignore', *start, 'tools/test_det.py', *map(str, arguments)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500, check=False)
-
-
-test_det.__test__ = False  # type: ignore[attr-defined]
 
 
 def numbers(path: Path) -> Any:
@@ -92,7 +80,7 @@ def numbers(path: Path) -> Any:
 def test_two_processes_find_what_one_does(trained: tuple[Any, Path, Path], tmp_path: Path) -> None:
     config, file, checkpoint = trained
     text = evaluate_checkpoint(config, checkpoint, tmp_path / 'one' / 'test.json', TestPlan(folding='exact'))
-    done = test_det(TORCHRUN, file, checkpoint, '--fold', '--work-dir', tmp_path / 'two', '--launcher', 'pytorch')
+    done = run_test_det(TORCHRUN, file, checkpoint, '--fold', '--work-dir', tmp_path / 'two', '--launcher', 'pytorch')
     assert done.returncode == 0, done.stderr
     found, expected = numbers(tmp_path / 'two' / 'test.json'), numbers(tmp_path / 'one' / 'test.json')
     assert found | {'config': ''} == expected | {'config': ''}
@@ -126,7 +114,7 @@ def test_other_forms_of_a_test_are_shared_too(trained: tuple[Any, Path, Path], t
     for name, start in (('one', []), ('two', launch)):
         out = tmp_path / name
         launcher = ('--launcher', 'pytorch') * bool(start)
-        done = test_det(start, *words, '--work-dir', out, '--show-dir', out / 'pictures', *launcher)
+        done = run_test_det(start, *words, '--work-dir', out, '--show-dir', out / 'pictures', *launcher)
         assert done.returncode == 0, done.stderr
         assert done.stdout.count('AP by class') == 1
         pictures.append({path.name: path.read_bytes() for path in (out / 'pictures').iterdir()})
@@ -138,7 +126,7 @@ def test_other_forms_of_a_test_are_shared_too(trained: tuple[Any, Path, Path], t
 @pytest.mark.slow
 def test_a_launch_without_its_word_is_refused_by_each(trained: tuple[Any, Path, Path], tmp_path: Path) -> None:
     _, file, checkpoint = trained
-    done = test_det(TORCHRUN, file, checkpoint, '--work-dir', tmp_path)
+    done = run_test_det(TORCHRUN, file, checkpoint, '--work-dir', tmp_path)
     assert done.returncode == 1
     assert 'each would test alone: add --launcher pytorch' in done.stderr
     assert not (tmp_path / 'test.json').exists()

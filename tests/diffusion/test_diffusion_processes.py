@@ -23,6 +23,8 @@ from asr_downstream.diffusion.runs import load_run
 from asr_downstream.engine.launch import join
 from asr_downstream.errors import AsrError
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 SAMPLING = ('--num-samples', 7, '--batch-size', 2, '--steps', 3)  # four batches: two of each process
 TORCHRUN = [sys.executable, '-W', 'ignore', '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2']
 TIMES = ('images_per_second', 'speed')
@@ -39,15 +41,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     randomise(encoder)
     save_file(encoder.state_dict(), run / 'encoder.safetensors', {'about': '{}'})
     return run
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Any:
-    """As many threads as torchrun gives a process: sums are split by them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def two(start: list[str], *arguments: object, **variables: str) -> subprocess.CompletedProcess[str]:
