@@ -9,8 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from helpers.diffusion import ASR, DIT, UNET, conditional_arguments, config_for, write_images, write_text_encoder
-from torch import nn
+from helpers.diffusion import ASR, DIT, UNET, Exact, conditional_arguments, config_for, write_images, write_text_encoder
 
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
 from asr_downstream.diffusion.models.build import build_model
@@ -39,25 +38,12 @@ def test_an_image_does_not_depend_on_its_batch(tmp_path: Path, sampler: str, pre
     assert (generate(parts.model, parts, build, range(5), 4, seed=1) - whole).abs().max() > 0.1
 
 
-class Exact(nn.Module):
-    """The noise of a Gaussian with standard deviation 0.5, in closed form, wrong by a hundredth."""
-
-    def __init__(self, alphas: torch.Tensor) -> None:
-        super().__init__()
-        self.alphas = nn.Parameter(alphas)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
-        a = self.alphas[t].view(-1, 1, 1, 1)
-        noise = x * (1 - a).sqrt() / (0.25 * a + 1 - a)
-        return type('Output', (), {'sample': noise * 1.01})
-
-
 @pytest.mark.parametrize('sampler', Diffusion.samplers)
 @pytest.mark.parametrize('schedule', ['squaredcos_cap_v2', 'linear'])
 def test_samplers_find_the_distribution_of_an_exact_model(tmp_path: Path, sampler: str, schedule: str) -> None:
     settings = dict(type='DDPMScheduler', beta_schedule=schedule, clip_sample=False)
     parts = build_parts(config_for(tmp_path, noise_scheduler=settings))
-    model = Exact(parts.scheduler.alphas_cumprod).eval()
+    model = Exact(parts.scheduler.alphas_cumprod, 0.5, wrong=1.01).eval()
     images = generate(
         model, parts, build_sampler(sampler, parts.scheduler), range(32), 100 if sampler == 'DDPM' else 20
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.diffusion import assert_refused, call, config_for, trained
+from helpers.diffusion import Exact, assert_refused, call, config_for, trained
 from torch import nn
 
 from asr_downstream.diffusion.evaluation.sampling import build_sampler, generate
@@ -80,20 +80,8 @@ def test_thresholding_keeps_pixels_in_range_and_is_hinted_at(parts: Parts) -> No
     assert sample('DDIM', {}) == []  # clips by itself
     assert not torch.equal(seen[0], seen[1])
     alphas = parts.scheduler.alphas_cumprod
-    exact = Exact(alphas).eval()
+    exact = Exact(alphas, 0.3).eval()
     assert sample('DPM-Solver++', {}, exact) == []  # a model that has learnt
-
-
-class Exact(nn.Module):
-    """The noise of a Gaussian with standard deviation 0.3, in closed form."""
-
-    def __init__(self, alphas: torch.Tensor) -> None:
-        super().__init__()
-        self.alphas = nn.Parameter(alphas)
-
-    def forward(self, x: torch.Tensor, t: torch.Tensor) -> Any:
-        a = self.alphas[t].view(-1, 1, 1, 1)
-        return type('Output', (), {'sample': x * (1 - a).sqrt() / (0.09 * a + 1 - a)})
 
 
 def test_configs_and_sample_hand_options_on(tmp_path: Path) -> None:

@@ -196,7 +196,8 @@ def test_damage_that_the_manifest_does_not_show(run: Path, damage: str, monkeypa
 
 def test_what_is_sealed_anew_is_a_checkpoint(run: Path) -> None:  # negative control
     seal(run / 'checkpoint-6')
-    run_of(run, 'latest', use_ema=True, max_train_steps=8)
+    task, last = run_of(run, 'latest', use_ema=True, max_train_steps=8)
+    assert (task.steps, last.name) == ([7, 8], 'checkpoint-8')
 
 
 # Links and leftovers --------------------------------------------------------------------------------------------------

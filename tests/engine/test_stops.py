@@ -74,7 +74,8 @@ def test_losses_after_a_crash_between_lines_of_the_log(tmp_path: Path) -> None:
 def test_a_checkpoint_of_before_has_no_window(tmp_path: Path) -> None:
     run_of(tmp_path, max_train_steps=3)
     change_progress(tmp_path / 'checkpoint-3', lambda content: content.pop('window', None))
-    run_of(tmp_path, 'latest', max_train_steps=6)
+    task, _ = run_of(tmp_path, 'latest', max_train_steps=6)
+    assert task.steps == [4, 5, 6]
 
 
 def test_the_line_of_the_stop_stays_when_its_window_is_not_taken_up(tmp_path: Path) -> None:
