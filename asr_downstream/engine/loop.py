@@ -16,6 +16,7 @@ from mmengine.config import Config
 from torch import nn
 from torch.utils.data import DataLoader
 
+from asr_downstream.console.processes import Processes
 from asr_downstream.console.stopping import StopSignal, leave_stopping_to_the_parent, until_stopped
 from asr_downstream.engine.config import CONFIG_FILE, write_config
 from asr_downstream.engine.data.images import BadFiles
@@ -29,7 +30,7 @@ from asr_downstream.engine.state.save import bytes_of, save_training
 from asr_downstream.engine.state.train_state import Progress, check_same_run, load_training, read_progress
 from asr_downstream.engine.task import Task
 from asr_downstream.engine.trackers import Reporter
-from asr_downstream.engine.watch import Watch, together, whole
+from asr_downstream.engine.watch import Watch, whole
 from asr_downstream.errors import AsrError, CompleteError, OtherProcessError
 from asr_downstream.files.atomic import check_writable
 from asr_downstream.files.configs import plain
@@ -59,7 +60,7 @@ def train(task: Task, config: Config, run: Path, resume: str | None = None) -> P
     accelerator = start_processes(config)
     training = Training(task, config, run, accelerator)
     with ExitStack() as stack, others_may_end(accelerator):
-        together(accelerator, lambda: training.occupy(stack, resume))
+        Processes.of_launch().together(lambda: training.occupy(stack, resume))
         if resume is not None:
             training.take_up(checkpoints.find(run, resume, accelerator.print))
         training.go_on()
@@ -179,8 +180,8 @@ class Training:
             checkpoints.set_aside_later(self.run, start)
         self.accelerator.wait_for_everyone()
         decays = decays_of(self.optimiser)  # of the config; loading brings those of the checkpoint
-        together(
-            self.accelerator, lambda: load_training(start, self.accelerator, self.model, self.ema, found, self.moments)
+        Processes.of_launch().together(
+            lambda: load_training(start, self.accelerator, self.model, self.ema, found, self.moments)
         )
         progress.step, progress.scheduled, progress.since = found.step, found.scheduled, found.step
         if found.settings.get('images') == progress.settings['images']:  # else they are others

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from asr_downstream.errors import AsrError, OtherProcessError
 
-__all__ = ['Watch', 'together', 'whole']
+__all__ = ['Watch', 'whole']
 
 SKIPPED_AT_MOST = 50  # fp16 halves its scale at each skipped step: from 2**16 it is gone long before
 
@@ -88,27 +88,6 @@ class Watch:
     def fail(self, what: str) -> None:
         """End all processes; the main one says why."""
         raise (AsrError if self.accelerator.is_main_process else OtherProcessError)(what)
-
-
-def together(accelerator: Accelerator, work: Any) -> None:
-    """Call ``work`` on every process; what fails on one fails on all, and is said by one.
-
-    Raises:
-        OtherProcessError: it failed elsewhere.
-    """
-    failure: Exception | None = None
-    try:
-        work()
-    except Exception as error:
-        failure = error
-    if accelerator.num_processes > 1:
-        flags = torch.zeros(accelerator.num_processes, device=accelerator.device)
-        flags[accelerator.process_index] = float(failure is not None)
-        failed = accelerator.reduce(flags, 'sum').nonzero().flatten().tolist()
-        if failed and failed[0] != accelerator.process_index:
-            raise OtherProcessError(f'process {failed[0]} failed; it says why') from failure
-    if failure is not None:
-        raise failure
 
 
 def whole(value: Any) -> Any:

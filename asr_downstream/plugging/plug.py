@@ -25,7 +25,7 @@ from asr_downstream.plugging.gating.shared_unit import SharedUnit, check_free, r
 from asr_downstream.plugging.gating.sides import OUTPUT
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plugs import Selection
-from asr_downstream.plugging.plugs.start import check_starts, scale
+from asr_downstream.plugging.plugs.start import check_starts, scale, warn_of_zeros
 from asr_downstream.plugging.save import Attached, attached, starts, watch
 from asr_downstream.plugging.sites import Site, find_sites
 from asr_downstream.registry import PLUGS, REBUILDERS, build
@@ -100,6 +100,7 @@ def plug(model: nn.Module, spec: Spec, *, frozen: bool = False) -> Description:
     if units:
         check_free(model)
     register(model, units)
+    warn_of_zeros(layers, scaled)
     for path, value in scaled.items():
         scale(layers[path], value)
     for path, of_site in gates.items():

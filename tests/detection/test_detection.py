@@ -178,11 +178,13 @@ def test_a_start_outlives_the_initialisation_and_pretrained_weights_and_is_not_t
             factor = 0.5 if name.rpartition('.')[0] in ends and name.endswith(('weight', 'bias')) else 1
             assert torch.equal(model.state_dict()[name], factor * value), name
 
+    ones = dict(BACKBONES[0][0], zero_init_residual=False)
     torch.manual_seed(3)
-    stock = tiny(BACKBONES[0][0])
+    stock = tiny(ones)
     stock.init_weights()
+    assert all(stock.get_submodule(end).weight.all() for end in ends)
     torch.manual_seed(3)
-    model = plugged(BACKBONES[0][0], half)
+    model = plugged(ones, half)
     assert type(model).stock_class is type(stock)
     model.init_weights()
     halved(model, stock)
@@ -191,11 +193,17 @@ def test_a_start_outlives_the_initialisation_and_pretrained_weights_and_is_not_t
 
     path = tmp_path / 'stock.pth'
     torch.save(randomise(stock).state_dict(), path)
-    model = plugged(BACKBONES[0][0], half, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
+    model = plugged(ones, half, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
     model.init_weights()
     halved(model, stock)
     model.load_state_dict(stock.state_dict())  # a checkpoint to go on from
     assert verify(in_eval(model), in_eval(stock), torch.randn(X)).absolute == 0
+
+
+def test_a_start_says_that_it_changes_nothing_where_branches_start_at_zero() -> None:
+    model = plugged(BACKBONES[0][0], dict(type='Start', value=0.5))
+    with pytest.warns(UserWarning, match=r'Start\(0.5\) changes nothing at 8 of 8 .*zero_init_residual=False'):
+        model.init_weights()
 
 
 def test_norm_eval_does_not_freeze_the_norms_of_an_attention() -> None:

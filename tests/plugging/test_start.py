@@ -215,6 +215,33 @@ def test_with_gates_it_is_saved_with_the_spec_and_not_scaled_again(tmp_path: Pat
         assert torch.equal(model(**noisy())[0], again(**noisy())[0])
 
 
+def test_it_warns_where_it_changes_nothing() -> None:
+    model = tiny()
+    for path in ('layer1.0.bn3', 'layer2.1.bn3', 'layer3.0.bn3'):
+        nn.init.zeros_(model.get_submodule(path).weight)
+    nn.init.ones_(model.layer3[0].bn3.bias)  # only its weight is zero: that bias is halved
+    with pytest.warns(UserWarning, match=r'Start\(0.5\) changes nothing at 2 of 6 .*: layer1.0.bn3, layer2.1.bn3\. '):
+        plug(model, [HALF, dict(ASR)])
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plug(model, HALF)
+    with (
+        pytest.warns(UserWarning, match=r'at 1 of 6 sites: weight and bias are zero there: layer1.0.bn3'),
+        scaled_again(model),
+    ):
+        nn.init.zeros_(model.layer1[0].bn3.weight)
+
+
+def test_a_start_at_zero_has_what_it_asks_for() -> None:
+    model = tiny()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        plug(model, dict(HALF, value=0))
+        with scaled_again(model):
+            pass
+
+
 def test_what_an_initialisation_sets_anew_is_scaled_and_what_it_leaves_is_not() -> None:
     model = tiny()
     plug(model, dict(HALF, sites=['layer1.0.bn3', 'layer1.1.bn3', 'fc']))

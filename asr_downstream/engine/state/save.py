@@ -20,11 +20,11 @@ from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from asr_downstream.console.processes import Processes
 from asr_downstream.console.text import some
 from asr_downstream.engine.state import checkpoints
 from asr_downstream.engine.state.ema import EMA
 from asr_downstream.engine.state.train_state import AVERAGE, PROGRESS, SHARDED, WEIGHTS, Progress
-from asr_downstream.engine.watch import together
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import cannot_write, remove, write_json, writing
 from asr_downstream.measure.versions import versions
@@ -92,7 +92,7 @@ def save_training(
 
     try:
         for work in (begin, write_states, finish):
-            together(accelerator, work)
+            Processes.of_launch().together(work)
     except Exception:
         if main:
             with suppress(OSError):

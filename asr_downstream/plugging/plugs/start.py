@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from asr_downstream.errors import PlugError
+from asr_downstream.console.text import some
+from asr_downstream.errors import PlugError, warn
 from asr_downstream.plugging.gating.gates import Gate
 from asr_downstream.plugging.plugs.selection import Selection
 from asr_downstream.plugging.save import starts
 from asr_downstream.registry import PLUGS
 
-__all__ = ['Start', 'check_starts', 'scale', 'scaled_again']
+__all__ = ['Start', 'check_starts', 'scale', 'scaled_again', 'warn_of_zeros']
 
 
 @PLUGS.register_module()
@@ -29,7 +30,8 @@ class Start(Selection):
     """Weight and bias of the layer at every site times ``value``, when it is plugged; the layer stays the stock one.
 
     It scales the weights that are there: plug it once they are initialised or loaded, and before they are trained.
-    Weights that are loaded later, such as a checkpoint to go on from, take their places as they are.
+    Weights that are loaded later, such as a checkpoint to go on from, take their places as they are. Where the weights
+    are zero, as in ResNets whose branches are built to start there, it changes nothing, and warns.
 
     Args:
         value: at least 0.
@@ -72,6 +74,28 @@ def scale(layer: Any, value: float) -> None:
         tensor.mul_(value)
 
 
+def warn_of_zeros(layers: Mapping[str, Any], values: Mapping[str, float]) -> None:
+    """Warn where a `Start` changes nothing, since all that it scales is zero.
+
+    Args:
+        layers: at the sites, by path.
+        values: of the `Start` at each of them; one of 0 has what it asks for.
+    """
+    zero = [path for path, value in values.items() if value and is_zero(layers[path])]
+    if zero:
+        start = ', '.join(f'Start({value:g})' for value in sorted({values[path] for path in zero}))
+        warn(
+            f'{start} changes nothing at {len(zero)} of {len(values)} sites: weight and bias are zero there: '
+            f'{some(zero)}. Those branches start at zero already; to start them elsewhere, initialise the model '
+            f'without that (ResNets of MMDetection: zero_init_residual=False), or leave the Start out'
+        )
+
+
+def is_zero(layer: Any) -> bool:
+    """Whether weight and bias of a layer hold nothing but zeros."""
+    return not any(tensor.any() for tensor in affine(layer))
+
+
 def affine(layer: Any) -> list[Tensor]:
     """Weight and bias of a layer, if it has one."""
     return [tensor for tensor in (layer.weight, layer.bias) if tensor is not None]
@@ -84,10 +108,12 @@ def scaled_again(model: nn.Module) -> Iterator[None]:
     What stays as it was is scaled already.
     """
     values = starts(model, inside=False)
-    before = {path: [t.detach().clone() for t in affine(model.get_submodule(path))] for path in values}
+    layers = {path: model.get_submodule(path) for path in values}
+    before = {path: [tensor.detach().clone() for tensor in affine(layer)] for path, layer in layers.items()}
     yield
     with torch.no_grad():
-        for path, value in values.items():
-            for tensor, old in zip(affine(model.get_submodule(path)), before[path], strict=True):
+        for path, layer in layers.items():
+            for tensor, old in zip(affine(layer), before[path], strict=True):
                 if not torch.equal(tensor, old.to(tensor)):
-                    tensor.mul_(value)
+                    tensor.mul_(values[path])
+    warn_of_zeros(layers, values)
