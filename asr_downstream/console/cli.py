@@ -152,6 +152,13 @@ def add_sampling(parser: argparse.ArgumentParser, num_samples: int) -> None:
         choices=['DDPM', 'DDIM', 'DPM-Solver++', 'Euler'],
         help='default: DDIM, of flow matching Euler; DDPM needs many steps, DPM-Solver++ few',
     )
+    parser.add_argument(
+        '--sampler-kwargs',
+        nargs='+',
+        action=Options,
+        metavar='KEY=VALUE',
+        help='of the scheduler in diffusers: thresholding=True (for pixels, not latents), use_karras_sigmas=True',
+    )
     parser.add_argument('--steps', type=count, default=50, help='inference steps (default: 50)')
     parser.add_argument('--guidance-scale', type=finite, default=1.0, help='of conditioned models (default: 1, none)')
     parser.add_argument('--seed', type=int, default=0, help='of the images (default: 0)')

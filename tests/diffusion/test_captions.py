@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import randomise
 from helpers.diffusion import UNET, call, config_for
 from PIL import Image
+from safetensors.torch import save_file
 
 from asr_downstream.diffusion.evaluation import pictures
+from asr_downstream.diffusion.evaluation.encoder import FILE, Encoder
+from asr_downstream.diffusion.evaluation.evaluate import Plan, evaluate_runs, order_of
 from asr_downstream.diffusion.evaluation.pictures import LINES, caption_font, grid, wrapped
+from asr_downstream.diffusion.runs import load_run
 from asr_downstream.diffusion.training.train import train
+from asr_downstream.errors import AsrError
 
 CLASSES = dict(
     model=dict(type='UNet2DModel', **UNET, num_class_embeds=10), condition=dict(type='ClassLabels'), plug=None
@@ -50,7 +57,7 @@ def test_texts_are_wrapped_to_the_width_and_cut() -> None:
     assert wrapped('W', font, 1) == ['W']
 
 
-def test_trainings_and_sample_caption_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trainings_samples_and_evaluations_caption_their_grids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def spy(images: torch.Tensor, *args: object, captions: object = (), **kwargs: object) -> Image.Image:
@@ -67,3 +74,16 @@ def test_trainings_and_sample_caption_their_grids(tmp_path: Path, monkeypatch: p
     done = call('diffusion/sample.py', tmp_path / 'run', '--num-samples', 3, '--show', '7', '2', '--steps', 2)
     assert done.returncode == 0, done.stderr
     assert seen == [(3, ['7', '2', '7'])]
+    seen.clear()
+    save_file(randomise(Encoder(classes=10)).state_dict(), tmp_path / 'run' / FILE, {'about': '{}'})
+    plan = Plan(
+        ('fid',), 4, 'DPM-Solver++', {'thresholding': True}, steps=2, batch_size=4, workers=0, seed=3,
+    )  # fmt: skip
+    (result,) = evaluate_runs([tmp_path / 'run'], plan)
+    assert result.provenance['sampler'] == 'DPM-Solver++(thresholding=True)'
+    run = load_run(tmp_path / 'run', data=True)
+    drawn = run.parts.condition.like_data(range(4), order_of(run, plan)).tolist()
+    assert seen == [(4, [str(label) for label in drawn])]
+    assert drawn != [0, 1, 2, 3]  # as in the data, not in turn
+    with pytest.raises(AsrError, match="DPM-Solver\\+\\+ takes no 'tresholding'; did you mean 'thresholding'"):
+        evaluate_runs([tmp_path / 'run'], replace(plan, sampler_kwargs={'tresholding': True}))

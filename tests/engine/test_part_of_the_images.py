@@ -6,10 +6,11 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.diffusion import UNET, config_for, write_images
 
-from asr_downstream.engine.data.sources import ImageFolder, Zip
+from asr_downstream.engine.data.sources import HubDataset, ImageFolder, Zip
 from asr_downstream.errors import AsrError, DataError
 
 
@@ -48,6 +49,31 @@ def test_a_subset_keeps_classes_and_numbers(sources: list[tuple[Any, str]]) -> N
         assert cls(path, subset=5).paths != every.paths[:5]  # else they were of one class
         both = cls(path, classes=['owl', 'dog'], subset='train/*')
         assert (both.classes, both.labels) == (('owl', 'dog'), [1] * 4 + [0] * 4)
+
+
+def test_a_part_of_a_data_set_of_the_hub(sources: list[tuple[Any, str]], tmp_path: Path) -> None:
+    pytest.importorskip('datasets')
+    data = dict(path='imagefolder', data_dir=f'{sources[0][1]}/train', cache_dir=str(tmp_path), split='train')
+    every = HubDataset(**data)
+    assert (every.classes, every.labels) == (('cat', 'dog', 'owl'), [0] * 4 + [1] * 4 + [2] * 4)
+    pixels = [np.asarray(every.read(index)) for index in range(12)]
+    both = HubDataset(**data, classes=['owl', 'cat'])
+    assert (both.classes, both.labels) == (('owl', 'cat'), [1] * 4 + [0] * 4)
+    assert both.name(5).endswith('row 9')
+    assert all(np.array_equal(both.read(i), pixels[i if i < 4 else i + 4]) for i in range(8))
+    some, more = HubDataset(**data, subset=5), HubDataset(**data, subset=9)
+    assert (len(some), some.classes) == (5, every.classes)
+    assert set(some.numbers) < set(more.numbers)
+    assert some.labels == [every.labels[number] for number in some.numbers]
+    assert np.array_equal(some.read(4), pixels[some.numbers[4]])
+    assert len(HubDataset(**data, subset=3, classes=['dog'])) == 3
+    for settings, message in (
+        ({'classes': ['cow']}, "has no images of 'cow'; its classes are cat, dog, owl"),
+        ({'subset': 'train/*'}, 'should be a number of images; rows have no paths'),
+        ({'subset': 5, 'classes': ['cat']}, 'has 4 images, fewer than subset=5'),
+    ):
+        with pytest.raises(AsrError, match=message):
+            HubDataset(**data, **settings)
 
 
 @pytest.mark.parametrize(

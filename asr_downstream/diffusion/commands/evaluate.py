@@ -3,6 +3,7 @@
     asr-downstream evaluate work_dirs/unet-w32-asr-se_digits --fold
     asr-downstream evaluate RUN --fold calibrated --calibrate 64     # gates that depend on the input: SE, DIA, ...
     asr-downstream evaluate RUN_A RUN_B RUN_B/checkpoint-500 --num-samples 5000 --data /data/cifar10.zip
+    asr-downstream evaluate RUN --sampler DPM-Solver++ --steps 20 --sampler-kwargs thresholding=True
     asr-downstream evaluate RUN --extractor inception:pt_inception-2015-12-05-6726825d.pth
     asr-downstream evaluate RUN_A RUN_B --show                       # what was measured before
     python -m asr_downstream.console.torchrun --standalone --nproc_per_node 8 -m asr_downstream evaluate RUN
@@ -56,6 +57,7 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         metrics=tuple(filter(None, args.metrics.split(','))),
         num_samples=args.num_samples,
         sampler=args.sampler,
+        sampler_kwargs=args.sampler_kwargs or {},
         steps=args.steps,
         guidance_scale=args.guidance_scale,
         seed=args.seed,

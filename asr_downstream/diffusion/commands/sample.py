@@ -30,13 +30,6 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('run', type=Path, help='folder of a run, for its newest checkpoint, or of a checkpoint')
     parser.add_argument('--out', type=Path, help='folder (default: RUN/images)')
     cli.add_sampling(parser, num_samples=64)
-    parser.add_argument(
-        '--sampler-kwargs',
-        nargs='+',
-        action=cli.Options,
-        metavar='KEY=VALUE',
-        help='of the scheduler in diffusers: thresholding=True (for pixels, not latents), use_karras_sigmas=True',
-    )
     parser.add_argument('--show', nargs='+', metavar='NAME', help='classes, or prompts, to generate in turn')
     parser.add_argument('--single', action='store_true', help='write each image as a file, too')
     parser.add_argument('--columns', type=cli.count, help='of the grid')

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -56,6 +56,7 @@ class Plan:
         metrics: names in `asr_downstream.diffusion.evaluation.metrics.METRICS`.
         num_samples: number of generated images.
         sampler, steps, guidance_scale, seed: of the sampling; of sampler None is the first that fits a run.
+        sampler_kwargs: further arguments of the scheduler of diffusers.
         extractor: ``'encoder'`` (trained on the data, kept with the first run), a file or run with one, or
             ``'inception[:PATH]'``.
         ema: whether to use averaged weights; None: if a run has them.
@@ -68,6 +69,7 @@ class Plan:
     metrics: tuple[str, ...] = ('fid', 'kid')
     num_samples: int = 1000
     sampler: str | None = None
+    sampler_kwargs: dict[str, Any] = field(default_factory=dict)
     steps: int = 50
     guidance_scale: float = 1.0
     seed: int = 0
@@ -77,6 +79,15 @@ class Plan:
     calibrate: int = 64
     batch_size: int = 64
     workers: int = 1
+
+    def sampler_of(self, run: Run) -> Any:
+        """Make the sampler of a run."""
+        return build_sampler(self.sampler, run.parts.scheduler, self.sampler_kwargs, run.parts.vae is not None)
+
+    def name_of_sampler(self, run: Run) -> str:
+        """Name of the sampler of a run, with its arguments."""
+        options = ', '.join(f'{key}={value!r}' for key, value in sorted(self.sampler_kwargs.items()))
+        return sampler_name(self.sampler, run.parts.scheduler) + (f'({options})' if options else '')
 
 
 def evaluate_runs(
@@ -162,7 +173,7 @@ def check_evaluable(run: Run, plan: Plan) -> None:
     check_metrics(plan.metrics)
     if plan.num_samples < 2:
         raise AsrError(f'{plan.num_samples} generated images are too few to compare; use --num-samples')
-    check_can_sample(run.parts, build_sampler(plan.sampler, run.parts.scheduler), plan.steps, plan.guidance_scale)
+    check_can_sample(run.parts, plan.sampler_of(run), plan.steps, plan.guidance_scale)
     check_writable(run.folder / 'evaluation')
     set_aside_damaged(run.folder)
 
@@ -213,16 +224,21 @@ def sample_models(
 ) -> dict[str, Tensor]:
     """Images of each model, on the first process."""
     run.parts.to(device)
-    order = torch.randperm(len(run.parts.samples()), generator=generator(plan.seed, 'conditions')).tolist()
+    order = order_of(run, plan)
     return {
         arm: generate(
-            model.to(device), run.parts, build_sampler(plan.sampler, run.parts.scheduler), range(plan.num_samples),
+            model.to(device), run.parts, plan.sampler_of(run), range(plan.num_samples),
             plan.steps, plan.seed, plan.batch_size, plan.guidance_scale,
             f'{run.folder.name}, {arm}: {plan.num_samples} images',
             partial(run.parts.condition.like_data, order=order), processes,
         )
         for arm, model in models.items()
     }  # fmt: skip
+
+
+def order_of(run: Run, plan: Plan) -> list[int]:
+    """Images of the data, in an order of the seed: generated image n has the condition of number n."""
+    return torch.randperm(len(run.parts.samples()), generator=generator(plan.seed, 'conditions')).tolist()
 
 
 def measure_run(
@@ -233,7 +249,7 @@ def measure_run(
     provenance = {
         'images': plan.num_samples,
         'real': source,
-        'sampler': sampler_name(plan.sampler, run.parts.scheduler),
+        'sampler': plan.name_of_sampler(run),
         'steps': plan.steps,
         'guidance': plan.guidance_scale,
         'conditions': 'as in the data' if run.config.condition else 'none',
@@ -243,14 +259,16 @@ def measure_run(
         'kid_subsets': f'{KID_SUBSETS} of {subset_size(plan.num_samples, len(distances.real))}',
         'versions': versions(),
     }
+    order, shown = order_of(run, plan), range(min(PICTURES, plan.num_samples))
+    captions = [run.parts.condition.caption_of(order[number % len(order)]) for number in shown]
     numbers: dict[str, dict[str, float]] = {}
     for arm, model in models.items():
         # through 8 bits, as the real images have come
         features = features_of(extractor, ((b * 255).round() / 255 for b in generated[arm].split(256)))
         numbers[arm] = distances.to(features)
         numbers[arm] |= {'parameters': cost.parameters(model), 'gmacs': forward_gmacs(run.parts, model)}
-        save_grid(run.folder / 'evaluation' / f'{arm}-{run.step}.png', generated[arm][:PICTURES])
-    times = measure_speed(run, models, build_sampler(plan.sampler, run.parts.scheduler), plan.guidance_scale)
+        save_grid(run.folder / 'evaluation' / f'{arm}-{run.step}.png', generated[arm][:PICTURES], captions=captions)
+    times = measure_speed(run, models, plan.sampler_of(run), plan.guidance_scale)
     for arm in models:
         numbers[arm]['images_per_second'] = TIMED_IMAGES * TIMED_STEPS / plan.steps / (median(times[arm]) / 1e3)
         if arm != 'unfolded':

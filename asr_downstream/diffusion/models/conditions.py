@@ -61,6 +61,10 @@ class Condition:
         """Condition of generated image ``number``, for people: it stands below the image in grids."""
         return ''
 
+    def caption_of(self, index: int) -> str:
+        """Condition of image ``index`` of the data, for people."""
+        return ''
+
     def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
         """Spec with what the data has given, so that it can be built without the data."""
         return spec
@@ -129,6 +133,10 @@ class ClassLabels(Condition):
     def caption(self, number: int) -> str:
         """Name of the class."""
         return self.classes[self.shown[number % len(self.shown)]]
+
+    def caption_of(self, index: int) -> str:
+        """Name of the class."""
+        return self.classes[self.labels[index]]
 
     def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
         """With the names of the classes."""
@@ -211,6 +219,11 @@ class Text(Condition):
     def caption(self, number: int) -> str:
         """The prompt."""
         return self.prompts[number % len(self.prompts)]
+
+    def caption_of(self, index: int) -> str:
+        """The caption."""
+        assert self.source is not None
+        return self.source.caption(index)
 
     def complete(self, spec: dict[str, Any] | None) -> dict[str, Any] | None:
         """With the prompts."""

@@ -81,8 +81,10 @@ class Files(Source):
             self.paths = [p for p in self.paths if class_of(p) in self.classes]
         elif len(found) > 1 and '' not in found:
             self.classes = tuple(found)
-        if subset is not None:
-            self.paths = part_of(self.paths, subset, root)
+        if isinstance(subset, str):
+            self.paths = fitting(self.paths, subset, root)
+        elif subset is not None:
+            self.paths = [self.paths[index] for index in drawn(len(self.paths), subset, root)]
         if self.classes:
             numbers = {name: number for number, name in enumerate(self.classes)}
             self.labels = [numbers[class_of(p)] for p in self.paths]
@@ -100,8 +102,16 @@ def class_of(path: str) -> str:
     return PurePosixPath(path).parent.name
 
 
-def checked_classes(classes: Sequence[str], found: list[str], root: Path) -> tuple[str, ...]:
+def checked_classes(
+    classes: Sequence[str], found: Sequence[str], root: object, what: str = 'the folders of images there'
+) -> tuple[str, ...]:
     """Classes of a config, if they are among those that were found.
+
+    Args:
+        classes: of the config.
+        found: names that are there.
+        root: what they are in, for messages.
+        what: where their names come from, for messages.
 
     Raises:
         AsrError: they are no list of different names.
@@ -113,30 +123,33 @@ def checked_classes(classes: Sequence[str], found: list[str], root: Path) -> tup
         raise AsrError(f'data: classes={list(classes)} has a name twice')
     there = [name for name in found if name]
     if missing := [name for name in classes if name not in there]:
-        raise DataError(
-            f'{root}: has no images of {", ".join(map(repr, missing))}; the folders of images there are '
-            f'{some(there, 20)}'
-        )
+        raise DataError(f'{root}: has no images of {", ".join(map(repr, missing))}; {what} are {some(there, 20)}')
     return tuple(classes)
 
 
-def part_of(paths: list[str], subset: int | str, root: Path) -> list[str]:
-    """Part of some paths, in their order; see `Files`.
+def fitting(paths: list[str], pattern: str, root: object) -> list[str]:
+    """Paths that fit a pattern, in their order.
 
     Raises:
-        AsrError: it is neither a number nor a pattern.
-        DataError: there are not so many, or none fits.
+        DataError: none fits.
     """
-    if isinstance(subset, str):
-        if kept := [path for path in paths if fnmatchcase(path, subset)]:
-            return kept
-        raise DataError(f'{root}: no image fits subset={subset!r}; paths are such as {some(paths, 3)}')
+    if kept := [path for path in paths if fnmatchcase(path, pattern)]:
+        return kept
+    raise DataError(f'{root}: no image fits subset={pattern!r}; paths are such as {some(paths, 3)}')
+
+
+def drawn(count: int, subset: int, root: object, pattern: str = ", or a pattern such as 'train/*'") -> list[int]:
+    """Draw so many of ``count`` images, once and for all: fewer are a part of more. In their order.
+
+    Raises:
+        AsrError: it is no such number; ``pattern`` says what else it may be.
+        DataError: there are not so many.
+    """
     if type(subset) is not int or subset < 1:
-        raise AsrError(f"data: subset={subset!r} should be a number of images, or a pattern such as 'train/*'")
-    if subset > len(paths):
-        raise DataError(f'{root}: has {len(paths):,} images, fewer than subset={subset:,}')
-    drawn = torch.randperm(len(paths), generator=generator('subset')).tolist()[:subset]
-    return [paths[index] for index in sorted(drawn)]
+        raise AsrError(f'data: subset={subset!r} should be a number of images{pattern}')
+    if subset > count:
+        raise DataError(f'{root}: has {count:,} images, fewer than subset={subset:,}')
+    return sorted(torch.randperm(count, generator=generator('subset')).tolist()[:subset])
 
 
 @SOURCES.register_module()
@@ -208,6 +221,8 @@ class HubDataset(Source):
         name: configuration of the data set.
         split: such as ``'train'``.
         image_column, label_column, caption_column: columns to use; the first of the fitting kind by default.
+        classes: images of these labels alone, whose numbers are 0, 1, ... in the order given.
+        subset: so many of the images, drawn once and for all, of which fewer are a part.
         **kwargs: for ``datasets.load_dataset``, such as ``revision`` or ``data_dir``.
     """
 
@@ -219,6 +234,8 @@ class HubDataset(Source):
         image_column: str | None = None,
         label_column: str | None = None,
         caption_column: str | None = None,
+        classes: Sequence[str] | None = None,
+        subset: int | None = None,
         **kwargs: Any,
     ) -> None:
         try:
@@ -245,9 +262,37 @@ class HubDataset(Source):
             self.column(features, self.label_column, datasets.ClassLabel, 'label')
             self.classes = tuple(features[self.label_column].names)
             self.labels = list(self.rows[self.label_column])
+        self.numbers: Sequence[int] = range(len(self.rows))  # rows of the images
+        if classes is not None:
+            self.keep_classes(classes)
+        if subset is not None:
+            self.keep(drawn(len(self), subset, self.path, '; rows have no paths'))
         if caption_column is not None:
             self.column(features, caption_column, datasets.Value, 'caption')
         self.caption_column = caption_column
+
+    def keep_classes(self, classes: Sequence[str]) -> None:
+        """Keep the images of some classes.
+
+        Raises:
+            AsrError: see `checked_classes`.
+            DataError: there are no labels.
+        """
+        if self.labels is None:
+            raise DataError(f'{self.path}: has no column of labels, which classes={classes!r} could be of')
+        names, self.classes = self.classes, checked_classes(classes, self.classes, self.path, 'its classes')
+        new = {names.index(name): number for number, name in enumerate(self.classes)}
+        kept = [index for index, label in enumerate(self.labels) if label in new]
+        self.keep(kept)
+        self.labels = [new[label] for label in self.labels]
+        if empty := [name for number, name in enumerate(self.classes) if number not in self.labels]:
+            raise DataError(f'{self.path}: has no images of {", ".join(map(repr, empty))}, though it names the class')
+
+    def keep(self, kept: Sequence[int]) -> None:
+        """Keep some of the images."""
+        self.numbers = [self.numbers[index] for index in kept]
+        if self.labels is not None:
+            self.labels = [self.labels[index] for index in kept]
 
     def column(self, features: Any, name: str | None, kind: type, what: str) -> str:
         """Find a column of a kind."""
@@ -259,21 +304,21 @@ class HubDataset(Source):
         return name or fitting[0]
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.numbers)
 
     def read(self, index: int) -> Image.Image:
         """Decode an image."""
-        return self.rows[index][self.image_column]
+        return self.rows[self.numbers[index]][self.image_column]
 
     def name(self, index: int) -> str:
         """Name of the data set and the row."""
-        return f'{self.path} row {index}'
+        return f'{self.path} row {self.numbers[index]}'
 
     def caption(self, index: int) -> str:
         """Text of the caption column."""
         if self.caption_column is None:
             raise DataError(f"{self.path}: name its captions with data=dict(..., caption_column='text')")
-        return self.rows[index][self.caption_column]
+        return self.rows[self.numbers[index]][self.caption_column]
 
 
 def splits_of(rows: Any) -> str:
