@@ -37,6 +37,7 @@ def detectors(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in paths}
 
 
+@pytest.mark.slow
 @pytest.mark.det
 def test_stripes_of_detectors(detectors: dict[str, Path], tmp_path: Path) -> None:
     done = analyze('stripes', detectors['ASR'], f'gated={detectors["DIA"]}', '--images', 8, '--out', tmp_path)

@@ -91,7 +91,8 @@ class Seen(Hook):
         self.seen.append((runner.iter, [s.img_id for s in data_batch['data_samples']]))
 
 
-@pytest.mark.parametrize('step', [3, *(pytest.param(s, marks=pytest.mark.slow) for s in (5, 8))])
+@pytest.mark.slow
+@pytest.mark.parametrize('step', [3, 5, 8])
 def test_a_stopped_training_continues_within_the_epoch_as_if_it_had_not_been(
     digits: Path, tmp_path: Path, step: int
 ) -> None:

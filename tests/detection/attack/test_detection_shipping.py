@@ -110,6 +110,7 @@ def test_a_card_takes_the_place_of_none_that_somebody_wrote(made: dict[Path, Pat
         assert yaml.safe_load((tmp_path / 'a.md').read_text().split('---\n')[1])['base_model'] == 'me/base'
 
 
+@pytest.mark.slow
 def test_what_was_tested_is_on_the_card_for_machines(made: dict[Path, Path], tmp_path: Path) -> None:
     shutil.copy(made[PLUGGED], tmp_path / 'epoch_1.pth')
     config = load_config(PLUGGED, tiny_set(tmp_path / 'set', classes=TEN), {'test_dataloader.num_workers': 0})
