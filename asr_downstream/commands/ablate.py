@@ -11,6 +11,9 @@ CONFIG is the stock config of a detector, a diffusion model or a classifier; the
 
 ARMS
 
+A config that starts from pretrained weights has arms whose gates start at one, so that all of them start from the same
+model, and the arm `start` only where it is named.
+
 What is compared is the difference to the reference of the same seed: a t interval for each arm, and a verdict with
 Holm's correction over the arms. Fewer than three seeds give no verdict. Numbers are those of the last step.
 
@@ -29,6 +32,10 @@ from pathlib import Path
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
 
+PRESERVED = (
+    'gates start at one (preserve=True), so that all arms start from the same model; --no-preserve gives them their '
+    'own starts'
+)
 # Names for the help, which imports nothing; a test holds them to `asr_downstream.commands.ablation.arms.ARMS`.
 ALL = 'stock,se,asr-se,dia,asr-dia,norm-affine,layerscale,sigmoidvector,start'
 
@@ -57,6 +64,11 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     parser.add_argument('--metric', help='what the verdict is about (default: AP, FID or accuracy)')
     parser.add_argument('--out', type=Path, help='folder (default: work_dirs/ablation/<config>)')
     parser.add_argument('--data', type=Path, help='where the data are, instead of what the config says')
+    parser.add_argument(
+        '--preserve',
+        action=argparse.BooleanOptionalAction,
+        help='gates start at one (default: where the config starts from pretrained weights)',
+    )
     parser.add_argument('--jobs', type=cli.count, default=1, metavar='N', help='runs side by side (default: 1)')
     parser.add_argument('--threads', type=cli.count, default=1, metavar='N', help='of each run (default: 1)')
     parser.add_argument(
@@ -68,10 +80,10 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     if (args.config is None) == (args.runs is None):
         parser.error('give CONFIG to train, or --runs to compare what was trained')
 
-    from asr_downstream.commands.ablation.arms import chosen
+    from asr_downstream.commands.ablation.arms import chosen, preserving
     from asr_downstream.commands.ablation.kinds.base import Plan
     from asr_downstream.commands.ablation.results import result_of, write
-    from asr_downstream.commands.ablation.study import Study, open_config, read_stored
+    from asr_downstream.commands.ablation.study import Study, open_config, pretrained, read_stored
     from asr_downstream.console.stopping import Stopped
 
     failed, arms = [], None
@@ -83,7 +95,15 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
         arms = chosen(args.arms)
         out = args.out or Path('work_dirs/ablation') / path.stem
         words = tuple(args.cfg_options), tuple(shlex.split(args.test))
-        study = Study(Plan(path, out, args.data, *words, args.calibrate, args.threads), kind, arms, args.seeds)
+        plan = Plan(path, out, args.data, *words, args.calibrate, args.threads)
+        base = pretrained(plan, kind)
+        if args.preserve or args.preserve is None and base:
+            arms = {name: preserving(arm) for name, arm in arms.items()}
+        if base and args.preserve is None:
+            print(names(f'starts from {base}: {PRESERVED}'), flush=True)
+        if base and args.arms == ALL:
+            del arms['start']  # would scale what was learnt
+        study = Study(plan, kind, arms, args.seeds)
         metric = kind.metric(args.metric)  # refuses now, not after the trainings
         try:
             failed = study.carry_out(args.jobs, lambda line: print(names(line), flush=True))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ['PRETRAINED', 'kind_of']
+__all__ = ['PRETRAINED', 'kind_of', 'pretrained']
 
 SCOPES = ('mmengine.', 'mmdet.', 'mmcv.')
 PRETRAINED = ('Pretrained', 'PretrainedInit')  # names of an ``init_cfg`` that loads a checkpoint
@@ -26,3 +27,17 @@ def kind_of(kind: Any) -> Any:
         ours = f'{kind.__module__}.'.startswith(SCOPES)
         return kind.__name__ if ours else f'{kind.__module__}.{kind.__name__}'
     return kind
+
+
+def pretrained(node: Any) -> Iterator[str]:
+    """Checkpoints that the ``init_cfg`` entries of a model's config name, and that of its teacher."""
+    if isinstance(node, dict):
+        if kind_of(node.get('type')) in PRETRAINED and 'checkpoint' in node:
+            yield node['checkpoint']
+        if (node.get('distil') or {}).get('teacher'):
+            yield node['distil']['teacher'].get('checkpoint')
+        for value in node.values():
+            yield from pretrained(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from pretrained(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -9,15 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+import torch
+from conftest import ROOT, command, randomise
 from helpers.command_lines import parse
 from helpers.reports import classification_run
 
-from asr_downstream import describe
-from asr_downstream.commands.ablation.arms import ARMS
+from asr_downstream import describe, plug
+from asr_downstream.commands.ablation.arms import ARMS, Arm, preserving
 from asr_downstream.commands.ablation.kinds import KINDS, kind_of_config, kind_of_folder
 from asr_downstream.commands.ablation.kinds.base import Kind, Plan, Run
-from asr_downstream.commands.ablation.study import NOTE, open_config, read_stored
+from asr_downstream.commands.ablation.study import NOTE, Study, open_config, pretrained, read_stored
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.configs import read_config
 from asr_downstream.files.ready import FOLDERS, ready_configs
@@ -77,6 +79,70 @@ def test_arms_of_a_unet(name: str, tmp_path: Path) -> None:
     config = load_config(config_of(KINDS['diffusion'], UNET, tmp_path / 'out', name))
     sites = describe(build_model(config)).sites
     assert len(sites) == (9 if 'attention' in (ARMS[name].plug or {}) else 0)
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_arms_of_a_pretrained_model_start_from_it(name: str, tmp_path: Path) -> None:
+    pytest.importorskip('diffusers')
+    from asr_downstream.diffusion.config import load_config
+    from asr_downstream.diffusion.models.build import build_model
+
+    arm = preserving(ARMS[name])
+    path = tmp_path / 'arm.py'
+    path.write_text(KINDS['diffusion'].text(UNET, read_config(UNET, ''), arm))
+    config = load_config(path)
+    model = randomise(build_model(config, plugged=False)).eval()
+    stock = copy.deepcopy(model)
+    if arm.plug is not None:
+        plug(model, config.plug)
+    inputs = dict(sample=torch.randn(2, 1, 8, 8), timestep=torch.tensor([5, 900]), return_dict=False)
+    with torch.no_grad():
+        same = torch.allclose(model(**inputs)[0], stock(**inputs)[0], atol=1e-6)
+    assert same == (name != 'start')  # which has no gates
+    assert preserving(arm) == arm
+    own = dict(type='ASR', attention=dict(type='SE'), preserve=False)
+    assert preserving(Arm('', own, '')).plug == own
+
+
+WEIGHTS = 'model.backbone.init_cfg'
+
+
+@pytest.mark.parametrize(
+    ('config', 'options', 'start'),
+    [
+        (UNET, (), None),
+        (UNET, ('model.pretrained_model_name_or_path=/a/pipe',), '/a/pipe'),
+        ('resnet20_cifar10-10k-16px', (), None),
+        pytest.param(DETECTOR, (), None, marks=pytest.mark.det),
+        pytest.param(DETECTOR, ('load_from=stock.pth',), 'stock.pth', marks=pytest.mark.det),
+        pytest.param(
+            DETECTOR, (f'{WEIGHTS}.type=Pretrained', f'{WEIGHTS}.checkpoint=r.pth'), 'r.pth', marks=pytest.mark.det
+        ),
+    ],
+)
+def test_what_a_training_starts_from_is_found_in_its_config(
+    config: str, options: tuple[str, ...], start: str | None, tmp_path: Path
+) -> None:
+    path, kind = open_config(Path(config))
+    assert pretrained(Plan(path, tmp_path, options=options), kind) == start
+
+
+@pytest.mark.parametrize(('words', 'preserved'), [((), True), (('--no-preserve',), False)])
+def test_the_command_preserves_what_was_learnt(
+    words: tuple[str, ...], preserved: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Arm] = {}
+    monkeypatch.setattr(Study, 'carry_out', lambda study, *_: seen.update(study.arms) or [])
+    base = ('--cfg-options', 'model.pretrained_model_name_or_path=/a/pipe')
+    done = command('ablate', UNET, '--out', tmp_path, *base, *words)
+    assert ('starts from /a/pipe: gates start at one' in done.stdout) == preserved
+    assert list(seen) == [name for name in ARMS if name != 'start']
+    assert all((arm.plug or {}).get('preserve', False) == preserved for name, arm in seen.items() if name != 'stock')
+    command('ablate', UNET, '--out', tmp_path, '--arms', 'stock,start', *base)
+    assert 'start' in seen
+    seen.clear()
+    command('ablate', UNET, '--out', tmp_path)
+    assert seen == ARMS
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,8 @@ def test_a_start_outlives_the_initialisation_and_pretrained_weights_and_is_not_t
     path = tmp_path / 'stock.pth'
     torch.save(randomise(stock).state_dict(), path)
     model = plugged(ones, half, init_cfg=dict(type='Pretrained', checkpoint=str(path)))
-    model.init_weights()
+    with pytest.warns(UserWarning, match=r'Start\(0.5\) scales pretrained weights at 8 sites: layer1.0.bn2, '):
+        model.init_weights()
     halved(model, stock)
     model.load_state_dict(stock.state_dict())  # a checkpoint to go on from
     assert verify(in_eval(model), in_eval(stock), torch.randn(X)).absolute == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import signal
 from collections.abc import Callable
@@ -311,6 +312,30 @@ def test_a_resume_at_an_epoch_trains_every_step_of_the_next(digits: Path, tmp_pa
 def test_a_run_without_checkpoints_says_so(digits: Path, tmp_path: Path) -> None:
     (tmp_path / 'last_checkpoint').write_text(str(tmp_path / 'of_an_earlier_run.pth'))
     assert run(configured(digits, **{'default_hooks.checkpoint': None}), tmp_path) == (None, True)
+
+
+def test_a_second_training_does_not_write_over_the_first(digits: Path, tmp_path: Path) -> None:
+    run(configured(digits, **{'train_cfg.max_epochs': 1}), tmp_path)
+    before = (tmp_path / 'epoch_1.pth').read_bytes()
+    with pytest.raises(AsrError, match=r'checkpoints of an earlier run; continue it with --resume, or .*--work-dir'):
+        training.prepare(configured(digits), tmp_path)
+    assert (tmp_path / 'epoch_1.pth').read_bytes() == before
+    training.prepare(configured(digits), tmp_path, 'auto')
+    config = configured(digits)
+    config.resume = True  # as MMEngine's configs say it
+    training.prepare(config, tmp_path)
+
+
+def test_weights_that_torchvision_would_find_are_refused_without_it(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *_: None if name == 'torchvision' else found(name))
+    init = {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='torchvision://resnet18')}
+    with pytest.raises(AsrError, match='^torchvision://resnet18: torchvision, .* is not installed; install the one of'):
+        training.prepare(configured(digits, **init), tmp_path)
+    assert 'torchvision://resnet18: torchvision, which' in training.plan(configured(digits, **init))
+    assert 'torchvision' not in training.plan(configured(digits))
 
 
 def test_what_cannot_be_validated_folded_or_fetched_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,18 @@ def test_a_pretrained_model_shows_its_baseline_by_itself(tmp_path: Path) -> None
         folder = tmp_path / f'{asked}'
         train(config_for(folder, model=model, validate_at_start=asked, **settings))
         assert (folder / 'run/samples/step-0000000.png').is_file() is first
+
+
+def test_a_start_on_a_pretrained_model_is_warned_of(tmp_path: Path) -> None:
+    build_parts(config_for(tmp_path, plug=None)).model.save_pretrained(tmp_path / 'base')
+    model = dict(type='UNet2DModel', pretrained_model_name_or_path=str(tmp_path / 'base'))
+    start = dict(type='Start', value=0.5)
+    with pytest.warns(UserWarning, match=r'Start\(0.5\) scales pretrained weights at \d+ sites'):
+        train(config_for(tmp_path / 'a', model=model, plug=start, max_train_steps=1))
+    for name, other in (('b', {'model': model}), ('c', {'plug': start})):
+        with warnings.catch_warnings():
+            warnings.filterwarnings('error', 'Start')
+            train(config_for(tmp_path / name, **{'plug': ASR, 'max_train_steps': 1, **other}))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from asr_downstream.errors import AsrError, did_you_mean
 from asr_downstream.files.configs import plain, read_config
 from asr_downstream.registry import PLUGS, build
 
-__all__ = ['ARMS', 'STOCK', 'Arm', 'arm_of', 'chosen', 'folding_of']
+__all__ = ['ARMS', 'STOCK', 'Arm', 'arm_of', 'chosen', 'folding_of', 'preserving']
 
 STOCK = 'stock'
 SE = {'type': 'SE', 'reduction': 16}
@@ -56,6 +56,16 @@ ARMS = {
     ),
     'start': Arm('start 1/2', {'type': 'Start', 'value': 0.5}, 'stock, its residual branches started at one half'),
 }
+
+
+def preserving(arm: Arm) -> Arm:
+    """The arm with gates that start at one, so that a pretrained model starts as it is; what its plug says stays."""
+    if arm.plug is None:
+        return arm
+    specs = [
+        {**spec, 'preserve': spec.get('preserve', True)} if 'attention' in spec else spec for spec in specs_of(arm.plug)
+    ]
+    return arm._replace(plug=specs[0] if isinstance(arm.plug, Mapping) else specs)
 
 
 def chosen(text: str) -> dict[str, Arm]:

@@ -26,7 +26,7 @@ from asr_downstream.files.configs import plain, read_config
 from asr_downstream.files.locks import occupied
 from asr_downstream.files.ready import FOLDERS, find_config
 
-__all__ = ['Study', 'open_config', 'read_stored']
+__all__ = ['Study', 'open_config', 'pretrained', 'read_stored']
 
 NOTE = 'arm.json'
 
@@ -50,6 +50,13 @@ def open_config(given: Path) -> tuple[Path, Kind]:
             raise AsrError(f'{path}: has a plug; give the stock config, the arms put theirs into it')
         return path, kind
     raise errors[0]
+
+
+def pretrained(plan: Plan, kind: Kind) -> str | None:
+    """What the trainings start from, if not from scratch."""
+    config = read_config(plan.config, kind.folder)
+    config.merge_from_dict(plan.overrides)
+    return kind.pretrained(config)
 
 
 class Study:

@@ -31,7 +31,8 @@ from asr_downstream.plugging.gating.shared_unit import SharedUnit
 from asr_downstream.plugging.layers import Plugged
 from asr_downstream.plugging.plug import Spec
 from asr_downstream.plugging.plug import plug as attach_plug
-from asr_downstream.plugging.plugs.start import scaled_again
+from asr_downstream.plugging.plugs.start import scaled_again, warn_of_pretrained
+from asr_downstream.plugging.save import starts
 from asr_downstream.registry import MODELS
 
 __all__ = ['PluggedModel', 'plugged_class']
@@ -77,6 +78,9 @@ class PluggedModel:
         """
         with additions_aside(self), scaled_again(self):  # type: ignore[arg-type]
             super().init_weights()  # type: ignore[misc]
+        loaded = [path for path, m in self.named_modules() if is_pretrained(getattr(m, 'init_cfg', None))]  # type: ignore[attr-defined]
+        values = starts(self, inside=False)  # type: ignore[arg-type]
+        warn_of_pretrained({site: values[site] for site in values if any(inside(site, path) for path in loaded)})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as before; a model with replacements says what a stock checkpoint lacks (MMEngine calls this too)."""
@@ -104,6 +108,11 @@ def additions_aside(model: nn.Module) -> Iterator[None]:
     finally:
         for module, slot, child in hidden:
             module._modules[slot] = child
+
+
+def inside(path: str, parent: str) -> bool:
+    """Whether a module lies in another one, '' being the whole model."""
+    return not parent or path == parent or path.startswith(f'{parent}.')
 
 
 def is_pretrained(init_cfg: Any) -> bool:

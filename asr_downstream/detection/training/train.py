@@ -6,10 +6,9 @@ import importlib.util
 import io
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack, redirect_stdout
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 from mmengine.dist import barrier
@@ -25,7 +24,7 @@ from asr_downstream.detection.training.learning import LearningHook, LearningRun
 from asr_downstream.detection.training.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.training.sampler import DrawsHook
 from asr_downstream.detection.training.save import GuardHook
-from asr_downstream.detection.types import PRETRAINED, kind_of
+from asr_downstream.detection.types import kind_of, pretrained
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.far import describe as describe_far
 from asr_downstream.files.atomic import check_writable
@@ -60,7 +59,14 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
         AsrError: data or checkpoint are missing or unsound, or ``work_dir`` cannot be written.
     """
     check_datasets(config, 'train_dataloader', 'val_dataloader')
+    if lacking := lacks_torchvision(config):
+        raise AsrError(lacking)
     check_writable(work_dir)
+    before = noted(work_dir)
+    if resume is None and not config.get('resume') and before is not None and before.is_file():
+        raise AsrError(
+            f'{work_dir}: has checkpoints of an earlier run; continue it with --resume, or choose another --work-dir'
+        )
     config.work_dir = str(work_dir)
     if resume is None and config.get('resume') and not config.get('load_from'):
         resume = 'auto'  # MMEngine would look for the newest by itself, unchecked
@@ -92,18 +98,16 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
             read_checkpoint(Path(name), trust)
 
 
-def pretrained(node: Any) -> Iterator[str]:
-    """Checkpoints that the ``init_cfg`` entries of a model's config name, and that of its teacher."""
-    if isinstance(node, dict):
-        if kind_of(node.get('type')) in PRETRAINED and 'checkpoint' in node:
-            yield node['checkpoint']
-        if (node.get('distil') or {}).get('teacher'):
-            yield node['distil']['teacher'].get('checkpoint')
-        for value in node.values():
-            yield from pretrained(value)
-    elif isinstance(node, list | tuple):
-        for value in node:
-            yield from pretrained(value)
+def lacks_torchvision(config: Config) -> str:
+    """What to do about weights that MMEngine asks torchvision for, where that is not installed; '' if all is well."""
+    asked = [name for name in pretrained(config.model) if (name or '').startswith('torchvision://')]
+    if not asked or importlib.util.find_spec('torchvision') is not None:
+        return ''
+    return (
+        f'{asked[0]}: torchvision, which knows where these weights are, is not installed; install the one of your '
+        f'torch (in a checkout: pip install -c constraints.txt torchvision), or name a file: '
+        f'--cfg-options model.backbone.init_cfg.checkpoint=FILE'
+    )
 
 
 def take_up(config: Config, work_dir: Path, resume: str, trust: bool) -> None:
@@ -279,5 +283,6 @@ def plan(config: Config, trust: bool = False) -> str:
             f'data: {len(loader.dataset)} images in {config.get("data_root")}',
             f'steps: {steps}, batch size {config.train_dataloader.batch_size}',
             f'optimiser: {dict(config.optim_wrapper.optimizer)}',
+            *filter(None, [lacks_torchvision(config)]),
         ]
     )

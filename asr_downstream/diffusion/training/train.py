@@ -17,6 +17,8 @@ from asr_downstream.engine.state.checkpoints import checkpoints_in
 from asr_downstream.engine.state.train_state import read_progress
 from asr_downstream.errors import CheckpointError
 from asr_downstream.files.configs import work_dir_of
+from asr_downstream.plugging.plugs.start import warn_of_pretrained
+from asr_downstream.plugging.save import starts
 
 __all__ = ['train']
 
@@ -41,7 +43,10 @@ def train(config: Config, resume: str | None = None) -> Path:
         say = print if not int(os.environ.get('RANK', '0')) else lambda line: None
         if schedule := resumed_schedule(config.noise_scheduler, config.model, before, say):
             config.noise_scheduler = schedule  # else the engine refuses the checkpoint
-    return engine.train(Denoising(config, build_parts(config, trained=before is not None)), config, run, resume)
+    parts = build_parts(config, trained=before is not None)
+    if before is None and config.model.get('pretrained_model_name_or_path'):
+        warn_of_pretrained(starts(parts.model))
+    return engine.train(Denoising(config, parts), config, run, resume)
 
 
 def schedule_before(path: Path) -> dict[str, Any] | None:

@@ -22,7 +22,7 @@ from asr_downstream.plugging.plugs.selection import Selection
 from asr_downstream.plugging.save import starts
 from asr_downstream.registry import PLUGS
 
-__all__ = ['Start', 'check_starts', 'scale', 'scaled_again', 'warn_of_zeros']
+__all__ = ['Start', 'check_starts', 'scale', 'scaled_again', 'warn_of_pretrained', 'warn_of_zeros']
 
 
 @PLUGS.register_module()
@@ -31,7 +31,8 @@ class Start(Selection):
 
     It scales the weights that are there: plug it once they are initialised or loaded, and before they are trained.
     Weights that are loaded later, such as a checkpoint to go on from, take their places as they are. Where the weights
-    are zero, as in ResNets whose branches are built to start there, it changes nothing, and warns.
+    are zero, as in ResNets whose branches are built to start there, it changes nothing, and warns. It is for trainings
+    from scratch: what pretrained branches have learnt to add would be scaled too.
 
     Args:
         value: at least 0.
@@ -88,6 +89,21 @@ def warn_of_zeros(layers: Mapping[str, Any], values: Mapping[str, float]) -> Non
             f'{start} changes nothing at {len(zero)} of {len(values)} sites: weight and bias are zero there: '
             f'{some(zero)}. Those branches start at zero already; to start them elsewhere, initialise the model '
             f'without that (ResNets of MMDetection: zero_init_residual=False), or leave the Start out'
+        )
+
+
+def warn_of_pretrained(values: Mapping[str, float]) -> None:
+    """Warn of a `Start` that has scaled pretrained weights.
+
+    Args:
+        values: of the `Start` at each of these sites; none, and nothing is said.
+    """
+    if values:
+        start = ', '.join(f'Start({value:g})' for value in sorted(set(values.values())))
+        warn(
+            f'{start} scales pretrained weights at {len(values)} sites: {some(list(values))}. What these branches have '
+            f'learnt is scaled with them; it is for trainings from scratch. Leave it out; gates of a pretrained model '
+            f'take preserve=True'
         )
 
 

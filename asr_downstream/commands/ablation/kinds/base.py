@@ -111,6 +111,10 @@ class Kind:
         """The plug in a config, or None."""
         return config.get('plug')
 
+    def pretrained(self, config: Mapping[str, Any]) -> str | None:
+        """What the trainings start from, if not from scratch."""
+        return None
+
     def keys(self, config: Mapping[str, Any], plug: Any) -> str:
         """Lines of Python that put a plug into a config that inherits from ``config``."""
         return f'plug = {plug!r}\n'

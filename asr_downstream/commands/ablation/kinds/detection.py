@@ -11,6 +11,7 @@ from asr_downstream.commands.ablation.arms import arm_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Run
 from asr_downstream.commands.ablation.records import Record, arms_of_names, numbers_in
 from asr_downstream.commands.ablation.statistics import Metric
+from asr_downstream.detection.types import pretrained
 from asr_downstream.errors import DataError
 from asr_downstream.files.configs import read_config
 
@@ -34,6 +35,10 @@ class Detection(Kind):
 
     def plug_of(self, config: Mapping[str, Any]) -> Any:
         return plug_in(config.get('model'))
+
+    def pretrained(self, config: Mapping[str, Any]) -> str | None:
+        model = {key: value for key, value in config['model'].items() if key != 'distil'}
+        return config.get('load_from') or next(pretrained(model), None)
 
     def keys(self, config: Mapping[str, Any], plug: Any) -> str:
         kind = config['model']['backbone']['type']

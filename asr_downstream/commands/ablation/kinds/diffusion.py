@@ -30,6 +30,9 @@ class Diffusion(Kind):
     def recognises(self, config: Mapping[str, Any]) -> bool:
         return (config.get('model') or {}).get('type') in MODELS
 
+    def pretrained(self, config: Mapping[str, Any]) -> str | None:
+        return config['model'].get('pretrained_model_name_or_path')
+
     def prepare(self, plan: Plan) -> None:
         from asr_downstream.diffusion.config import load_config
         from asr_downstream.diffusion.evaluation.encoder import train_encoder
