@@ -104,7 +104,7 @@ def test_arms_of_a_pretrained_model_start_from_it(name: str, tmp_path: Path) -> 
     assert preserving(Arm('', own, '')).plug == own
 
 
-WEIGHTS = 'model.backbone.init_cfg'
+R50 = 'mmdet::retinanet/retinanet_r50_fpn_1x_coco.py'
 
 
 @pytest.mark.parametrize(
@@ -115,14 +115,15 @@ WEIGHTS = 'model.backbone.init_cfg'
         ('resnet20_cifar10-10k-16px', (), None),
         pytest.param(DETECTOR, (), None, marks=pytest.mark.det),
         pytest.param(DETECTOR, ('load_from=stock.pth',), 'stock.pth', marks=pytest.mark.det),
-        pytest.param(
-            DETECTOR, (f'{WEIGHTS}.type=Pretrained', f'{WEIGHTS}.checkpoint=r.pth'), 'r.pth', marks=pytest.mark.det
-        ),
+        pytest.param(R50, (), 'torchvision://resnet50', marks=pytest.mark.det),
     ],
 )
 def test_what_a_training_starts_from_is_found_in_its_config(
     config: str, options: tuple[str, ...], start: str | None, tmp_path: Path
 ) -> None:
+    if config == R50:
+        config = str(tmp_path / 'r50.py')
+        Path(config).write_text(f'_base_ = {R50!r}\n')
     path, kind = open_config(Path(config))
     assert pretrained(Plan(path, tmp_path, options=options), kind) == start
 

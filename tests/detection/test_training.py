@@ -331,11 +331,12 @@ def test_weights_that_torchvision_would_find_are_refused_without_it(
 ) -> None:
     found = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *_: None if name == 'torchvision' else found(name))
-    init = {'model.backbone.init_cfg': dict(type='Pretrained', checkpoint='torchvision://resnet18')}
+    config = configured(digits)
+    assert 'torchvision' not in training.plan(config)
+    config.model.backbone.init_cfg = dict(type='Pretrained', checkpoint='torchvision://resnet18')
     with pytest.raises(AsrError, match='^torchvision://resnet18: torchvision, .* is not installed; install the one of'):
-        training.prepare(configured(digits, **init), tmp_path)
-    assert 'torchvision://resnet18: torchvision, which' in training.plan(configured(digits, **init))
-    assert 'torchvision' not in training.plan(configured(digits))
+        training.prepare(config, tmp_path)
+    assert 'torchvision://resnet18: torchvision, which' in training.plan(config)
 
 
 def test_what_cannot_be_validated_folded_or_fetched_is_refused(digits: Path, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.schedule import Job, run_jobs
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.atomic import check_writable, read_json, write_atomically, write_json
-from asr_downstream.files.configs import plain, read_config
+from asr_downstream.files.configs import override, plain, read_config
 from asr_downstream.files.locks import occupied
 from asr_downstream.files.ready import FOLDERS, find_config
 
@@ -55,7 +55,7 @@ def open_config(given: Path) -> tuple[Path, Kind]:
 def pretrained(plan: Plan, kind: Kind) -> str | None:
     """What the trainings start from, if not from scratch."""
     config = read_config(plan.config, kind.folder)
-    config.merge_from_dict(plan.overrides)
+    override(config, plan.overrides, plan.config)
     return kind.pretrained(config)
 
 
