@@ -248,15 +248,16 @@ def test_the_plan_says_what_learns_and_what_that_saves(digits: Path, stock: Path
 
 def test_the_command_trains_what_it_was_told(digits: Path, stock: Path, tmp_path: Path) -> None:
     path = as_file(tiny(digits, path=ASR, **{'model.backbone.plug.preserve': True}), tmp_path)
-    words = ('--data-root', digits, '--work-dir', tmp_path / 'run', '--load-from', stock)
-    done = command('train_det', path, *words, '--learns', 'gates', 'bbox_head.retina_reg.*')
+    words = ('--data-root', digits, '--load-from', stock)
+    learns = ('--learns', 'gates', 'bbox_head.retina_reg.*')
+    done = command('train_det', path, '--work-dir', tmp_path / 'run', *words, *learns)
     assert done.returncode == 0, done.stderr
     found = read_checkpoint(tmp_path / 'run' / 'epoch_2.pth')
     assert found['meta'][META]['learns'] == ['gates', 'bbox_head.retina_reg.*']
     base = weights(stock)
     changed = {name for name, value in base.items() if not torch.equal(found['state_dict'][name], value)}
     assert changed == {'bbox_head.retina_reg.weight', 'bbox_head.retina_reg.bias'}
-    wrong = command('train_det', path, *words, '--learns', 'gaets')
+    wrong = command('train_det', path, '--work-dir', tmp_path / 'wrong', *words, '--learns', 'gaets')
     assert wrong.returncode == 1
     assert "'gaets' matches no weight of RetinaNet; did you mean 'gates'?" in wrong.stderr
 

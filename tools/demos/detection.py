@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -164,6 +165,7 @@ def train_quietly(config: Config, work_dir: Path) -> Path:
     config.log_level = 'ERROR'
     config.val_dataloader = config.val_evaluator = config.val_cfg = None  # evaluated once, at the end
     config.custom_hooks = [{'type': EpochLine}]
+    shutil.rmtree(work_dir, ignore_errors=True)  # of an earlier demo
     prepare(config, work_dir)
     with redirect_stdout(io.StringIO()):
         checkpoint = train(config)

@@ -148,6 +148,7 @@ def test_types_that_are_classes_are_known_as_their_names_are(tmp_path: Path) -> 
     set_data_root(config, root)
     assert '2 classes' in str(fit_to_data(config, root))
     config.fold_eval = True
+    config.model.backbone.init_cfg = None  # else torchvision is asked for
     prepare(config, tmp_path / 'work')
     for made, kind in (
         (config.train_cfg, loops.EpochBasedTrainLoop),
