@@ -11,7 +11,6 @@ from asr_downstream.commands.ablation.arms import arm_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Run
 from asr_downstream.commands.ablation.records import Record, arms_of_names, numbers_in
 from asr_downstream.commands.ablation.statistics import Metric
-from asr_downstream.detection.types import pretrained
 from asr_downstream.errors import DataError
 from asr_downstream.files.configs import read_config
 
@@ -37,6 +36,8 @@ class Detection(Kind):
         return plug_in(config.get('model'))
 
     def pretrained(self, config: Mapping[str, Any]) -> str | None:
+        from asr_downstream.detection.types import pretrained
+
         model = {key: value for key, value in config['model'].items() if key != 'distil'}
         return config.get('load_from') or next(pretrained(model), None)
 
