@@ -1,6 +1,6 @@
 """Train arms over seeds, fold, evaluate, and say with intervals whether an attention helps here.
 
-    asr-downstream ablate CONFIG --arms stock,asr-se,start --seeds 5 --jobs 2
+    asr-downstream ablate CONFIG --arms stock,se,asr-se --seeds 5 --jobs 2
     asr-downstream ablate CONFIG --data /data/bccd --seeds 3 --out runs/ablation     # all arms
     asr-downstream ablate CONFIG --arms stock,half=plugs/half.py --seeds 0,1,2       # a plug of your own
     asr-downstream ablate unet-w32_digits --cfg-options max_train_steps=500 --test='--num-samples 500 --steps 20'

@@ -78,9 +78,10 @@ class PluggedModel:
         """
         with additions_aside(self), scaled_again(self):  # type: ignore[arg-type]
             super().init_weights()  # type: ignore[misc]
-        loaded = [path for path, m in self.named_modules() if is_pretrained(getattr(m, 'init_cfg', None))]  # type: ignore[attr-defined]
-        values = starts(self, inside=False)  # type: ignore[arg-type]
-        warn_of_pretrained({site: values[site] for site in values if any(inside(site, path) for path in loaded)})
+        if values := starts(self, inside=False):  # type: ignore[arg-type]
+            modules = self.named_modules()  # type: ignore[attr-defined]
+            loaded = [path for path, module in modules if is_pretrained(getattr(module, 'init_cfg', None))]
+            warn_of_pretrained({site: values[site] for site in values if any(inside(site, path) for path in loaded)})
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
         """Load as before; a model with replacements says what a stock checkpoint lacks (MMEngine calls this too)."""

@@ -82,7 +82,7 @@ class Files(Source):
         elif len(found) > 1 and '' not in found:
             self.classes = tuple(found)
         if isinstance(subset, str):
-            self.paths = fitting(self.paths, subset, root)
+            self.paths = matching(self.paths, subset, root)
         elif subset is not None:
             self.paths = [self.paths[index] for index in drawn(len(self.paths), subset, root)]
         if self.classes:
@@ -127,7 +127,7 @@ def checked_classes(
     return tuple(classes)
 
 
-def fitting(paths: list[str], pattern: str, root: object) -> list[str]:
+def matching(paths: list[str], pattern: str, root: object) -> list[str]:
     """Paths that fit a pattern, in their order.
 
     Raises:
@@ -138,15 +138,15 @@ def fitting(paths: list[str], pattern: str, root: object) -> list[str]:
     raise DataError(f'{root}: no image fits subset={pattern!r}; paths are such as {some(paths, 3)}')
 
 
-def drawn(count: int, subset: int, root: object, pattern: str = ", or a pattern such as 'train/*'") -> list[int]:
+def drawn(count: int, subset: int, root: object, otherwise: str = ", or a pattern such as 'train/*'") -> list[int]:
     """Draw so many of ``count`` images, once and for all: fewer are a part of more. In their order.
 
     Raises:
-        AsrError: it is no such number; ``pattern`` says what else it may be.
+        AsrError: it is no such number; ``otherwise`` says what else it may be.
         DataError: there are not so many.
     """
     if type(subset) is not int or subset < 1:
-        raise AsrError(f'data: subset={subset!r} should be a number of images{pattern}')
+        raise AsrError(f'data: subset={subset!r} should be a number of images{otherwise}')
     if subset > count:
         raise DataError(f'{root}: has {count:,} images, fewer than subset={subset:,}')
     return sorted(torch.randperm(count, generator=generator('subset')).tolist()[:subset])
@@ -282,11 +282,11 @@ class HubDataset(Source):
             raise DataError(f'{self.path}: has no column of labels, which classes={classes!r} could be of')
         names, self.classes = self.classes, checked_classes(classes, self.classes, self.path, 'its classes')
         new = {names.index(name): number for number, name in enumerate(self.classes)}
-        kept = [index for index, label in enumerate(self.labels) if label in new]
-        self.keep(kept)
-        self.labels = [new[label] for label in self.labels]
-        if empty := [name for number, name in enumerate(self.classes) if number not in self.labels]:
+        there = set(self.labels)
+        if empty := [name for name in self.classes if names.index(name) not in there]:
             raise DataError(f'{self.path}: has no images of {", ".join(map(repr, empty))}, though it names the class')
+        self.keep([index for index, label in enumerate(self.labels) if label in new])
+        self.labels = [new[label] for label in self.labels]
 
     def keep(self, kept: Sequence[int]) -> None:
         """Keep some of the images."""
