@@ -2,6 +2,7 @@
 
     asr-downstream ablate CONFIG --arms stock,se,asr-se --seeds 5 --jobs 2
     asr-downstream ablate CONFIG --data /data/bccd --seeds 3 --out runs/ablation     # all arms
+    asr-downstream ablate CONFIG --arms stock,se,asr-se --dry-run        # sites and cost of every arm; trains nothing
     asr-downstream ablate CONFIG --arms stock,half=plugs/half.py --seeds 0,1,2       # a plug of your own
     asr-downstream ablate unet-w32_digits --cfg-options max_train_steps=500 --test='--num-samples 500 --steps 20'
     asr-downstream ablate --runs results.jsonl          # from results-det --out
@@ -76,9 +77,12 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
     )
     parser.add_argument('--test', default='', metavar='WORDS', help="of the command that evaluates: --test='--fast'")
     parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE', help='override the config')
+    parser.add_argument('--dry-run', action='store_true', help='print the plan of every arm and stop')
     args = parser.parse_args(argv)
     if (args.config is None) == (args.runs is None):
         parser.error('give CONFIG to train, or --runs to compare what was trained')
+    if args.dry_run and args.runs is not None:
+        parser.error('--runs trains nothing; --dry-run is for CONFIG')
 
     from asr_downstream.commands.ablation.arms import chosen, preserving
     from asr_downstream.commands.ablation.kinds.base import Plan
@@ -105,6 +109,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
             del arms['start']  # would scale what was learnt
         study = Study(plan, kind, arms, args.seeds)
         metric = kind.metric(args.metric)  # refuses now, not after the trainings
+        if args.dry_run:
+            return study.rehearse(lambda line: print(names(line), flush=True))
         try:
             failed = study.carry_out(args.jobs, lambda line: print(names(line), flush=True))
         except Stopped:

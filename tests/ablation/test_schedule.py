@@ -33,6 +33,9 @@ PROGRAM = """
 import json, os, pathlib, signal, sys, time
 what, folder, *rest = sys.argv[1:]
 folder = pathlib.Path(folder)
+if '--dry-run' in rest:
+    config = pathlib.Path(rest[1]).read_text()
+    sys.exit('error: does not fit' if "'ASR'" in config else 0)
 with (folder / 'ran.jsonl').open('a') as file:
     file.write(json.dumps([what, *rest, os.environ['OMP_NUM_THREADS'], time.time()]) + '\\n')
 if what == 'fail':
@@ -160,7 +163,7 @@ class Numbers(Kind):
     metrics = {'x': Metric('x')}
 
     def train(self, run: Run) -> list[str]:
-        return ['train', str(run.folder), str(run.seed)]
+        return ['train', str(run.folder), str(run.seed), str(run.config)]
 
     def test(self, run: Run) -> list[str]:
         return ['test', str(run.folder)]
@@ -199,6 +202,19 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path) -> None:
     assert study(out).carry_out(2, said.append) == []
     assert said[-1] == '6 of 6 runs are there'
     assert json.loads((folder / NOTE).read_text())['plug'] == ARMS['asr-se'].plug
+
+
+def test_a_rehearsal_names_the_arms_that_would_fail_and_leaves_nothing(tmp_path: Path) -> None:
+    out, said = tmp_path / 'out', list[str]()
+    with pytest.raises(AsrError, match=r'^ASR\(SE\): would fail'):
+        study(out, 3).rehearse(said.append)
+    assert said[-1].endswith('6 of 6 runs to train, 2 arms')
+    assert not out.exists()
+    study(out, 1).carry_out(1, print)
+    before = sorted(out.rglob('*'))
+    study(out, 1).rehearse(said.append)
+    assert said[-3:-1] == ['\nASR(SE): SE on learned inputs', 'all its runs are there']
+    assert sorted(out.rglob('*')) == before
 
 
 def test_runs_of_something_else_are_not_taken(tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -105,6 +108,31 @@ class Study:
                 write_json(run.folder / NOTE, self.note(run))
             self.kind.prepare(self.plan)
             return run_jobs([self.job(run) for run in missing], side_by_side, say)
+
+    def rehearse(self, say: Callable[[str], None] = print) -> None:
+        """Let each arm print the plan of its next training; nothing is trained, and nothing written to the folder.
+
+        Raises:
+            AsrError: an arm does not fit the model, or its data are not there.
+        """
+        missing = [run for run in self.runs if self.found(run) is None]
+        first = {run.name: run for run in reversed(missing)}
+        refused = []
+        with tempfile.TemporaryDirectory(prefix='ablate-') as folder:
+            for name, arm in self.arms.items():
+                say(f'\n{arm.label}: {arm.line}')
+                if name not in first:
+                    say('all its runs are there')
+                    continue
+                config = Path(folder) / f'{name}.py'
+                config.write_text(self.text(first[name]), encoding='utf-8')
+                words = [str(config) if word == str(first[name].config) else word for word in self.kind.train(first[name])]
+                command = [sys.executable, '-m', 'asr_downstream', *words, '--dry-run']
+                if subprocess.run(command, check=False).returncode:
+                    refused.append(arm.label)
+        say(f'\n{len(missing)} of {len(self.runs)} runs to train, {len(self.arms)} arms')
+        if refused:
+            raise AsrError(f'{", ".join(refused)}: would fail, for what is said above')
 
     def text(self, run: Run) -> str:
         """Text of the config of a run."""
