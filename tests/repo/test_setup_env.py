@@ -145,6 +145,14 @@ def test_parts_run_beside_the_slow_step(checkout: Checkout) -> None:
     assert text.splitlines()[-3:] == ['1: passed', '2: passed', '3: passed']
 
 
+def test_what_programs_compile_is_kept(checkout: Checkout, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('PYTHONDONTWRITEBYTECODE', '1')  # else each of their starts compiles torch again
+    for name in ('one', 'run'):
+        (checkout.folder / name).write_text('assert not sys.dont_write_bytecode')
+    status, text = checkout.run('1')
+    assert status == 0, text
+
+
 def test_what_is_set_up_runs_at_once_and_together(checkout: Checkout) -> None:
     checkout.run()
     checkout.forget()

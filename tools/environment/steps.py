@@ -19,6 +19,9 @@ from environment.display import Display, clock
 ROOT = Path(__file__).resolve().parent.parent.parent
 CONSTRAINTS = ROOT / 'constraints.txt'
 GUARD = Path(__file__).with_name('guard.py')
+# Modules are compiled when they are first imported, and kept: where the environment forbids it, every start of a
+# program compiles torch and diffusers again, for three to fifteen seconds. An empty value is as none.
+BYTECODE = {'PYTHONDONTWRITEBYTECODE': ''}
 NINJA = re.compile(r'^\s*\[(\d+)/(\d+)\]')
 
 __all__ = ['CONSTRAINTS', 'ROOT', 'Interrupted', 'Setup', 'Step', 'StepFailed', 'pin']
@@ -212,7 +215,7 @@ class Setup:
                 raise Interrupted
             process = subprocess.Popen(
                 words, stdin=subprocess.PIPE, stdout=stdout, stderr=stderr, text=True, errors='replace', cwd=ROOT,
-                env={**os.environ, **(env or {})},
+                env={**os.environ, **BYTECODE, **(env or {})},
             )  # fmt: skip
             self.processes.add(process)
         return process
