@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 
 import torch
 from mmengine.config import Config
@@ -11,7 +10,7 @@ from mmengine.dist import init_dist
 
 from asr_downstream.errors import AsrError
 
-__all__ = ['is_first', 'join', 'largest', 'start', 'together']
+__all__ = ['is_first', 'join', 'largest', 'start']
 
 # Where a launcher says which process this is.
 RANK = {'pytorch': 'RANK', 'slurm': 'SLURM_PROCID', 'mpi': 'OMPI_COMM_WORLD_RANK'}
@@ -67,25 +66,6 @@ def start(config: Config, launcher: str) -> None:
 def is_first(config: Config) -> bool:
     """Whether this process is the first of its launch; on GPUs they find each other only later, in the Runner."""
     return int(os.environ.get(RANK.get(config.get('launcher', 'none'), ''), '0')) == 0
-
-
-def together(act: Callable[[], None]) -> None:
-    """Let every process act; where one fails, all end, so that none waits for it.
-
-    Raises:
-        AsrError: of this process.
-        SystemExit: of another one, which says why.
-    """
-    error = None
-    try:
-        act()
-    except AsrError as own:
-        error = own
-    failed = largest(float(error is not None))[0]
-    if error is not None:
-        raise error
-    if failed:
-        raise SystemExit(1)
 
 
 def largest(*values: float) -> list[float]:

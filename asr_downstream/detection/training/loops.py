@@ -19,9 +19,10 @@ from mmengine.runner import Runner, autocast
 from mmengine.runner.loops import _update_losses
 from torch import nn
 
+from asr_downstream.console.processes import Processes
 from asr_downstream.console.stopping import StopSignal
 from asr_downstream.detection.training.checkpoints import note_last, noted
-from asr_downstream.detection.training.launch import largest, together
+from asr_downstream.detection.training.launch import largest
 from asr_downstream.detection.training.sampler import draw_by_sample
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.folding.exact import fold_exactly
@@ -277,5 +278,5 @@ class StopHook(Hook):
             if runner.rank == 0:
                 note_last(Path(runner.work_dir), path)
 
-        together(save)
+        Processes.of_launch().together(save)
         raise self.signal.stopped()

@@ -17,9 +17,9 @@ from mmengine.hooks import Hook, checkpoint_hook
 from mmengine.runner import Runner
 from mmengine.runner import checkpoint as runner_checkpoint
 
+from asr_downstream.console.processes import Processes
 from asr_downstream.console.text import some
 from asr_downstream.detection.training.checkpoints import note_last, problem
-from asr_downstream.detection.training.launch import together
 from asr_downstream.detection.training.loops import POSITION, bare
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import flush, write_atomically
@@ -120,7 +120,7 @@ class CheckpointHook(engine.CheckpointHook):
 
     def _save_checkpoint(self, runner: Runner) -> None:
         """Save; if one process cannot, all end."""
-        together(lambda: super(CheckpointHook, self)._save_checkpoint(runner))
+        Processes.of_launch().together(lambda: super(CheckpointHook, self)._save_checkpoint(runner))
 
     def _save_checkpoint_with_step(self, runner: Runner, step: int, meta: dict[str, Any]) -> None:
         """Save, note, and then delete those beyond ``max_keep_ckpts``."""
@@ -164,7 +164,7 @@ class CheckpointHook(engine.CheckpointHook):
         backend = self.file_backend
         self.file_backend = later = Later(backend)
         try:
-            together(lambda: super(CheckpointHook, self)._save_best_checkpoint(runner, metrics))
+            Processes.of_launch().together(lambda: super(CheckpointHook, self)._save_best_checkpoint(runner, metrics))
         finally:
             self.file_backend = backend
         best = [getattr(self, 'best_ckpt_path', None), *getattr(self, 'best_ckpt_path_dict', {}).values()]

@@ -15,11 +15,12 @@ from mmengine.dist import barrier
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
+from asr_downstream.console.processes import Processes
 from asr_downstream.console.stopping import until_stopped
 from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.training.checkpoints import newest, noted, read_to_resume
-from asr_downstream.detection.training.launch import is_first, together
+from asr_downstream.detection.training.launch import is_first
 from asr_downstream.detection.training.learning import LearningHook, LearningRunner, learning_of
 from asr_downstream.detection.training.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.training.sampler import DrawsHook
@@ -191,7 +192,7 @@ def train(config: Config, hooks: Sequence[Hook] = ()) -> Path | None:
     """
     work_dir = Path(config.work_dir)
     with ExitStack() as stack:
-        together(lambda: occupy(work_dir, stack) if is_first(config) else None)
+        Processes.of_launch().together(lambda: occupy(work_dir, stack) if is_first(config) else None)
         if config.get('resume') and is_complete(config):
             return Path(config.load_from)
         signal = stack.enter_context(until_stopped())
