@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from asr_downstream.classification.export import check_target, save_classifier
+from asr_downstream.classification.export import check_target, is_shipped, save_classifier
 from asr_downstream.classification.task import Classification
 from asr_downstream.engine.classification import accuracy, logits
 from asr_downstream.engine.launch import world
@@ -84,9 +85,12 @@ def evaluate_run(task: Classification, checkpoint: Path, calibrate: int | None =
         ],
         'versions': versions(),
     }
-    write_json(run / EVALUATION, content)
+    # the folder first: numbers without it would make the run look complete
     if stock is not None:
         save_classifier(stock.cpu(), run / SHIPPED, facts(task, content))
+    elif is_shipped(run / SHIPPED):  # of an earlier step, or with other gates
+        shutil.rmtree(run / SHIPPED)
+    write_json(run / EVALUATION, content)
     return content
 
 

@@ -31,7 +31,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from asr_downstream.console import cli
-from asr_downstream.errors import AsrError
+from asr_downstream.errors import AsrError, did_you_mean
 
 PRESERVED = (
     'gates start at one (preserve=True), so that all arms start from the same model; --no-preserve gives them their '
@@ -109,6 +109,8 @@ def main(argv: Sequence[str] | None = None, names: cli.Names = str) -> None:
             del arms['start']  # would scale what was learnt
         study = Study(plan, kind, arms, args.seeds)
         metric = kind.metric(args.metric)  # refuses now, not after the trainings
+        if args.reference is not None and args.reference not in arms:
+            raise AsrError(f'--reference: {args.reference!r} is no arm; {did_you_mean(args.reference, arms)}')
         if args.dry_run:
             return study.rehearse(lambda line: print(names(line), flush=True))
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT, command
@@ -16,6 +17,7 @@ from asr_downstream.commands.ablation.kinds.detection import read_lines
 from asr_downstream.commands.ablation.records import Record, arms_of_names, by_arm, check_alike
 from asr_downstream.commands.ablation.results import HEADS, result_of
 from asr_downstream.commands.ablation.statistics import Metric
+from asr_downstream.commands.ablation.study import read_stored
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.models.resnet_cifar import BasicBlock, ResNet
 from asr_downstream.registry import PLUGS
@@ -109,7 +111,8 @@ def test_the_blood_cell_table_comes_from_its_stored_runs(tmp_path: Path) -> None
         assert ('calibrated' in found['folded']) == (cells[5] == 'yes')
         assert found['parameters'] == ' -> '.join(filter(None, cells[6:8]))
     assert content['kind'] == 'detection'
-    assert content['metric'] == {'name': 'AP', 'higher_is_better': True, 'rounded_to': 0.001}
+    about = {'name': 'AP', 'key': 'AP', 'scale': 1.0, 'higher_is_better': True, 'rounded_to': 0.001}
+    assert content['metric'] == about
     [comparison] = [c for c in content['comparisons'] if c['arm'] == 'asr-se']
     assert comparison['differences'] == pytest.approx([-0.010, -0.017, -0.013])
     assert comparison['interval'] == pytest.approx([-0.0221, -0.0046], abs=1e-4)
@@ -148,6 +151,10 @@ def test_arms_in_names_of_configs() -> None:
     }
     assert arms_of_names(['unet-asr-dia']) == {'unet-asr-dia': 'asr-dia'}
     assert arms_of_names(['semantic-se2_x']) == {'semantic-se2_x': 'stock'}
+    bare = ['stock', 'se', 'asr-se', 'asr-dia']  # configs of an ablation
+    assert arms_of_names(bare) == dict(zip(bare, bare, strict=True))
+    mixed = {'asr-se': 'asr-se', 'r18': 'stock', 'r18-asr-dia': 'asr-dia', 'r50-asr-dia': 'r50-asr-dia'}
+    assert arms_of_names(mixed) == mixed
 
 
 def test_runs_that_differ_in_more_than_the_arm_are_refused() -> None:
@@ -163,6 +170,43 @@ def test_runs_that_differ_in_more_than_the_arm_are_refused() -> None:
         by_arm([one], 'AP75')
     with pytest.raises(AsrError, match='nothing to compare'):
         result_of('detection', 'AP', Metric('AP'), [])
+
+
+def rows(**changes: Any) -> list[dict[str, Any]]:
+    return [{**json.loads(line), **changes} for line in STORED.read_text().splitlines()]
+
+
+def lines(path: Path, found: list[dict[str, Any]]) -> Path:
+    path.write_text(''.join(json.dumps(row) + '\n' for row in found))
+    return path
+
+
+def test_arms_are_told_by_the_names_of_all_files(tmp_path: Path) -> None:
+    """Alone, the second file is a base of its own, and its arm would be taken for one of the first."""
+    ours = lines(tmp_path / 'a.jsonl', rows()[:3])
+    others = lines(tmp_path / 'b.jsonl', [{**row, 'config': 'faster-rcnn_r50-asr-dia_fpn_voc'} for row in rows()[:3]])
+    _, records = read_stored([ours, others])
+    assert {record.arm for record in records} == {'stock', 'faster-rcnn_r50-asr-dia_fpn_voc'}
+
+
+def test_detectors_that_were_tested_on_other_data_are_refused(tmp_path: Path) -> None:
+    found = [{**row, 'data': ['bccd/val.json' if number < 3 else 'voc/val.json']} for number, row in enumerate(rows())]
+    with pytest.raises(DataError, match=r"data is \['voc/val.json'\], but \['bccd/val.json'\] in"):
+        result_of('detection', 'AP', Metric('AP'), read_lines(lines(tmp_path / 'a.jsonl', found)))
+
+
+def test_what_coco_does_not_define_is_no_number(tmp_path: Path) -> None:
+    found = [{**row, 'trained': {**row['trained'], 'APs': -1.0}} for row in rows()]
+    records = read_lines(lines(tmp_path / 'a.jsonl', found))
+    with pytest.raises(DataError, match='APs is missing; there is AP,'):
+        by_arm(records, 'APs')
+
+
+def test_files_without_runs_or_seeds_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r'a.jsonl: is empty'):
+        read_lines(lines(tmp_path / 'a.jsonl', []))
+    with pytest.raises(DataError, match='line 1 is no record'):
+        read_lines(lines(tmp_path / 'a.jsonl', rows(seed=None)))
 
 
 @pytest.mark.parametrize('line', ['{"config": 1}', '[', '{"config": "a", "seed": "0", "trained": {}}', '[' * 9999])

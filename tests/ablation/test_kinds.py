@@ -318,6 +318,65 @@ def test_classifiers_are_compared_in_points(tmp_path: Path) -> None:
     assert result.row('stock')[2] == '65.00 ± 1.00'
 
 
+def test_classifiers_of_other_trainings_are_refused(tmp_path: Path) -> None:
+    from asr_downstream.commands.ablation.results import result_of
+
+    classification_run(tmp_path / 'stock', 0)
+    classification_run(tmp_path / 'start', 0, plug=ARMS['start'].plug, resolution=16)
+    kind, records = read_stored([tmp_path])
+    with pytest.raises(DataError, match='resolution is 32, but 16 in start'):
+        result_of(kind.name, 'accuracy', kind.metrics['accuracy'], records)
+    classification_run(tmp_path / 'start', 0, plug=ARMS['start'].plug, batch=64)
+    with pytest.raises(DataError, match='batch is 128, but 64 in start'):
+        result_of(kind.name, 'accuracy', kind.metrics['accuracy'], read_stored([tmp_path])[1])
+
+
+@pytest.mark.det
+@pytest.mark.parametrize(
+    ('keys', 'said'),
+    [
+        ("train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=9)", 'is trained by steps'),
+        ("test_evaluator = dict(_delete_=True, type='VOCMetric', metric='mAP')", 'is evaluated by VOCMetric'),
+    ],
+)
+def test_detectors_without_the_numbers_that_are_compared_are_refused_first(
+    keys: str, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / 'mine.py').write_text(f'_base_ = {str(DETECTOR)!r}\n{keys}\n')
+    done = command('ablate', tmp_path / 'mine.py', '--out', tmp_path / 'out', '--arms', 'stock,se')
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_a_reference_that_is_no_arm_is_refused_first(tmp_path: Path) -> None:
+    words = ('ablate', UNET, '--out', tmp_path / 'out', '--arms', 'stock,asr-se', '--reference', 'asr-see')
+    done = command(*words)
+    assert done.returncode == 1
+    assert "--reference: 'asr-see' is no arm; did you mean 'asr-se'?" in done.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_the_encoder_of_other_data_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('diffusers')
+    from asr_downstream.diffusion.evaluation import encoder
+
+    trained: list[int] = []
+
+    def train(images: Any, out: Path) -> None:
+        trained.append(len(images))
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_bytes(b'')
+
+    monkeypatch.setattr(encoder, 'train_encoder', train)
+    kind = KINDS['diffusion']
+    for options in ((), (), ('data.random_flip=True',)):
+        kind.prepare(Plan(UNET, tmp_path, options=options))
+    assert len(trained) == 2
+    kind.prepare(Plan(UNET, tmp_path / 'other', test=('--extractor', 'file')))
+    assert len(trained) == 2
+
+
 @pytest.mark.slow
 def test_unets_are_trained_folded_and_compared(tmp_path: Path) -> None:
     """The whole command, by its processes; the second time nothing is trained."""

@@ -40,6 +40,10 @@ with (folder / 'ran.jsonl').open('a') as file:
     file.write(json.dumps([what, *rest, os.environ['OMP_NUM_THREADS'], time.time()]) + '\\n')
 if what == 'fail':
     sys.exit('error: no room')
+if what == 'quiet':
+    sys.exit(1)
+if what == 'killed':
+    os.kill(os.getpid(), signal.SIGKILL)
 if what == 'wait':
     signal.signal(signal.SIGTERM, lambda *a: ((folder / 'checkpoint').touch(), sys.exit(143)))
     print('waiting', flush=True)
@@ -109,6 +113,14 @@ def test_a_failure_is_named_and_the_others_go_on(tmp_path: Path) -> None:
     assert any(line.startswith('bad: failed: no room') for line in said)
 
 
+def test_what_failed_before_is_not_why_it_failed_now(tmp_path: Path) -> None:
+    folder = tmp_path / 'a'
+    assert run_jobs([job(folder, 'fail')], 1, print)[0].error == 'no room'
+    assert run_jobs([job(folder, 'quiet')], 1, print)[0].error == 'nothing was printed'
+    [killed] = run_jobs([job(folder, 'killed')], 1, print)
+    assert killed.error == 'was ended by SIGKILL, as for want of memory'
+
+
 def when(path: Path, do: Any) -> threading.Thread:
     """Do something when a file is there and says that a command waits."""
 
@@ -160,13 +172,14 @@ class Numbers(Kind):
 
     name = 'numbers'
     folder = 'diffusion/configs'
+    result = 'result.json'
     metrics = {'x': Metric('x')}
 
     def train(self, run: Run) -> list[str]:
         return ['train', str(run.folder), str(run.seed), str(run.config)]
 
     def test(self, run: Run) -> list[str]:
-        return ['test', str(run.folder)]
+        return ['test', str(run.folder), *run.plan.test]
 
     def is_run(self, folder: Path) -> bool:
         return (folder / 'result.json').is_file()
@@ -212,9 +225,46 @@ def test_a_rehearsal_names_the_arms_that_would_fail_and_leaves_nothing(tmp_path:
     assert not out.exists()
     study(out, 1).carry_out(1, print)
     before = sorted(out.rglob('*'))
+    with pytest.raises(AsrError, match='was made from another config'):
+        study(out, 1, options=('max_train_steps=5',)).rehearse(said.append)
     study(out, 1).rehearse(said.append)
     assert said[-3:-1] == ['\nASR(SE): SE on learned inputs', 'all its runs are there']
     assert sorted(out.rglob('*')) == before
+
+
+def test_other_words_for_the_evaluation_train_nothing_anew(tmp_path: Path) -> None:
+    """A typing error in them would cost all trainings; classifiers are evaluated by the command that trains them."""
+    out = tmp_path / 'out'
+    study(out, 1).carry_out(1, print)
+    other = study(out, 1, test=('--fast',))
+    assert other.records() == []
+    stock = out / 'runs/stock-s0'
+    (stock / 'result.json').write_text('{"seed": 0, "x": 5}')
+    other.job = lambda run: Job(str(run), run.folder, [lambda: ['fail', str(run.folder)]])  # type: ignore[method-assign]
+    assert len(other.carry_out(1, print)) == 2
+    assert not (stock / 'result.json').exists(), 'else it would be taken for one of the new words'
+    again = study(out, 1, test=('--fast',))
+    assert again.carry_out(1, print) == []
+    assert ran(stock)[-1][:2] == ['test', '--fast']
+    assert len(again.records()) == 2
+    both = study(out, 1, test=('--fast',))
+    both.kind.tests_as_it_trains = True  # type: ignore[misc]
+    with pytest.raises(AsrError, match='was made from another config, other data or options'):
+        both.carry_out(1, print)
+
+
+def test_a_run_whose_numbers_cannot_be_read_says_why(tmp_path: Path) -> None:
+    other = study(tmp_path / 'out', 1)
+    read = other.kind.read
+
+    def refuse(folder: Path) -> Record:
+        if 'asr' in folder.name and (folder / 'result.json').exists():
+            raise DataError(f'{folder}: has no AP')
+        return read(folder)
+
+    other.kind.read = refuse  # type: ignore[method-assign]
+    [failed] = other.carry_out(1, print)
+    assert failed.error == f'{tmp_path / "out/runs/asr-se-s0"}: has no AP'
 
 
 def test_runs_of_something_else_are_not_taken(tmp_path: Path) -> None:

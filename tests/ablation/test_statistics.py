@@ -184,6 +184,9 @@ def test_the_answer_in_one_line() -> None:
     assert overall([bad, unclear]) == 'Keep stock here: no arm is shown to be better.'
     assert overall([bad]) == 'Keep stock here: ASR(SE) is worse.'
     assert overall([bad, bad]) == 'Keep stock here: every other arm is worse.'
+    alone = one([0.4])
+    assert overall([bad, alone]) == 'Keep stock here: ASR(SE) is worse.', 'of an arm with one seed nothing is known'
+    assert overall([bad, bad, alone]) == 'Keep stock here: ASR(SE) and ASR(SE) are worse.'
     assert overall([]) == 'No verdict: there is one arm only.'
     assert overall([one([0.1, 0.1, 0.1], Metric('x'))]) == 'No verdict: the spread over seeds is not known.'
 

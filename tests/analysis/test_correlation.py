@@ -53,6 +53,12 @@ def test_independent_gates_do_not_correlate() -> None:
     assert stage.chance == pytest.approx(math.sqrt(2 / (math.pi * C)))
 
 
+def test_images_of_batches_of_one_are_counted() -> None:
+    model = numbered(lambda n: torch.rand(len(n), C), lambda n: torch.rand(len(n), C))
+    (stage,) = find_correlations('one by one', model, [images(torch.arange(n, n + 1)) for n in range(5)]).stages
+    assert stage.images == 5
+
+
 def test_gates_that_do_not_differ_between_channels() -> None:
     """Two that are the same: 1. Others: no correlation, and no NaN in JSON."""
     half, third = torch.full((C,), 0.5), torch.full((C,), 1 / 3)

@@ -16,6 +16,7 @@ from matplotlib import colormaps
 from matplotlib.colors import to_rgb
 from PIL import Image
 
+from asr_downstream.errors import AsrError
 from asr_downstream.folding.analysis.correlation import find_correlations
 from asr_downstream.folding.analysis.cost import measure_costs
 from asr_downstream.folding.analysis.figures.base import COLOURS, MAP, figure, label_ends, spread, styles
@@ -26,6 +27,7 @@ from asr_downstream.folding.analysis.figures.stripes import draw_gates, draw_gro
 from asr_downstream.folding.analysis.figures.training import draw_training
 from asr_downstream.folding.analysis.noise import Curve, NoiseCurves
 from asr_downstream.folding.analysis.stripes import find_stripes
+from asr_downstream.folding.analysis.suite import Job
 
 RAMP = torch.linspace(0.2, 0.9, C, dtype=torch.float64)
 DATA = [images(torch.arange(6))]
@@ -104,3 +106,10 @@ def test_a_figure_that_fails_leaves_nothing(tmp_path: Path) -> None:
 def test_spread_has_the_first_and_the_last() -> None:
     assert spread(list(range(10)), 4) == [0, 3, 6, 9]
     assert spread([1, 2], 4) == [1, 2]
+
+
+def test_runs_whose_figures_would_have_one_name_are_refused(tmp_path: Path) -> None:
+    """The second would write over those of the first."""
+    runs = {'ASR(SE)': tmp_path, 'ASR-SE': tmp_path}
+    with pytest.raises(AsrError, match=r'ASR\(SE\) and ASR-SE: their figures would have one name'):
+        next(Job(runs, tmp_path / 'out').opened())

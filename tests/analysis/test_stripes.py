@@ -87,7 +87,7 @@ def test_constant_gates_have_no_deviation(dtype: torch.dtype) -> None:
         if spec is ASR:
             assert found.test is None
         else:
-            assert found.test.change < 1e-6 if dtype == torch.float32 else 1e-14
+            assert found.test.change < (1e-6 if dtype == torch.float32 else 1e-14)
 
 
 def test_the_functional_test_measures_what_the_means_cost() -> None:

@@ -84,6 +84,8 @@ def test_gates_that_depend_on_the_input_ship_when_they_are_calibrated(runs: Any)
     assert 0 <= again['accuracy']['folded'] <= 1
     assert again['calibration']['sites']
     assert type(load_classifier(run / 'shipped')) is ResNet
+    assert evaluate_run(task, run / 'checkpoint-6')['accuracy']['folded'] is None
+    assert not (run / 'shipped').exists(), 'it would be of other gates than the numbers beside it'
 
 
 def test_the_log_has_accuracies_and_rates_that_fall(runs: Any) -> None:

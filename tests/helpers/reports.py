@@ -150,9 +150,13 @@ def diffusion_run(folder: Path) -> Path:
     return folder
 
 
-def classification_run(folder: Path, seed: int = 0, accuracy: float = 0.64, plug: Any = None) -> Path:
+def classification_run(
+    folder: Path, seed: int = 0, accuracy: float = 0.64, plug: Any = None, batch: int = 128, resolution: int = 32
+) -> Path:
     """A trained and evaluated classifier."""
-    put(folder / 'config.py', f"seed = {seed}\nmax_train_steps = 20\nmodel = dict(type='ResNet')\n")
+    lines = [f'seed = {seed}', 'max_train_steps = 20', "model = dict(type='ResNet')", f'train_batch_size = {batch}']
+    lines += ['gradient_accumulation_steps = 1', 'learning_rate = 0.1', f'data = dict(resolution={resolution})']
+    put(folder / 'config.py', '\n'.join(lines))
     put(folder / 'log.jsonl', [{'step': n, 'loss': 2.0 / n} for n in range(1, 20)])
     about = {'seed': seed, 'step': 20, 'plug': plug, 'data': 'cifar10.zip', 'training_images': 900, 'images': 100}
     numbers = {'accuracy': {'plugged': accuracy, 'folded': accuracy}, 'parameters': {'plugged': 80, 'folded': 70}}

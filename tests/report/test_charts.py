@@ -86,6 +86,15 @@ def test_differences_are_where_they_should_be() -> None:
     assert 'class="arm sure"' in text
 
 
+def test_ten_seeds_have_ten_markers() -> None:
+    points = [(f'seed {n}', 0.1 * n) for n in range(10)]
+    drawing = charts.drawn_arms(Arms('', '', [Arm('a', points, 0.0, None, False, '')]))
+    assert drawing is not None
+    assert (
+        len({kind for _, kind, _ in drawing['rows'][0]['points']}) == len({kind for _, kind in drawing['names']}) == 10
+    )
+
+
 def test_numbers_are_text() -> None:
     assert data.aligned([0.6584, 0.57981, None, 'x']) == ['0.6584', '0.5798', '', '']
     assert data.aligned([142026, None]) == ['142,026', '']

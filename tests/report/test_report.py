@@ -230,6 +230,52 @@ def test_damaged_files_are_said_and_stop_nothing(damage: str, tmp_path: Path, ab
     assert 'was not tested yet' in page.text
 
 
+@pytest.mark.parametrize('value', ['"\\ud800"', '1' + '0' * 400, '1e308', 'Infinity'])
+def test_numbers_of_no_use_and_half_characters_stop_nothing(value: str, tmp_path: Path) -> None:
+    folder = classification_run(tmp_path / 'run')
+    path = folder / 'evaluation.json'
+    found = json.loads(path.read_text())
+    first, second = found['validations']
+    found['validations'] = [{**first, 'accuracy': 'HERE'}, {**second, 'accuracy': 'THERE'}]
+    found['versions'] = {'torch': 'HERE'}
+    path.write_text(json.dumps(found).replace('"HERE"', value).replace('"THERE"', value.replace('1e', '-1e')))
+    assert write(tmp_path / 'report.html', sections_of([tmp_path]), 'Title', 'about') > 1000
+    assert 'accuracy' in (tmp_path / 'report.html').read_text()
+
+
+def test_points_of_accuracy_are_points_everywhere(tmp_path: Path) -> None:
+    """In sentences, tables and differences."""
+    for seed in range(3):
+        classification_run(tmp_path / f'stock-{seed}', seed, 0.64 + 0.01 * seed)
+        classification_run(tmp_path / f'start-{seed}', seed, 0.67 + 0.011 * seed, dict(type='Start', value=0.5))
+    done = command('ablate', '--runs', tmp_path, '--out', tmp_path / 'ablation')
+    assert done.returncode == 0, done.stderr
+    [section] = sections_of([tmp_path / 'ablation'])
+    [arm] = section.arms[0].arms
+    assert [round(value, 2) for _, value in arm.points] == [3.0, 3.1, 3.2]
+    assert arm.ends == pytest.approx((2.85, 3.35), abs=0.01)
+    arms, runs = section.tables
+    assert [row[2] for row in arms.rows] == ['65.0 ± 1.0', '68.1 ± 1.1']
+    assert {row[2] for row in runs.rows} == {'64.00', '65.00', '66.00', '67.00', '68.10', '69.20'}
+
+
+def test_only_the_folders_of_a_run_are_passed_over(tmp_path: Path) -> None:
+    for name in ('data10k-s0', 'configs-b', 'evaluation-2', 'stock-s0', 'samples', 'checkpoint-3'):
+        classification_run(tmp_path / name)
+    [section] = sections_of([tmp_path])
+    assert {row[0] for row in section.tables[0].rows} == {'data10k-s0', 'configs-b', 'evaluation-2', 'stock-s0'}
+
+
+def test_the_last_samples_of_a_training_are_shown(tmp_path: Path) -> None:
+    folder = diffusion_run(tmp_path / 'unet')
+    shutil.rmtree(folder / 'evaluation', ignore_errors=True)
+    shutil.rmtree(folder / 'samples', ignore_errors=True)
+    for step in range(1, 13):
+        picture(folder / f'samples/step-{1000 * step:07d}.png')
+    [section] = sections_of([folder])
+    assert [each.path.name for each in section.pictures] == ['step-0011000.png', 'step-0012000.png']
+
+
 def test_a_section_that_cannot_be_read_says_so(tmp_path: Path, ablation: Path) -> None:
     found = json.loads((ablation / 'ablation.json').read_text())
     put(tmp_path / 'blood/ablation.json', {**found, 'runs': [3], 'arms': [{'arm': 'a', 'seeds': 5}], 'metric': 7})

@@ -91,14 +91,19 @@ def check_alike(records: Sequence[Record]) -> None:
 def arms_of_names(names: Iterable[str]) -> dict[str, str]:
     """Find the arms in names of configs: ``r18-asr-se_bccd`` is ``asr-se`` beside ``r18_bccd``, which is stock.
 
-    The names without their arms have to be one name; one that is another is an arm of its own, by its whole name.
+    A name that is that of an arm, as configs of an ablation have, is that arm. The others without their arms have to be
+    one name; one that is another is an arm of its own, by its whole name.
     """
+    names = list(names)
     parts = {
-        name: (TOKEN.sub('', name, count=1), found[1] if (found := TOKEN.search(name)) else STOCK) for name in names
+        name: (TOKEN.sub('', name, count=1), found[1] if (found := TOKEN.search(name)) else STOCK)
+        for name in names
+        if name not in ARMS
     }
     bases = [base for base, _ in parts.values()]
     common = max(dict.fromkeys(bases), key=bases.count, default='')
-    return {name: arm if base == common else name for name, (base, arm) in parts.items()}
+    found_in = {name: arm if base == common else name for name, (base, arm) in parts.items()}
+    return {name: found_in.get(name, name) for name in names}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float | None]:

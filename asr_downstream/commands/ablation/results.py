@@ -31,6 +31,7 @@ class Result(Printed):
 
     Attributes:
         kind: of the trainings, ``'detection'``.
+        key: of the metric in the records.
         metric: what the verdicts are about, of the model as it was trained.
         reference: name of the arm that the others are compared with.
         records: of all runs.
@@ -41,6 +42,7 @@ class Result(Printed):
     """
 
     kind: str
+    key: str
     metric: Metric
     reference: str
     records: Sequence[Record]
@@ -119,6 +121,8 @@ class Result(Printed):
             'kind': self.kind,
             'metric': {
                 'name': self.metric.name,
+                'key': self.key,
+                'scale': self.metric.scale,
                 'higher_is_better': self.metric.higher,
                 'rounded_to': self.metric.step,
             },
@@ -234,6 +238,7 @@ def result_of(
     labels = {arm: known[arm].label if arm in known else arm for arm in values}
     return Result(
         kind,
+        metric_key,
         metric,
         reference,
         records,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from asr_downstream.errors import AsrError
 __all__ = ['Job', 'run_jobs']
 
 LOG = 'output.txt'  # what the commands of a job print, in its folder
+PROMPT = '$ asr-downstream '
 LOOK_SECONDS = 0.2
 GRACE_SECONDS = 10.0  # for a process that was told to end at once
 THREADS = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS')
@@ -51,14 +53,15 @@ class Job:
         self.folder.mkdir(parents=True, exist_ok=True)
         environment = {**os.environ, **dict.fromkeys(THREADS, str(self.threads))}
         with self.log.open('ab') as log:
-            log.write(f'\n$ asr-downstream {" ".join(words)}\n'.encode())
+            log.write(f'\n{PROMPT}{" ".join(words)}\n'.encode())
             log.flush()
             command = [sys.executable, '-m', 'asr_downstream', *words]
             return subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, env=environment)
 
     def said_last(self) -> str:
-        """Last line of its log that is an error, or the last line."""
-        lines = [line.strip() for line in self.log.read_text(errors='replace').splitlines() if line.strip()]
+        """What its last command said: the last line that is an error, or the last line."""
+        said = self.log.read_text(errors='replace').rpartition(f'\n{PROMPT}')[2].splitlines()[1:]
+        lines = [line.strip() for line in said if line.strip()]
         errors = [line for line in lines if line.startswith('error: ')]
         return (errors or lines or ['nothing was printed'])[-1].removeprefix('error: ')
 
@@ -84,7 +87,7 @@ class Running:
     def proceed(self) -> bool:
         """Start the next command, after one that has ended; whether there was one. What fails is noted with the job."""
         if self.process.returncode:
-            self.job.error = self.job.said_last()
+            self.job.error = ended_by(self.process.returncode) or self.job.said_last()
             return False
         step = next(self.steps, None)
         if step is None:
@@ -141,6 +144,14 @@ def run_jobs(jobs: Sequence[Job], side_by_side: int, say: Callable[[str], None])
         finally:
             end(running)
     return [job for job in jobs if job.error]
+
+
+def ended_by(status: int) -> str | None:
+    """What to say of a command that a signal has ended, such as that of a kernel which is out of memory."""
+    if status >= 0:
+        return None
+    name = signal.Signals(-status).name if -status in set(signal.Signals) else f'signal {-status}'
+    return f'was ended by {name}' + (', as for want of memory' if name == 'SIGKILL' else '')
 
 
 def begin(job: Job, say: Callable[[str], None]) -> Running:

@@ -273,5 +273,7 @@ def overall(comparisons: Sequence[Comparison]) -> str:
         names = ' and '.join(c.arm for c in better)
         return f'{names} {"is" if len(better) == 1 else "are"} better than {reference} here.'
     if all(c.outcome == 'worse' for c in judged):
-        return f'Keep {reference} here: {"every other arm" if len(judged) > 1 else judged[0].arm} is worse.'
+        every = len(judged) == len(comparisons) > 1
+        names = 'every other arm' if every else ' and '.join(c.arm for c in judged)
+        return f'Keep {reference} here: {names} {"is" if every or len(judged) == 1 else "are"} worse.'
     return f'Keep {reference} here: no arm is shown to be better.'

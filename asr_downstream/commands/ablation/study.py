@@ -56,9 +56,14 @@ def open_config(given: Path) -> tuple[Path, Kind]:
 
 
 def pretrained(plan: Plan, kind: Kind) -> str | None:
-    """What the trainings start from, if not from scratch."""
+    """What the trainings start from, if not from scratch.
+
+    Raises:
+        AsrError: their numbers could not be read.
+    """
     config = read_config(plan.config, kind.folder)
     override(config, plan.overrides, plan.config)
+    kind.check(config, plan.config)
     return kind.pretrained(config)
 
 
@@ -104,17 +109,25 @@ class Study:
             if not missing:
                 return []
             for run in missing:
+                if self.noted(run).get('measured') != self.note(run)['measured']:
+                    (run.folder / self.kind.result).unlink(missing_ok=True)  # it was measured in another way
                 write_atomically(run.config, partial(Path.write_text, data=self.text(run)))
                 write_json(run.folder / NOTE, self.note(run))
             self.kind.prepare(self.plan)
-            return run_jobs([self.job(run) for run in missing], side_by_side, say)
+            jobs = [self.job(run) for run in missing]
+            run_jobs(jobs, side_by_side, say)
+            for run, job in zip(missing, jobs, strict=True):
+                job.error = job.error or self.lacking(run)
+            return [job for job in jobs if job.error]
 
     def rehearse(self, say: Callable[[str], None] = print) -> None:
         """Let each arm print the plan of its next training; nothing is trained, and nothing written to the folder.
 
         Raises:
-            AsrError: an arm does not fit the model, or its data are not there.
+            AsrError: an arm does not fit the model, its data are not there, or the folder has runs of something else.
         """
+        for run in self.runs:
+            self.check_note(run)
         missing = [run for run in self.runs if self.found(run) is None]
         first = {run.name: run for run in reversed(missing)}
         refused = []
@@ -126,7 +139,9 @@ class Study:
                     continue
                 config = Path(folder) / f'{name}.py'
                 config.write_text(self.text(first[name]), encoding='utf-8')
-                words = [str(config) if word == str(first[name].config) else word for word in self.kind.train(first[name])]
+                words = [
+                    str(config) if word == str(first[name].config) else word for word in self.kind.train(first[name])
+                ]
                 command = [sys.executable, '-m', 'asr_downstream', *words, '--dry-run']
                 if subprocess.run(command, check=False).returncode:
                     refused.append(arm.label)
@@ -148,15 +163,22 @@ class Study:
         Raises:
             DataError: its seed is another.
         """
-        try:
-            record = self.kind.read(run.folder)
-        except AsrError:
+        if self.lacking(run):
             return None
-        if run.folding and record.folded is None:
-            return None
+        record = self.kind.read(run.folder)
         if record.seed != run.seed:
             raise DataError(f'{run.folder}: was trained with seed {record.seed}; delete it, or choose another --out')
         return replace(record, arm=run.name)
+
+    def lacking(self, run: Run) -> str | None:
+        """Why a run does not count as complete; None: it is."""
+        if self.noted(run).get('measured') != self.note(run)['measured']:
+            return 'was measured in another way'
+        try:
+            record = self.kind.read(run.folder)
+        except AsrError as error:
+            return str(error)
+        return 'its folded model was not measured' if run.folding and record.folded is None else None
 
     def records(self) -> list[Record]:
         """What is known of all runs that are complete."""
@@ -165,14 +187,10 @@ class Study:
     def note(self, run: Run) -> dict[str, Any]:
         """What a run is made from."""
         plan = self.plan
-        made_of = [
-            repr(plain(self.config.to_dict())),
-            run.arm.plug,
-            str(plan.data),
-            plan.options,
-            plan.test,
-            plan.calibrate,
-        ]
+        measured = [plan.test, plan.calibrate if 'calibrated' in run.folding else None]
+        made_of = [repr(plain(self.config.to_dict())), run.arm.plug, str(plan.data), plan.options]
+        if self.kind.tests_as_it_trains:
+            made_of += measured
         return {
             'arm': run.name,
             'label': run.arm.label,
@@ -180,7 +198,16 @@ class Study:
             'seed': run.seed,
             'config': str(plan.config),
             'made_of': hashlib.sha256(json.dumps(made_of).encode()).hexdigest(),
+            'measured': hashlib.sha256(json.dumps(measured).encode()).hexdigest(),
         }
+
+    def noted(self, run: Run) -> dict[str, Any]:
+        """What was noted when a run began, or nothing."""
+        try:
+            found = read_json(run.folder / NOTE)
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
 
     def check_note(self, run: Run) -> None:
         """Refuse to take a run of other data, options or configs for one of this ablation.
@@ -188,15 +215,11 @@ class Study:
         Raises:
             AsrError: it is one.
         """
-        try:
-            before = read_json(run.folder / NOTE)
-        except FileNotFoundError:
+        if not (run.folder / NOTE).exists():
             if any(run.folder.glob('*')):
-                raise AsrError(f'{run.folder}: is there, but not of an ablation; choose another --out') from None
+                raise AsrError(f'{run.folder}: is there, but not of an ablation; choose another --out')
             return
-        except (OSError, ValueError):
-            before = None
-        if not isinstance(before, dict) or before.get('made_of') != self.note(run)['made_of']:
+        if self.noted(run).get('made_of') != self.note(run)['made_of']:
             raise AsrError(
                 f'{run.folder}: was made from another config, other data or options; delete it, or choose another --out'
             )
@@ -210,11 +233,9 @@ def read_stored(paths: Sequence[Path]) -> tuple[Kind, list[Record]]:
     """
     from asr_downstream.commands.ablation.kinds import KINDS
 
-    found: list[tuple[Kind, Record]] = []
-    for path in paths:
-        if path.is_file():
-            found += [(KINDS['detection'], record) for record in read_lines(path)]
-            continue
+    files = [path for path in paths if path.is_file()]
+    found: list[tuple[Kind, Record]] = [(KINDS['detection'], record) for record in read_lines(*files)]
+    for path in [path for path in paths if not path.is_file()]:
         folders = [path] if kind_of_folder(path) else sorted(p for p in path.glob('*') if p.is_dir())
         folders = folders if any(map(kind_of_folder, folders)) else sorted(path.glob('runs/*'))
         read = [(kind, named(folder, kind.read(folder))) for folder in folders if (kind := kind_of_folder(folder))]

@@ -14,6 +14,7 @@ __all__ = ['Axis', 'drawn', 'drawn_arms', 'number']
 
 WIDTH, HEIGHT = 480, 300
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 48
+SEEDS = 10  # marks of seeds: five shapes, filled and hollow
 STYLES = 7  # of lines, see the style sheet; more lines repeat them with other markers
 NAMES = 132  # width of the names of arms
 ROW = 44
@@ -124,7 +125,7 @@ def drawn_arms(arms: Arms) -> dict[str, Any] | None:
                 'name': arm.name,
                 'text': arm.text,
                 'y': y,
-                'points': [(across.at(value), names.index(name) % 5, name) for name, value in arm.points],
+                'points': [(across.at(value), names.index(name) % SEEDS, name) for name, value in arm.points],
                 'middle': None if arm.middle is None else across.at(arm.middle),
                 'ends': None if arm.ends is None else [across.at(value) for value in arm.ends],
                 'sure': arm.sure,
@@ -140,5 +141,5 @@ def drawn_arms(arms: Arms) -> dict[str, Any] | None:
         'zero': across.at(0.0),
         'x': across.positions,
         'rows': rows,
-        'names': [(name, place % 5) for place, name in enumerate(names)],
+        'names': [(name, place % SEEDS) for place, name in enumerate(names)],
     }

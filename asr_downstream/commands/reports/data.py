@@ -26,6 +26,7 @@ __all__ = [
 ]
 
 LARGEST = 64 << 20  # bytes of a file that is read
+LARGEST_NUMBER = 1e100  # sums and squares of such are numbers still
 POINTS = 300  # of a curve
 
 
@@ -60,8 +61,8 @@ def numbers(rows: list[dict[str, Any]], x: str, y: str) -> list[tuple[float, flo
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether a value is a finite number."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a value is a finite number, and of a size that anything here has."""
+    return type(value) in (int, float) and -LARGEST_NUMBER < value < LARGEST_NUMBER
 
 
 def mean_of(points: list[tuple[float, float]], most: int = POINTS) -> list[tuple[float, float]]:

@@ -13,10 +13,8 @@ __all__ = ['sections_of']
 
 DEPTH = 4
 # Folders of runs that are no runs.
-PARTS = (
-    'checkpoint-', 'pipeline-', 'shipped', 'tensorboard', 'data', 'vis_data', 'samples', 'evaluation', 'pictures',
-    'configs',
-)  # fmt: skip
+PARTS = ('shipped', 'tensorboard', 'data', 'vis_data', 'samples', 'evaluation', 'pictures', 'configs')
+NUMBERED = ('checkpoint-', 'pipeline-')
 
 
 def sections_of(paths: Sequence[Path]) -> list[Section]:
@@ -66,7 +64,7 @@ def walk(folder: Path, depth: int) -> Iterator[tuple[Reader, Path]]:
         yield reader, folder
     if depth and (reader is None or not reader.whole):
         for below in sorted(path for path in folder.glob('*') if path.is_dir() and not path.is_symlink()):
-            if below.name.startswith(('.', *PARTS)):
+            if below.name in PARTS or below.name.startswith(('.', *NUMBERED)):
                 continue
             for each, run in walk(below, depth - 1):
                 # the trainings of the demo are part of its sections

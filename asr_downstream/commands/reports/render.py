@@ -44,7 +44,7 @@ def write(out: Path, sections: Sequence[Section], title: str, about: str, most: 
     Raises:
         AsrError: it cannot be written, or is larger even without its pictures.
     """
-    content = html_of(sections, title, about, most).encode()
+    content = html_of(sections, title, about, most).encode('utf-8', 'replace')  # names may be half of a character
     if len(content) > most:
         raise AsrError(f'{out}: would have {size(len(content))}, more than {size(most)}; give fewer runs')
     write_atomically(out, lambda p: p.write_bytes(content))

@@ -28,7 +28,8 @@ def read_run(folder: Path) -> dict[str, Any]:
         Config, seed, epochs, batch, loss by epoch, metrics as trained (at the last epoch) and folded, versions.
 
     Raises:
-        DataError: the run is not complete, was not tested, or was tested at another epoch than its last.
+        DataError: the run is not complete, was not tested, or was tested at another epoch than its last; or it was
+            trained by steps.
     """
     configs = sorted(folder.glob('*.py'))
     if not configs or not (folder / 'last_checkpoint').is_file():
@@ -40,7 +41,9 @@ def read_run(folder: Path) -> dict[str, Any]:
     last = Path((folder / 'last_checkpoint').read_text().strip()).name
     if Path(tested['checkpoint']).name != last:
         raise DataError(f'{folder}: test.json is about {tested["checkpoint"]}, but the last checkpoint is {last}')
-    epochs = config.train_cfg.max_epochs
+    epochs = config.train_cfg.get('max_epochs')
+    if epochs is None:
+        raise DataError(f'{folder}: was trained by steps; runs are compared by epochs, of an EpochBasedTrainLoop')
     losses = losses_by_epoch(folder)
     if len(losses) < epochs:
         raise DataError(f'{folder}: has logs of {len(losses)} of {epochs} epochs')
@@ -51,6 +54,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         'batch': config.train_dataloader.batch_size,
         'checkpoint': last,
         'loss': [round(value, 4) for value in losses],
+        'data': tested.get('data'),
         'trained': kept(tested.get('unfolded', tested)),
     }
     if 'folded' in tested:
@@ -70,11 +74,14 @@ def read_test(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_bytes())
         sound = isinstance(found['checkpoint'], str) and {'sha256', 'versions'} <= found.keys()
-        sound = sound and 'AP' in found.get('unfolded', found)
+        metrics = found.get('unfolded', found)
+        sound = sound and isinstance(metrics, dict)
     except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
         sound = False
     if not sound:
         raise DataError(f'{path}: is damaged or not of tools/test_det.py; test the run again')
+    if 'AP' not in metrics:
+        raise DataError(f'{path}: has no AP; runs are compared by that of COCO, so give the config a CocoMetric')
     return found
 
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from asr_downstream.console.text import Printed
 from asr_downstream.errors import AsrError
-from asr_downstream.folding.analysis.gates import Place, per_image, places_of, stream
+from asr_downstream.folding.analysis.gates import CONSTANT, Place, per_image, places_of, stream
 from asr_downstream.folding.passes import Step, default_step
 
 __all__ = ['Correlations', 'StageCorrelation', 'find_correlations', 'pearson']
@@ -143,7 +143,8 @@ def find_correlations(
     for _, gates in stream(model, data, step, text or f'{name}: gates'):
         for stage in stages_of([places[path] for path in gates], gates):
             rows = [per_image(gates[path]) for path in stage]
-            sums.setdefault(stage, Sums(len(stage))).add(rows)
+            constant = all(places[path].kind == CONSTANT for path in stage)
+            sums.setdefault(stage, Sums(len(stage))).add(rows, constant)
     if not sums:
         raise AsrError(f'{name}: no stage has two sites with gates, so nothing can correlate')
     found = []
@@ -176,8 +177,8 @@ class Sums:
         self.counts = torch.zeros(sites, sites, dtype=torch.float64)
         self.images = self.channels = 0
 
-    def add(self, rows: Sequence[Tensor]) -> None:
-        """Add gates ``(B, C)`` of each site; constant ones are ``(1, C)``."""
+    def add(self, rows: Sequence[Tensor], constant: bool = False) -> None:
+        """Add gates ``(B, C)`` of each site; constant ones are ``(1, C)``, and are of one image if all are constant."""
         count = max(len(r) for r in rows)
         if any(len(r) not in (1, count) for r in rows):
             return  # sites that see other numbers of samples
@@ -187,7 +188,7 @@ class Sums:
         self.total += found.sum(0)
         self.magnitudes += found.abs().sum(0)
         self.counts += some.sum(0)
-        self.images = max(1, self.images) if count == 1 and all(len(r) == 1 for r in rows) else self.images + count
+        self.images = 1 if constant else self.images + count
         self.channels = rows[0].shape[1]
 
     def means(self) -> tuple[Tensor, float]:

@@ -53,6 +53,11 @@ class Job:
     def opened(self) -> Iterator[tuple[str, OpenRun]]:
         """Open the runs, one after another: only one is in memory."""
         check_writable(self.out)
+        files: dict[Path, str] = {}
+        for name in self.runs:
+            other = files.setdefault(self.path(name), name)
+            if other != name:
+                raise AsrError(f'{other} and {name}: their figures would have one name; name them otherwise, NAME=RUN')
         for name, path in self.runs.items():
             yield name, open_run(path, self.wanted, self.kind)
 

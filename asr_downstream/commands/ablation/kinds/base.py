@@ -12,9 +12,9 @@ from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.statistics import Metric
 from asr_downstream.console import cli
 from asr_downstream.errors import AsrError
-from asr_downstream.files.configs import without_templates
+from asr_downstream.files.configs import plain, without_templates
 
-__all__ = ['Kind', 'Plan', 'Run']
+__all__ = ['Kind', 'Plan', 'Run', 'setting_of']
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,16 @@ class Kind:
     Attributes:
         name: of the kind.
         folder: with its ready configs.
+        result: file in the folder of a run that has its numbers.
         metrics: name -> what it is; verdicts are about the first, unless another is asked for.
+        tests_as_it_trains: whether one command does both.
     """
 
     name: ClassVar[str]
     folder: ClassVar[str]
+    result: ClassVar[str]
     metrics: ClassVar[dict[str, Metric]]
+    tests_as_it_trains: ClassVar[bool] = False
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         """Whether a config is of this kind."""
@@ -114,6 +118,13 @@ class Kind:
     def pretrained(self, config: Mapping[str, Any]) -> str | None:
         """What the trainings start from, if not from scratch."""
         return None
+
+    def check(self, config: Mapping[str, Any], path: Path) -> None:
+        """Refuse a config whose trainings would have no numbers to compare.
+
+        Raises:
+            AsrError: it is one.
+        """
 
     def keys(self, config: Mapping[str, Any], plug: Any) -> str:
         """Lines of Python that put a plug into a config that inherits from ``config``."""
@@ -161,3 +172,14 @@ class Kind:
         if found is None:
             raise AsrError(f'--metric: {name!r} is none of {self.name}; there is {", ".join(self.metrics)}')
         return found
+
+
+def setting_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What trainings of the engine share, if only their arms differ: the resolved config of a run says it."""
+    model = plain(config['model'])
+    return {
+        'batch': config['train_batch_size'] * config['gradient_accumulation_steps'],
+        'learning_rate': config['learning_rate'],
+        'resolution': config['data'].get('resolution'),
+        'model': ', '.join(f'{key}={value}' for key, value in sorted(model.items())),
+    }

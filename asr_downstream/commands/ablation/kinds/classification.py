@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from asr_downstream.commands.ablation.arms import arm_of, folding_of
-from asr_downstream.commands.ablation.kinds.base import Kind, Run
+from asr_downstream.commands.ablation.kinds.base import Kind, Run, setting_of
 from asr_downstream.commands.ablation.kinds.diffusion import CONFIG_FILE, MODELS
 from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.statistics import Metric
@@ -25,7 +25,9 @@ class Classification(Kind):
 
     name = 'classification'
     folder = 'tools/cls_configs'
+    result = 'evaluation.json'
     metrics = {'accuracy': Metric('points of accuracy', form='.2f', scale=100)}
+    tests_as_it_trains = True
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
         model = config.get('model') or {}
@@ -42,7 +44,7 @@ class Classification(Kind):
 
     def is_run(self, folder: Path) -> bool:
         try:
-            found = read_json(folder / 'evaluation.json')
+            found = read_json(folder / self.result)
         except (OSError, ValueError):
             return False
         return isinstance(found, dict) and isinstance(found.get('accuracy'), dict)
@@ -50,8 +52,9 @@ class Classification(Kind):
     def read(self, folder: Path) -> Record:
         if not self.is_run(folder):
             raise DataError(f'{folder}: was not evaluated; train it again with --resume, which measures it')
-        found = read_json(folder / 'evaluation.json')
-        total = read_config(folder / CONFIG_FILE, self.folder, imports=False).get('max_train_steps')
+        found = read_json(folder / self.result)
+        config = read_config(folder / CONFIG_FILE, self.folder, imports=False)
+        total = config.get('max_train_steps')
         try:
             accuracy, sizes, plug = found['accuracy'], found['parameters'], found['plug']
             if found['step'] != total:
@@ -66,7 +69,7 @@ class Classification(Kind):
                 trained={'accuracy': accuracy['plugged'], 'parameters': sizes['plugged']},
                 folded=folded,
                 folding=folding if folded else None,
-                setting={key: found[key] for key in SETTING},
+                setting={**{key: found[key] for key in SETTING}, **setting_of(config)},
                 about={
                     'run': folder.name,
                     'folder': str(folder),

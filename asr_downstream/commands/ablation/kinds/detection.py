@@ -11,7 +11,8 @@ from asr_downstream.commands.ablation.arms import arm_of
 from asr_downstream.commands.ablation.kinds.base import Kind, Run
 from asr_downstream.commands.ablation.records import Record, arms_of_names, numbers_in
 from asr_downstream.commands.ablation.statistics import Metric
-from asr_downstream.errors import DataError
+from asr_downstream.console.text import some
+from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.configs import read_config
 
 __all__ = ['Detection', 'read_lines']
@@ -24,6 +25,7 @@ class Detection(Kind):
 
     name = 'detection'
     folder = 'det_configs'
+    result = 'test.json'
     metrics = {
         name: Metric(name, step=1e-3)
         for name in ('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR', 'segm_AP', 'segm_AP50')
@@ -40,6 +42,16 @@ class Detection(Kind):
 
         model = {key: value for key, value in config['model'].items() if key != 'distil'}
         return config.get('load_from') or next(pretrained(model), None)
+
+    def check(self, config: Mapping[str, Any], path: Path) -> None:
+        if 'max_epochs' not in (config.get('train_cfg') or {}):
+            raise AsrError(f'{path}: is trained by steps; runs are compared by epochs, of an EpochBasedTrainLoop')
+        evaluators = config.get('test_evaluator') or []
+        types = [str(each.get('type')) for each in (evaluators if isinstance(evaluators, list) else [evaluators])]
+        if not any('CocoMetric' in name for name in types):
+            raise AsrError(
+                f'{path}: is evaluated by {some(types) or "nothing"}; runs are compared by AP, of a CocoMetric'
+            )
 
     def keys(self, config: Mapping[str, Any], plug: Any) -> str:
         kind = config['model']['backbone']['type']
@@ -66,14 +78,12 @@ class Detection(Kind):
         return (folder / 'last_checkpoint').is_file()
 
     def read(self, folder: Path) -> Record:
-        from asr_downstream.detection.evaluation.results import read_run, read_test
+        from asr_downstream.detection.evaluation.results import read_run
 
         found = read_run(folder)
         config = read_config(sorted(folder.glob('*.py'))[0], 'det_configs/')
         plug = plug_in(config.model)
-        record = record_of(found, arm_of(plug), {'run': folder.name, 'folder': str(folder)})
-        record.setting['data'] = read_test(folder / 'test.json').get('data')
-        return record
+        return record_of(found, arm_of(plug), {'run': folder.name, 'folder': str(folder)})
 
 
 def plug_in(node: Any) -> Any:
@@ -87,25 +97,47 @@ def plug_in(node: Any) -> Any:
 
 
 def record_of(found: dict[str, Any], arm: str, about: dict[str, Any]) -> Record:
-    """Make a record of one of `results-det`."""
+    """Make a record of one of `results-det`.
+
+    Raises:
+        DataError: its seed is not known.
+    """
+    if type(found['seed']) is not int:
+        raise DataError(f'{about["folder"]}: its config has no seed; train it with --seed')
     folded = found.get('folded')
     how = None if folded is None else 'calibrated' if found.get('calibrated_on') else 'exact'
     return Record(
         arm=arm,
-        seed=int(found['seed']),
-        trained=numbers_in(found['trained']),
-        folded=None if folded is None else numbers_in(folded),
+        seed=found['seed'],
+        trained=defined(found['trained']),
+        folded=None if folded is None else defined(folded),
         folding=how,
-        setting={key: found[key] for key in ('epochs', 'batch') if key in found},
+        setting={key: found[key] for key in ('epochs', 'batch', 'data') if found.get(key) is not None},
         about={**about, **{key: found[key] for key in ABOUT if key in found}},
     )
 
 
-def read_lines(path: Path) -> list[Record]:
-    """Read the records that `results-det --out` has written.
+def defined(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Numbers of an evaluation, without the -1 of COCO, which stands for: there are no such boxes."""
+    return {name: value for name, value in numbers_in(metrics).items() if value >= 0}
+
+
+def read_lines(*paths: Path) -> list[Record]:
+    """Read the records that `results-det --out` has written; arms are told by the names of all of them.
 
     Raises:
-        DataError: a line is damaged, or something else.
+        DataError: a line is damaged, or something else; or a file has none.
+    """
+    rows = [(path, row) for path in paths for row in rows_of(path)]
+    arms = arms_of_names(dict.fromkeys(row['config'] for _, row in rows))
+    return [record_of(row, arms[row['config']], {'run': row['config'], 'folder': str(path)}) for path, row in rows]
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    """Lines of a file of `results-det`.
+
+    Raises:
+        DataError: a line is damaged, or something else; or there is none.
     """
     found = []
     for number, line in enumerate(path.read_text(errors='replace').splitlines(), 1):
@@ -118,5 +150,6 @@ def read_lines(path: Path) -> list[Record]:
         if not sound:
             raise DataError(f'{path}: line {number} is no record of results-det; make the file again, with its --out')
         found.append(row)
-    arms = arms_of_names(dict.fromkeys(row['config'] for row in found))
-    return [record_of(row, arms[row['config']], {'run': row['config'], 'folder': str(path)}) for row in found]
+    if not found:
+        raise DataError(f'{path}: is empty; results-det --out writes a line for each run')
+    return found

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from asr_downstream.commands.ablation.arms import arm_of
-from asr_downstream.commands.ablation.kinds.base import Kind, Plan, Run
+from asr_downstream.commands.ablation.kinds.base import Kind, Plan, Run, setting_of
 from asr_downstream.commands.ablation.records import Record
 from asr_downstream.commands.ablation.statistics import Metric
 from asr_downstream.errors import DataError
-from asr_downstream.files.atomic import read_json
+from asr_downstream.files.atomic import read_json, write_json
+from asr_downstream.files.configs import plain
 
 __all__ = ['Diffusion']
 
@@ -25,6 +27,7 @@ class Diffusion(Kind):
 
     name = 'diffusion'
     folder = 'diffusion/configs'
+    result = 'evaluation.json'
     metrics = {'fid': Metric('FID', higher=False), 'kid': Metric('KID', higher=False, form='.4f')}
 
     def recognises(self, config: Mapping[str, Any]) -> bool:
@@ -38,11 +41,18 @@ class Diffusion(Kind):
         from asr_downstream.diffusion.evaluation.encoder import train_encoder
         from asr_downstream.diffusion.models.components import build_parts
 
-        if '--extractor' in plan.test or encoder_of(plan).is_file():
+        if '--extractor' in plan.test:
             return
-        images = build_parts(load_config(plan.config, plan.overrides, plan.data), data=True).images
+        config = load_config(plan.config, plan.overrides, plan.data)
+        encoder, made_of = encoder_of(plan), json.loads(json.dumps({'data': plain(config.data)}, default=str))
+        note = encoder.with_suffix('.json')
+        if encoder.is_file() and note.is_file() and read_json(note) == made_of:
+            return
+        images = build_parts(config, data=True).images
         assert images is not None
-        train_encoder(images, encoder_of(plan))
+        note.unlink(missing_ok=True)
+        train_encoder(images, encoder)
+        write_json(note, made_of)
 
     def train(self, run: Run) -> list[str]:
         from asr_downstream.engine.state.checkpoints import checkpoints_in
@@ -59,7 +69,7 @@ class Diffusion(Kind):
 
     def is_run(self, folder: Path) -> bool:
         try:
-            found = read_json(folder / 'evaluation.json')
+            found = read_json(folder / self.result)
         except (OSError, ValueError):
             return False
         return isinstance(found, list) and (folder / CONFIG_FILE).is_file()
@@ -85,7 +95,7 @@ class Diffusion(Kind):
             trained=base.numbers,
             folded=None if folded is None else folded.numbers,
             folding=how,
-            setting={'steps of training': total, 'batch': config.train_batch_size, **provenance},
+            setting={'steps of training': total, **setting_of(config), **provenance},
             about={'run': folder.name, 'folder': str(folder), 'sha256': base.weights, 'versions': versions},
         )
 

@@ -31,7 +31,8 @@ class Ablation(Reader):
     def read(self, folders: Sequence[Path]) -> Section:
         [folder] = folders
         found = json_of(folder / FILE)
-        metric = str(found.get('metric', {}).get('name', 'value'))
+        about = found.get('metric', {})
+        metric, scale = str(about.get('name', 'value')), scale_of(about)
         arms = {arm['arm']: arm for arm in found.get('arms', []) if isinstance(arm, dict) and 'arm' in arm}
         comparisons = [each for each in found.get('comparisons', []) if isinstance(each, dict)]
         section = Section(f'Ablation of {found.get("kind", "trainings")}: {folder.resolve().name}')
@@ -41,16 +42,16 @@ class Ablation(Reader):
             Verdict(str(each.get('sentence')), TONES.get(str(each.get('outcome')), 'plain')) for each in comparisons
         ]
         reference = str(arms.get(found.get('reference'), {}).get('label', found.get('reference')))
-        better = 'right' if found.get('metric', {}).get('higher_is_better', True) else 'left'
+        better = 'right' if about.get('higher_is_better', True) else 'left'
         section.arms = [
             Arms(
                 f'{metric} minus that of {reference}, seed by seed',
                 f'{metric} - {reference} ({better} is better)',
-                [arm_of(each, label_of(arms, each)) for each in comparisons],
+                [arm_of(each, label_of(arms, each), scale) for each in comparisons],
                 NOTE,
             )
         ]
-        section.tables = [table(metric, arms), runs_table(metric, found)]
+        section.tables = [table(metric, arms, scale), runs_table(metric, str(about.get('key', metric)), found, scale)]
         curves = [
             Curve(str(arm.get('label', name)), points)
             for name, arm in arms.items()
@@ -71,30 +72,41 @@ class Ablation(Reader):
         return section
 
 
+def scale_of(about: dict[str, Any]) -> float:
+    """What values are multiplied by to be shown, as in the sentences: 100 for points of accuracy."""
+    scale = about.get('scale', 1.0)
+    return float(scale) if is_number(scale) else 1.0
+
+
+def scaled(value: Any, scale: float) -> Any:
+    """A value as it is shown; what is no number stays what it is."""
+    return value * scale if is_number(value) else value
+
+
 def label_of(arms: dict[str, Any], comparison: dict[str, Any]) -> str:
     """How an arm is named."""
     name = str(comparison.get('arm'))
     return str(arms.get(name, {}).get('label', name))
 
 
-def arm_of(comparison: dict[str, Any], label: str) -> Arm:
+def arm_of(comparison: dict[str, Any], label: str, scale: float) -> Arm:
     """Row of an arm."""
     seeds, differences = comparison.get('seeds', []), comparison.get('differences', [])
-    points = [(f'seed {s}', float(d)) for s, d in zip(seeds, differences, strict=False) if is_number(d)]
+    points = [(f'seed {s}', d * scale) for s, d in zip(seeds, differences, strict=False) if is_number(d)]
     middle = comparison.get('mean')
-    ends = [end for end in comparison.get('interval') or () if is_number(end)]
+    ends = [end * scale for end in comparison.get('interval') or () if is_number(end)]
     known = len(ends) == 2 and is_number(comparison.get('p'))
     return Arm(
         label,
         points,
-        float(middle) if is_number(middle) else None,
-        (float(ends[0]), float(ends[1])) if known else None,
+        middle * scale if is_number(middle) else None,
+        (ends[0], ends[1]) if known else None,
         comparison.get('outcome') in TONES,
         str(comparison.get('sentence')),
     )
 
 
-def table(metric: str, arms: dict[str, Any]) -> Table:
+def table(metric: str, arms: dict[str, Any], scale: float) -> Table:
     """Values of the arms, as trained and folded."""
     rows = []
     for name, arm in arms.items():
@@ -103,25 +115,26 @@ def table(metric: str, arms: dict[str, Any]) -> Table:
             [
                 str(arm.get('label', name)),
                 text_of(arm.get('seeds', [])),
-                spread_text(arm.get('mean'), arm.get('std')),
-                spread_text(folded.get('mean'), folded.get('std')) if folded else 'nothing to fold',
+                spread_text(scaled(arm.get('mean'), scale), scaled(arm.get('std'), scale)),
+                spread_text(scaled(folded.get('mean'), scale), scaled(folded.get('std'), scale))
+                if folded
+                else 'nothing to fold',
             ]
         )
     heads = ('arm', 'seeds', f'{metric}, as trained', f'{metric}, folded')
     return Table('Arms', heads, rows, 'Mean and standard deviation over seeds, at the last step.')
 
 
-def runs_table(metric: str, found: dict[str, Any]) -> Table:
+def runs_table(metric: str, key: str, found: dict[str, Any], scale: float) -> Table:
     """All runs with their hashes."""
     runs = [run for run in found.get('runs', []) if isinstance(run, dict)]
     trained = [run.get('trained') or {} for run in runs]
     folded = [run.get('folded') or {} for run in runs]
-    key = next((key for key in (trained[0] if trained else ()) if key.lower() == metric.lower()), metric)
     columns = [
         [str(run.get('arm')) for run in runs],
         [text_of(run.get('seed')) for run in runs],
-        aligned([numbers.get(key) for numbers in trained]),
-        aligned([numbers.get(key) for numbers in folded]),
+        aligned([scaled(numbers.get(key), scale) for numbers in trained]),
+        aligned([scaled(numbers.get(key), scale) for numbers in folded]),
         [str(run.get('folding') or '') for run in runs],
         aligned([numbers.get('parameters') for numbers in trained]),
         [str(run.get('sha256', ''))[:12] for run in runs],

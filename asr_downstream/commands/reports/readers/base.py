@@ -74,16 +74,15 @@ def training_chart(folders: Sequence[Path], names: Sequence[str] | None = None) 
     return [Chart('Training loss', 'step', 'loss', curves, log=True, note=note)] if curves else []
 
 
-def pictures_in(folder: Path, most: int = MOST_PICTURES) -> list[Path]:
+def pictures_in(folder: Path) -> list[Path]:
     """Pictures in a folder."""
-    found = sorted(path for path in folder.glob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
-    return found[:most]
+    return sorted(path for path in folder.glob('*') if path.suffix.lower() in SUFFIXES and path.is_file())
 
 
-def pictures_of(folder: Path, name: str, *places: str) -> list[Picture]:
-    """Pictures in folders of a run."""
+def pictures_of(folder: Path, name: str, *places: str, most: int | None = MOST_PICTURES) -> list[Picture]:
+    """Pictures in folders of a run, the first of them; None: all."""
     paths = [path for place in places for path in pictures_in(folder / place)]
-    return [Picture(path, f'{name}: {path.relative_to(folder).as_posix()}') for path in paths[:MOST_PICTURES]]
+    return [Picture(path, f'{name}: {path.relative_to(folder).as_posix()}') for path in paths[:most]]
 
 
 def config_facts(folder: Path) -> list[tuple[str, str]]:

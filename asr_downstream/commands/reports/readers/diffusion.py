@@ -54,7 +54,9 @@ class Diffusion(Reader):
                 rows.setdefault(measured, []).append([name, text_of(result['step']), str(result['arm'])])
             points.append(Curve(name, fids(results)))
             section.facts += [(f'{name}: {label}', value) for label, value in facts(folder, results)]
-            section.pictures += pictures_of(folder, name, 'evaluation') or pictures_of(folder, name, 'samples')[-2:]
+            section.pictures += (
+                pictures_of(folder, name, 'evaluation') or pictures_of(folder, name, 'samples', most=None)[-2:]
+            )
         for measured, numbers in shown.items():  # what was measured differently never shares a table
             present = [key for key in COLUMNS if any(is_number(each.get(key)) for each in numbers)]
             cells = zip(*(aligned([each.get(key) for each in numbers]) for key in present), strict=True)
