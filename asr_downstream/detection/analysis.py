@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from asr_downstream.detection.config import load_config
 from asr_downstream.detection.data.coco import check_datasets
-from asr_downstream.detection.evaluation.calibrate import pipeline_of, preprocessed_features, training_images
+from asr_downstream.detection.evaluation.calibrate import pipeline_of, step_of, training_images
 from asr_downstream.detection.evaluation.evaluate import detect
 from asr_downstream.detection.models.detectors import load_detector
 from asr_downstream.detection.training.checkpoints import noted
@@ -50,7 +50,7 @@ def open_detector(path: Path, wanted: Wanted) -> OpenRun:
         kind='detection',
         model=model,
         data=partial(training_images, config, wanted.images),
-        step=preprocessed_features,
+        step=step_of(model),
         metric=Metric('AP', partial(average_precision, config)),
         changed=changed,
         attack=partial(attacked, config, in_file_pixels(config)) if annotated(config) else None,

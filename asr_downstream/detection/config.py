@@ -48,7 +48,7 @@ def load_config(
         path: config file.
         data_root: folder of the data set, to which the config is made to fit, see
             `asr_downstream.detection.data.fit.fit_to_data`. Without it, a relative ``data/NAME/`` of the config is
-            looked up under the environment variable ``ASR_DATA_ROOT``, if that is set.
+            looked up under the environment variable ``ASR_DATA_ROOT``, if that is set and the folder is not there.
         options: overrides, ``{'train_cfg.max_epochs': 3}``.
         needs_data: whether ``ASR_DATA_ROOT`` is looked at.
 
@@ -73,7 +73,8 @@ def load_config(
     if words_of(config.get('learns', ALL)) != (ALL,):
         plug_frozen(config.model)
     shared = os.environ.get('ASR_DATA_ROOT')
-    if needs_data and data_root is None and shared and not os.path.isabs(config.get('data_root', '/')):
+    own = config.get('data_root', '/')
+    if needs_data and data_root is None and shared and not os.path.isabs(own) and not Path(own).is_dir():
         data_root = Path(shared) / Path(config.data_root).name
     if data_root is not None:
         set_data_root(config, data_root)

@@ -10,12 +10,32 @@ from pathlib import Path, PurePosixPath
 from asr_downstream.console.text import some
 from asr_downstream.errors import DataError
 
-__all__ = ['IMAGES', 'files_below', 'is_image']
+__all__ = ['IMAGES', 'config_of_run', 'configs_in', 'files_below', 'is_image']
 
 IMAGES = frozenset(('.png', '.jpg', '.jpeg', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.ppm', '.pgm'))
 
+WEIGHTS = ('.pth', '.safetensors')
+
 # What the entry of a folder is.
 FILE, FOLDER, LINK, ODD = 'file', 'folder', 'link', 'odd'
+
+
+def configs_in(folder: Path) -> list[Path]:
+    """Configs of trainings in the folder of a run: a model that was shipped into it has one too, beside its weights."""
+    return sorted(path for path in folder.glob('*.py') if not any(path.with_suffix(end).exists() for end in WEIGHTS))
+
+
+def config_of_run(folder: Path) -> Path:
+    """The config of a run.
+
+    Raises:
+        DataError: there is none, or several.
+    """
+    found = configs_in(folder)
+    if len(found) != 1:
+        names = f'several configs, {some([path.name for path in found])}; leave that of its training' if found else ''
+        raise DataError(f'{folder}: has {names or "no config of a training"}')
+    return found[0]
 
 
 def files_below(root: Path) -> list[str]:

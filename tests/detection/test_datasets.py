@@ -139,6 +139,15 @@ def test_classes_that_a_config_names_stay(tmp_path: Path) -> None:
         check_datasets(config, 'train_dataloader')
 
 
+def test_names_that_a_config_leaves_to_coco_are_checked_as_any(tmp_path: Path) -> None:
+    """Labels are numbered by the order of the file: these would be called person, bicycle, car."""
+    config = load_config(COCO, options={'data_root': f'{make(tmp_path, "coco", ("dog", "cat", "person"))}/'})
+    for loader in ('train_dataloader', 'val_dataloader', 'test_dataloader'):
+        config[loader].dataset.data_root = config.data_root
+        with pytest.raises(DataError, match='has no category bicycle, car, motorcycle'):
+            check_datasets(config, loader)
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     root = make(tmp_path, 'plain')
     (root / 'annotations/val.json').rename(root / 'annotations/other.json')

@@ -312,6 +312,10 @@ def test_asr_data_root_holds_the_sets_by_name(tmp_path: Path, monkeypatch: pytes
     make_digits(tmp_path / 'digits', sizes={'train': 1, 'val': 1})
     config = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py')
     assert config.train_dataloader.dataset.data_root == f'{tmp_path}/digits/'
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'here').mkdir()
+    own = load_config(ROOT / 'det_configs/digits/retinanet_r18-w16_fpn_digits.py', options={'data_root': 'here/'})
+    assert own.data_root == 'here/', 'what is there is not looked for elsewhere'
 
 
 def test_plug_on_a_live_detector_finds_the_backbone_and_takes_patterns_elsewhere() -> None:

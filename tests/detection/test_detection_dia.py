@@ -19,11 +19,17 @@ from helpers.backbones import BACKBONES, IDS, X, in_eval, plugged, tiny
 from helpers.shared import ASR_DIA, DIA, assert_same
 from mmdet.registry import MODELS
 from mmengine.registry import init_default_scope
+from torch import nn
 
 from asr_downstream import FoldError, describe, fold, plug, verify
 from asr_downstream.detection.config import load_config, partly_stock_config, stock_config
 from asr_downstream.detection.data.digits import make_digits
-from asr_downstream.detection.evaluation.calibrate import CalibrationPlan, calibration_batches, fold_over_images
+from asr_downstream.detection.evaluation.calibrate import (
+    CalibrationPlan,
+    calibration_batches,
+    check_reached,
+    fold_over_images,
+)
 from asr_downstream.detection.models.detectors import build_detector, compare_features
 from asr_downstream.errors import DataError
 
@@ -214,6 +220,22 @@ def test_listed_groups_have_no_partial_config() -> None:
     config.model.backbone.plug = dict(DIA, share=[['layer1.*'], ['layer2.*'], ['layer3.*']])
     with pytest.raises(FoldError, match='listed groups'):
         partly_stock_config(config, ['backbone.layer2.0.bn2'])
+
+
+def test_gates_in_dense_heads_are_folded_and_those_behind_boxes_are_refused(digits: Path) -> None:
+    config = load_config(ROOT / CONFIG, digits)
+    config.model.backbone.plug = None
+    model = build_detector(config)
+    spec = dict(type='Attention', attention=dict(type='SE'), sites=['bbox_head.cls_convs.*.conv'])
+    plug(randomise(model), spec)
+    folded, report = fold_over_images(config, model.eval(), CalibrationPlan(images=4, evaluate=False))
+    assert len(report.calibration.sites) == len(model.bbox_head.cls_convs)
+    assert report.calibration.change > 0, 'the outputs of the head are compared'
+    assert not describe(folded).sites
+    two = nn.ModuleDict({'backbone': nn.Conv2d(3, 8, 1), 'roi_head': nn.Conv2d(8, 8, 1)})
+    plug(two, dict(type='Attention', attention=dict(type='SE'), sites=['roi_head']))
+    with pytest.raises(FoldError, match='roi_head: gates that depend on the input, where boxes or queries are seen'):
+        check_reached(two)
 
 
 def test_calibration_images_come_from_inside_of_wrappers(digits: Path) -> None:

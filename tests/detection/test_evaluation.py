@@ -211,6 +211,24 @@ def finished_run(folder: Path, seed: int, ap: float, folded: bool) -> Path:
     return folder
 
 
+def test_a_detector_shipped_into_a_run_is_not_its_training(tmp_path: Path) -> None:
+    folder = finished_run(tmp_path / 'run', 0, 0.3, folded=True)
+    (folder / 'aaa.py').write_text("model = dict(type='RetinaNet')\n")
+    with pytest.raises(DataError, match='has several configs, aaa.py, arm.py; leave that of its training'):
+        read_run(folder)
+    (folder / 'aaa.pth').touch()
+    assert read_run(folder)['config'] == 'arm'
+
+
+def test_runs_that_are_no_seeds_of_one_another_share_no_row(tmp_path: Path) -> None:
+    records = [read_run(finished_run(tmp_path / str(n), seed, 0.3, folded=False)) for n, seed in enumerate((0, 0))]
+    with pytest.raises(DataError, match='arm: has seed 0 twice'):
+        markdown(records)
+    records = [{**record, 'seed': seed, 'data': [f'{seed}.json']} for seed, record in enumerate(records)]
+    with pytest.raises(DataError, match='arm: was tested on'):
+        markdown(records)
+
+
 def test_what_cannot_be_done_is_said_before_the_test(digits: Path, tmp_path: Path) -> None:
     config = load_config(ROOT / CONFIG, digits, {'test_dataloader.num_workers': 0})
     torch.save({'state_dict': build_detector(config).state_dict()}, tmp_path / 'a.pth')

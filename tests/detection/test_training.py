@@ -112,6 +112,22 @@ def test_a_stopped_training_continues_within_the_epoch_as_if_it_had_not_been(
         torch.testing.assert_close(weights(resumed)[key], value, msg=key)
 
 
+def test_the_config_of_a_resumed_training_starts_trainings_of_its_own(digits: Path, tmp_path: Path) -> None:
+    """Users take it for the next seed: it must not go on from the weights of this one."""
+    config = configured(digits, **{'train_cfg.max_epochs': 1})
+    run(config, tmp_path / 'a')
+    run(configured(digits, **{'train_cfg.max_epochs': 2}), tmp_path / 'a', 'latest')
+    [written] = (tmp_path / 'a').glob('*.py')
+    again = load_config(written)
+    assert not again.resume
+    assert again.load_from is None
+    training.prepare(again, tmp_path / 'b', None)
+    assert not again.resume
+    old = load_config(written, options={'resume': True, 'load_from': str(tmp_path / 'a/epoch_1.pth')})
+    with pytest.raises(AsrError, match=r'resume=True would go on from .*epoch_1.pth, which is of another folder'):
+        training.prepare(old, tmp_path / 'b', None)
+
+
 def test_auto_resumes_what_there_is(digits: Path, tmp_path: Path) -> None:
     config = configured(digits)
     training.prepare(config, tmp_path, 'auto')

@@ -11,7 +11,8 @@ import pytest
 from helpers.diffusion import UNET, config_for, write_images
 
 from asr_downstream.engine.data.sources import HubDataset, ImageFolder, Zip
-from asr_downstream.errors import AsrError, DataError
+from asr_downstream.engine.state.train_state import Progress, check_same_run
+from asr_downstream.errors import AsrError, CheckpointError, DataError
 
 
 @pytest.fixture(scope='module')
@@ -108,3 +109,27 @@ def test_a_config_trains_on_a_part(sources: list[tuple[Any, str]], tmp_path: Pat
     assert parts.condition.classes == ('owl', 'dog')
     assert len(parts.samples()) == 6
     assert {int(parts.samples()[i, i]['label']) for i in range(6)} == {0, 1}
+
+
+def test_a_resumed_training_says_that_its_images_are_others_and_keeps_its_classes(tmp_path: Path) -> None:
+    def of(**data: Any) -> Progress:
+        config = config_for(tmp_path, data=dict(type='Zip', path=str(tmp_path / 'a.zip'), resolution=16, **data))
+        return Progress.of(config, 1, 16, ('model',))
+
+    said: list[str] = []
+
+    def check(before: Progress, now: Progress) -> None:
+        check_same_run(before, now, tmp_path, ('model',), {}, said.append)
+
+    check(of(), of(random_flip=True))
+    assert 'random_flip' in said.pop()
+    check(
+        of(),
+        Progress.of(config_for(tmp_path, data=dict(type='ImageFolder', path='b', resolution=16)), 1, 16, ('model',)),
+    )
+    old = of()
+    del old.settings['data']  # of an older version
+    check(old, of())
+    assert said == []
+    with pytest.raises(CheckpointError, match=r"data.classes=\['a', 'b'\], the config says \['b', 'a'\]: the labels"):
+        check(of(classes=['a', 'b']), of(classes=['b', 'a']))

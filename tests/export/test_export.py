@@ -130,6 +130,69 @@ def test_models_with_gates_and_other_folders_are_refused(tmp_path: Path) -> None
         kind_of(tmp_path / 'nowhere')
 
 
+class Session:
+    """A model as onnxruntime would run it."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+
+    @torch.no_grad()
+    def run(self, _: None, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        return [self.model(*(torch.from_numpy(inputs[name]) for name in ('sample', 'timestep'))).sample.numpy()]
+
+
+@pytest.mark.parametrize('shift', [1.0, 3.0])
+def test_what_follows_a_flow_is_exported_with_its_own_sampler(shift: float, tmp_path: Path) -> None:
+    import diffusers
+
+    pytest.importorskip('onnxruntime')
+    from asr_downstream.commands.exporting.infer import sample
+
+    shipped = exports.pipeline(tmp_path, flow={'shift': shift})
+    subject = kind_of(shipped).open(Request(shipped, Path('digits'), 8))
+    assert {call['timestep'].dtype for call in subject.calls} == {torch.float32}
+    assert subject.infer is not None
+    noise = np.random.default_rng(0).standard_normal((2, 1, 16, 16)).astype(np.float32)
+    model = diffusers.UNet2DModel.from_pretrained(shipped / 'unet').eval()
+    found = sample.sample(Session(model), subject.infer[1], noise, 5)
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(shipped / 'scheduler')
+    scheduler.set_timesteps(5)
+    x = torch.from_numpy(noise)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    torch.testing.assert_close(torch.from_numpy(found), x, atol=1e-4, rtol=1e-4)
+
+
+def test_a_flow_of_another_schedule_has_no_program_beside_it(tmp_path: Path) -> None:
+    shipped = exports.pipeline(tmp_path, flow={'use_karras_sigmas': True})
+    assert kind_of(shipped).open(Request(shipped, None, 8)).infer is None
+
+
+@pytest.mark.parametrize(('tokenizer', 'text', 'length'), [(16, 40, 16), (10**30, 40, 40), (None, None, 77)])
+def test_prompts_are_as_long_as_those_of_the_tokenizer(
+    tokenizer: int | None, text: int | None, length: int, tmp_path: Path
+) -> None:
+    """A program that was traced with another length takes no prompt."""
+    import diffusers
+
+    model = diffusers.UNet2DConditionModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(8,), norm_num_groups=4,
+        down_block_types=('CrossAttnDownBlock2D',), up_block_types=('CrossAttnUpBlock2D',), cross_attention_dim=6,
+        attention_head_dim=4,
+    )  # fmt: skip
+    model.save_pretrained(tmp_path / 'unet')
+    for folder, name, value in (
+        ('tokenizer', 'tokenizer_config.json', {'model_max_length': tokenizer}),
+        ('text_encoder', 'config.json', {'max_position_embeddings': text}),
+    ):
+        if text is not None:
+            (tmp_path / folder).mkdir()
+            (tmp_path / folder / name).write_text(json.dumps(value))
+    subject = kind_of(tmp_path).open(Request(tmp_path, None, 8))
+    assert {call['encoder_hidden_states'].shape[1] for call in subject.calls} == {length}
+
+
 @pytest.mark.slow
 def test_the_program_beside_a_unet_samples_as_diffusers_does(tmp_path: Path) -> None:
     import diffusers

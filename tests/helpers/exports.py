@@ -35,8 +35,8 @@ def classifier(folder: Path) -> Path:
     return save_classifier(randomise(resnet(depth=8, width=4)).eval(), folder / 'classifier', facts)
 
 
-def pipeline(folder: Path) -> Path:
-    """What `fold` ships of a UNet."""
+def pipeline(folder: Path, flow: dict[str, Any] | None = None) -> Path:
+    """What `fold` ships of a UNet; ``flow``: of one that was trained to follow one."""
     import diffusers
 
     model: Any = randomise(
@@ -46,7 +46,9 @@ def pipeline(folder: Path) -> Path:
             norm_num_groups=4, attention_head_dim=4,
         )
     )  # fmt: skip
-    scheduler = diffusers.DDPMScheduler(num_train_timesteps=100)
+    scheduler: Any = diffusers.DDPMScheduler(num_train_timesteps=100)
+    if flow is not None:
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(num_train_timesteps=100, **flow)
     diffusers.DDPMPipeline(unet=model, scheduler=scheduler).save_pretrained(folder / 'pipeline')
     return folder / 'pipeline'
 

@@ -252,11 +252,14 @@ def summary(content: dict[str, Any], named: bool = False) -> str:
 
 def check_datasets(config: Config, *loaders: str) -> None:
     """Check the annotation files behind the named data loaders of a config, before a model is built."""
+    from mmdet.datasets import CocoDataset
+
     for loader in loaders:
         for dataset in leaves((config.get(loader) or {}).get('dataset') or {'datasets': []}):
             if kind_of(dataset.get('type')) == 'CocoDataset':
                 files = path_of(dataset)
-                classes = (dataset.get('metainfo') or {}).get('classes')
+                named = (dataset.get('metainfo') or {}).get('classes')
+                classes = named or CocoDataset.METAINFO['classes']  # which it has without a word
                 check_annotations(
                     files.annotations,
                     files.images,

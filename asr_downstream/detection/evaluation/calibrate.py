@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from mmdet.models.dense_heads.base_dense_head import BaseDenseHead
 from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
@@ -22,6 +23,7 @@ from asr_downstream.detection.evaluation.evaluate import evaluate
 from asr_downstream.errors import DataError, FoldError
 from asr_downstream.folding.calibrated import fold_calibrated
 from asr_downstream.folding.report import FoldReport
+from asr_downstream.modules.slots import HasGates
 from asr_downstream.plugging.describe import describe
 
 __all__ = [
@@ -29,8 +31,10 @@ __all__ = [
     'ImageBatches',
     'calibration_batches',
     'check_exact',
+    'check_reached',
     'fold_over_images',
     'preprocessed_features',
+    'step_of',
     'training_images',
 ]
 
@@ -131,6 +135,45 @@ def preprocessed_features(model: Any, batch: Any) -> Any:
     return model.extract_feat(model.data_preprocessor(batch, False)['inputs'])
 
 
+def step_of(model: Any) -> Callable[[Any, Any], Any]:
+    """How a detector is run to see its gates: up to its neck, and through dense heads that have some.
+
+    It is the same for the folded model, which has none.
+    """
+    heads = gated_heads(model)
+
+    def step(model: Any, batch: Any) -> Any:
+        features = preprocessed_features(model, batch)
+        return (features, *(getattr(model, name)(features) for name in heads)) if heads else features
+
+    return step
+
+
+def gated_heads(model: Any) -> list[str]:
+    """Heads that run on feature maps alone, and have gates."""
+    heads = {name: getattr(model, name, None) for name in ('rpn_head', 'bbox_head')}
+    return [
+        name
+        for name, head in heads.items()
+        if isinstance(head, BaseDenseHead) and any(isinstance(module, HasGates) for module in head.modules())
+    ]
+
+
+def check_reached(model: Any) -> None:
+    """Refuse gates that depend on the input and lie behind the selection of boxes.
+
+    Raises:
+        FoldError: there are such gates.
+    """
+    seen = ('backbone.', 'neck.', *(f'{name}.' for name in gated_heads(model)))
+    beyond = [row.path for row in describe(model).sites if not row.folds and not row.path.startswith(seen)]
+    if beyond:
+        raise FoldError(
+            f'{some(beyond)}: gates that depend on the input, where boxes or queries are seen, which calibration does '
+            f'not reach; plug dict(type="ASR", ...) there, which folds exactly, or choose other sites'
+        )
+
+
 def check_exact(model: nn.Module, checkpoint: Path, option: str) -> None:
     """Refuse to fold gates exactly that depend on the input.
 
@@ -164,12 +207,13 @@ def fold_over_images(
     """
     if plan.max_drop is not None and not plan.evaluate:
         raise DataError('max_drop is about AP, which has to be measured: leave evaluate=True')
+    check_reached(model)
     model.to(get_device())
     batches = calibration_batches(config, plan.images, plan.seed)
     return fold_calibrated(
         model,
         batches,
-        step=preprocessed_features,
+        step=step_of(model),
         check=batches[:1],
         refine_norms=plan.refine_norms,
         metric=(lambda m: evaluate(config, m, 'AP', processes=processes).metrics['AP']) if plan.evaluate else None,

@@ -13,6 +13,7 @@ from asr_downstream.errors import DataError
 from asr_downstream.files.atomic import write_atomically
 from asr_downstream.files.card import measured
 from asr_downstream.files.configs import read_config
+from asr_downstream.files.folders import config_of_run
 
 __all__ = ['markdown', 'read_run', 'results_of', 'tested_before', 'write_jsonl']
 
@@ -31,12 +32,12 @@ def read_run(folder: Path) -> dict[str, Any]:
         DataError: the run is not complete, was not tested, or was tested at another epoch than its last; or it was
             trained by steps.
     """
-    configs = sorted(folder.glob('*.py'))
-    if not configs or not (folder / 'last_checkpoint').is_file():
-        raise DataError(f'{folder}: is no run of tools/train_det.py: it has no config or no last_checkpoint')
+    if not (folder / 'last_checkpoint').is_file():
+        raise DataError(f'{folder}: is no run of tools/train_det.py: it has no last_checkpoint')
+    path = config_of_run(folder)
     if not (folder / 'test.json').is_file():
         raise DataError(f'{folder}: was not tested; python tools/test_det.py CONFIG CHECKPOINT --work-dir {folder}')
-    config = read_config(configs[0], 'det_configs/')
+    config = read_config(path, 'det_configs/')
     tested = read_test(folder / 'test.json')
     last = Path((folder / 'last_checkpoint').read_text().strip()).name
     if Path(tested['checkpoint']).name != last:
@@ -48,7 +49,7 @@ def read_run(folder: Path) -> dict[str, Any]:
     if len(losses) < epochs:
         raise DataError(f'{folder}: has logs of {len(losses)} of {epochs} epochs')
     record: dict[str, Any] = {
-        'config': configs[0].stem,
+        'config': path.stem,
         'seed': config.get('randomness', {}).get('seed'),
         'epochs': epochs,
         'batch': config.train_dataloader.batch_size,
@@ -160,7 +161,20 @@ def markdown(records: list[dict[str, Any]]) -> str:
 
     The difference to the first config is taken seed by seed: runs of one seed have the same stock weights at the start,
     and the same order of the data.
+
+    Raises:
+        DataError: runs of one config were tested on other data, or have one seed.
     """
+    first: dict[str, dict[str, Any]] = {}
+    seeds: set[tuple[str, Any]] = set()
+    for record in records:
+        name, data = record['config'], record.get('data')
+        known = first.setdefault(name, record).get('data')
+        if None not in (data, known) and data != known:
+            raise DataError(f'{name}: was tested on {known} and on {data}; tabulate one set at a time')
+        if record['seed'] is not None and (name, record['seed']) in seeds:
+            raise DataError(f'{name}: has seed {record["seed"]} twice; give one run of each config and seed')
+        seeds.add((name, record['seed']))
     lines = [
         '| config | seeds | AP | AP50 | AP - AP of the first, by seed | folded AP | calibrated | parameters | folded |',
         '|---|---|---|---|---|---|---|---|---|',

@@ -9,6 +9,7 @@ The base comes from ``load_from``, and what that has no weights for, or of anoth
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ from asr_downstream.plugging.learning.choose import ALL, KEPT, Learning, choose,
 from asr_downstream.plugging.learning.restrict import restrict, trained_beside_gates, warn_of_another_start
 from asr_downstream.plugging.weights import new_weights
 
-__all__ = ['LearningHook', 'LearningRunner', 'learning_of']
+__all__ = ['OWN', 'LearningHook', 'LearningRunner', 'learning_of']
 
 META = 'asr_downstream_learns'  # in the meta of a checkpoint: what learnt, and what was new then
 
@@ -114,11 +115,24 @@ def distils(node: Any) -> bool:
     return isinstance(node, list | tuple) and any(map(distils, node))
 
 
+OWN = 'own_load_from'  # what ``load_from`` of a config was before a resumption took its place
+
+
 class LearningRunner(Runner):
     """MMEngine's Runner, in which what the config says learns, and the optimiser has nothing else.
 
     The model is restricted before it is wrapped for a launch, and before ``load_from`` is loaded.
     """
+
+    def dump_config(self) -> None:
+        """Write the config; what this training goes on from is no part of it, or another one would go on from there."""
+        if not is_main_process():
+            return
+        config = copy.deepcopy(self.cfg)
+        if OWN in config:
+            config.update(resume=False, load_from=config.pop(OWN))
+        name = Path(config.filename).name if config.filename else f'{self.timestamp}.py'
+        config.dump(str(Path(self.work_dir) / name))
 
     def build_model(self, model: Any) -> nn.Module:
         """Build the model."""

@@ -21,7 +21,7 @@ from asr_downstream.detection.data.coco import check_datasets
 from asr_downstream.detection.models.detectors import build_detector
 from asr_downstream.detection.training.checkpoints import newest, noted, read_to_resume
 from asr_downstream.detection.training.launch import is_first
-from asr_downstream.detection.training.learning import LearningHook, LearningRunner, learning_of
+from asr_downstream.detection.training.learning import OWN, LearningHook, LearningRunner, learning_of
 from asr_downstream.detection.training.loops import DivergenceHook, StopHook, bare
 from asr_downstream.detection.training.sampler import DrawsHook
 from asr_downstream.detection.training.save import GuardHook
@@ -69,8 +69,14 @@ def prepare(config: Config, work_dir: Path, resume: str | None = None, trust: bo
             f'{work_dir}: has checkpoints of an earlier run; continue it with --resume, or choose another --work-dir'
         )
     config.work_dir = str(work_dir)
-    if resume is None and config.get('resume') and not config.get('load_from'):
-        resume = 'auto'  # MMEngine would look for the newest by itself, unchecked
+    if resume is None and config.get('resume'):
+        start = config.get('load_from')
+        if start and Path(start).resolve().parent != work_dir.resolve():
+            raise AsrError(
+                f'{config.filename}: resume=True would go on from {start}, which is of another folder than {work_dir}; '
+                f'--resume {start} does, --cfg-options resume=False load_from=None trains anew'
+            )
+        resume = start or 'auto'  # MMEngine would look for the newest by itself, unchecked
     if resume is not None:
         take_up(config, work_dir, resume, trust)
     loop = config.train_cfg
@@ -132,6 +138,7 @@ def take_up(config: Config, work_dir: Path, resume: str, trust: bool) -> None:
         if randomness.get('seed') is not None:
             say(f'{start}: was trained with seed {seed}, not {randomness["seed"]}; goes on with {seed}')
         config.randomness = {**randomness, 'seed': int(seed)}
+    config[OWN] = None if config.get('resume') else config.get('load_from')
     config.load_from, config.resume = str(start), True
 
 

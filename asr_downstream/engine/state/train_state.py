@@ -41,12 +41,14 @@ SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 BOUND = ('optimizer',)
 # What may change; the run then goes on, but not as without the stop.
 COURSE = (
-    'seed', 'processes', 'images', 'train_batch_size', 'gradient_accumulation_steps', 'max_train_steps',
+    'seed', 'processes', 'images', 'data', 'train_batch_size', 'gradient_accumulation_steps', 'max_train_steps',
     'learning_rate', 'lr_scheduler', 'lr_scheduler_kwargs', 'lr_warmup_steps', 'max_grad_norm', 'mixed_precision',
     'gradient_checkpointing', 'weight_decay', 'momentum', 'nesterov', 'adam_beta1', 'adam_beta2', 'adam_weight_decay',
     'adam_epsilon',
     'use_ema', 'ema_max_decay', 'ema_inv_gamma', 'ema_power',
 )  # fmt: skip
+# Of ``data``: where the images lie, and how many may be bad.
+PLACES = ('path', 'data_dir', 'cache_dir', 'max_bad_share')
 
 
 @dataclass
@@ -96,7 +98,7 @@ class Progress:
     @classmethod
     def of(cls, config: Config, processes: int, images: int, fixed: tuple[str, ...]) -> Progress:
         """Start of a training; ``fixed`` are the keys that its checkpoints are bound to."""
-        known = {'processes': processes, 'images': images}
+        known = {'processes': processes, 'images': images, 'data': without_places(plain(config['data']))}
         settings = {key: known[key] if key in known else plain(config[key]) for key in (*fixed, *BOUND, *COURSE)}
         return cls(step=0, scheduled=0, settings=as_json(settings))
 
@@ -269,16 +271,30 @@ def check_same_run(
         CheckpointError: the value of a fixed key differs.
     """
     now = expected.settings
-    before = {key: as_json(defaults.get(key)) for key in now} | found.settings
+    before = {key: as_json(defaults.get(key)) for key in now} | {'data': now.get('data')} | found.settings
     for key in (*fixed, *BOUND):
         if not same(key, before[key], now[key]):
             raise CheckpointError(
                 f'{checkpoint}: was trained with {key}={before[key]}, the config says {now[key]}; use the config of '
                 f'that run'
             )
+    classes, named = ((settings.get('data') or {}).get('classes') for settings in (before, now))
+    if classes != named:
+        raise CheckpointError(
+            f'{checkpoint}: was trained with data.classes={classes}, the config says {named}: the labels would mean '
+            f'others; use the config of that run'
+        )
     if changed := [key for key in COURSE if before[key] != now[key]]:
         what = ', '.join(f'{key} {before[key]} -> {now[key]}' for key in changed)
         say(f'{checkpoint}: {what}; the run goes on, but not bit for bit as without the stop')
+
+
+def without_places(data: dict[str, Any]) -> dict[str, Any]:
+    """What the images are, wherever they lie: a folder and its zip have the same."""
+    same = ('ImageFolder', 'Zip')
+    return {
+        key: 'files' if key == 'type' and value in same else value for key, value in data.items() if key not in PLACES
+    }
 
 
 def as_json(value: Any) -> Any:

@@ -14,6 +14,7 @@ from asr_downstream.commands.ablation.statistics import Metric
 from asr_downstream.console.text import some
 from asr_downstream.errors import AsrError, DataError
 from asr_downstream.files.configs import read_config
+from asr_downstream.files.folders import config_of_run
 
 __all__ = ['Detection', 'read_lines']
 
@@ -81,8 +82,7 @@ class Detection(Kind):
         from asr_downstream.detection.evaluation.results import read_run
 
         found = read_run(folder)
-        config = read_config(sorted(folder.glob('*.py'))[0], 'det_configs/')
-        plug = plug_in(config.model)
+        plug = plug_in(read_config(config_of_run(folder), 'det_configs/').model)
         return record_of(found, arm_of(plug), {'run': folder.name, 'folder': str(folder)})
 
 

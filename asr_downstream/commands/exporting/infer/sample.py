@@ -1,4 +1,4 @@
-"""Sample images (DDIM) with model.onnx, which is beside this file. Needs onnxruntime, numpy and pillow.
+"""Sample images (DDIM; of a flow Euler) with model.onnx beside this file. Needs onnxruntime, numpy and pillow.
 
 python infer.py --images 16 --steps 50 --seed 0 --out samples.png
 """
@@ -25,6 +25,8 @@ def open_model(path: Path, threads: int = 0) -> tuple[Any, dict[str, Any]]:
 
 def sample(session: Any, schedule: dict[str, Any], noise: np.ndarray, steps: int) -> np.ndarray:
     """Turn noise ``(n, C, H, W)`` into images in [-1, 1]."""
+    if schedule['prediction_type'] == 'flow':
+        return follow(session, schedule, noise, steps)
     alphas, kind = np.asarray(schedule['alphas_cumprod']), schedule['prediction_type']
     every = len(alphas) // steps
     x = noise.astype(np.float32)
@@ -41,6 +43,18 @@ def sample(session: Any, schedule: dict[str, Any], noise: np.ndarray, steps: int
         if schedule['clip_sample']:
             clean = clean.clip(-1, 1)
         x = (np.sqrt(then) * clean + np.sqrt(1 - then) * eps).astype(np.float32)
+    return x
+
+
+def follow(session: Any, schedule: dict[str, Any], noise: np.ndarray, steps: int) -> np.ndarray:
+    """The same along a flow, whose model predicts noise - image; the steps of FlowMatchEulerDiscreteScheduler."""
+    sigmas = np.linspace(schedule['sigma_max'], schedule['sigma_min'], steps)
+    sigmas = schedule['shift'] * sigmas / (1 + (schedule['shift'] - 1) * sigmas)
+    x = noise.astype(np.float32)
+    for now, then in zip(sigmas, [*sigmas[1:], 0.0], strict=True):
+        t = np.full(len(x), now * schedule['timesteps'], np.float32)
+        found = session.run(None, {'sample': x, 'timestep': t})[0]
+        x = (x + (then - now) * found).astype(np.float32)
     return x
 
 
@@ -69,7 +83,8 @@ def main() -> None:
     args = parser.parse_args()
     session, schedule = open_model(args.model, args.threads)
     noise = np.random.default_rng(args.seed).standard_normal((args.images, *schedule['shape']))
-    grid(sample(session, schedule, noise, min(args.steps, len(schedule['alphas_cumprod'])))).save(args.out)
+    most = schedule.get('timesteps') or len(schedule['alphas_cumprod'])
+    grid(sample(session, schedule, noise, min(args.steps, most))).save(args.out)
     print(args.out)
 
 

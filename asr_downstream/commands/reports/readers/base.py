@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from asr_downstream.commands.reports.data import literals, numbers, rows_of, text_of, thinned, value_in
 from asr_downstream.commands.reports.page import Chart, Curve, Picture, Section, unique
+from asr_downstream.files.folders import configs_in
 
 __all__ = ['Reader', 'config_facts', 'loss_of', 'names_of', 'pictures_in', 'training_chart', 'version_facts']
 
@@ -88,7 +89,7 @@ def pictures_of(folder: Path, name: str, *places: str, most: int | None = MOST_P
 def config_facts(folder: Path) -> list[tuple[str, str]]:
     """What the config in a run says about the training."""
     found: dict[str, str] = {}
-    for path in sorted(folder.glob('*.py'))[:1]:
+    for path in configs_in(folder)[:1]:
         config = literals(path)
         for key, label in CONFIG_FACTS.items():
             value = value_in(config, key)
