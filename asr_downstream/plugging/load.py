@@ -155,7 +155,10 @@ def build_stock(folder: Path, library: str | None, name: str) -> Any:
     settings: Any = cls
     try:
         if library == 'transformers':
-            return settings(settings.config_class.from_pretrained(folder, local_files_only=True))
+            model = settings(settings.config_class.from_pretrained(folder, local_files_only=True))
+            if model.can_generate() and (folder / 'generation_config.json').is_file():
+                model.generation_config = type(model.generation_config).from_pretrained(folder, local_files_only=True)
+            return model
         return settings.from_config(settings.load_config(folder, local_files_only=True))
     except AsrError:
         raise

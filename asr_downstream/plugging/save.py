@@ -13,6 +13,7 @@ it: plug the whole model, and name the sites.
 from __future__ import annotations
 
 import copy
+import fnmatch
 import inspect
 import re
 import warnings
@@ -121,8 +122,18 @@ def keep_dynamic(model: nn.Module, left: set[str]) -> None:
             for plug in getattr(module, PLUGS):
                 sites = [site for site in plug.spec['sites'] if prefix + site in left]
                 if sites and not plug.constant:
-                    found.append(replace(plug, spec={**plug.spec, 'sites': sites}))
+                    found.append(replace(plug, spec={**plug.spec, 'sites': sites, **narrowed(plug.spec, sites)}))
             setattr(module, PLUGS, found)
+
+
+def narrowed(spec: dict[str, Any], sites: list[str]) -> dict[str, Any]:
+    """The groups of a ``share`` that have sites left, by the names that they had."""
+    share = spec.get('share')
+    if not isinstance(share, list | tuple | dict):
+        return {}
+    groups = share if isinstance(share, dict) else {f'group{number}': group for number, group in enumerate(share)}
+    left = {name: [p for p in group if fnmatch.filter(sites, p)] for name, group in groups.items()}
+    return {'share': {name: group for name, group in left.items() if group}}
 
 
 class SavePretrained:

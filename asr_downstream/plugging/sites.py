@@ -243,12 +243,17 @@ def find_sites(model: nn.Module, sites: str | Sequence[str] = 'residual') -> lis
     ]
 
 
+def has_shortcut(value: Any) -> bool:
+    """Whether a block's attribute says that it has a shortcut: an empty ``nn.Sequential`` is the identity, not none."""
+    return isinstance(value, nn.Module) or bool(value)
+
+
 def residual_sites(model: nn.Module, names: dict[int, str]) -> dict[str, nn.Module]:
     """Layers that end the branches of the known blocks."""
     found = {}
     without = 0
     for name, block, branch in branches(model):
-        if branch.shortcut and not getattr(block, branch.shortcut):
+        if branch.shortcut and not has_shortcut(getattr(block, branch.shortcut)):
             without += 1
             continue
         layer = branch_end(block, branch)

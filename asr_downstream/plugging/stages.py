@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -14,7 +14,7 @@ from asr_downstream.plugging.sites import Site
 
 __all__ = ['Group', 'Share', 'group_sites']
 
-Share: TypeAlias = str | Sequence[Sequence[str]] | None
+Share: TypeAlias = str | Sequence[Sequence[str]] | Mapping[str, Sequence[str]] | None
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,8 @@ def group_sites(sites: list[Site], share: Share) -> list[Group]:
         sites: of one plug.
         share: ``'stage'``: the sites of one width, one after another, whose blocks have the same parent: one unit, one
             run. ``'width'``: one unit for all sites of a width in the model; its state starts again at every stage.
-            A list of lists of patterns: one unit a list, and one run, in the order of the patterns.
+            A list of lists of patterns: one unit a list, and one run, in the order of the patterns; a dict of such
+            lists names the units, which are ``group0``, ``group1``, ... otherwise.
 
     Raises:
         PlugError: an unknown ``share``, a pattern without a site, a site in two groups or in none, or a group of
@@ -59,8 +60,10 @@ def group_sites(sites: list[Site], share: Share) -> list[Group]:
     return listed(sites, share)
 
 
-def listed(sites: list[Site], share: Sequence[Sequence[str]]) -> list[Group]:
+def listed(sites: list[Site], share: Sequence[Sequence[str]] | Mapping[str, Sequence[str]]) -> list[Group]:
     """Groups that the user has written down."""
+    names = list(share) if isinstance(share, dict) else None
+    share = list(share.values()) if isinstance(share, dict) else share
     if not isinstance(share, list | tuple):
         raise PlugError(f"share={share!r} should be 'stage', 'width', or lists of patterns of sites")
     if any(not isinstance(p, list | tuple) or any(not isinstance(item, str) for item in p) for p in share):
@@ -88,7 +91,7 @@ def listed(sites: list[Site], share: Sequence[Sequence[str]]) -> list[Group]:
                 f'width: split it'
             )
         taken |= run.keys()
-        groups.append(Group(f'group{number}', (tuple(run.values()),)))
+        groups.append(Group(names[number] if names else f'group{number}', (tuple(run.values()),)))
     if left := [site.path for site in sites if site.path not in taken]:
         raise PlugError(f'share: {some(left)} are in no group; add them, or leave them out with skip=[...]')
     return groups

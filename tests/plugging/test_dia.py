@@ -15,7 +15,8 @@ from helpers.shared import ASR_DIA, DIA, NOISE, Net, assert_same, images, plugge
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from asr_downstream import AsrError, PlugError, describe, fold, plug, record, verify
+from asr_downstream import ATTENTIONS as REGISTRY
+from asr_downstream import AsrError, PlugError, describe, fold, plug, pool, record, verify
 from asr_downstream.attention import DIALSTM
 from asr_downstream.models import resnet164
 
@@ -160,6 +161,38 @@ def test_skipped_sites_neither_read_nor_advance_the_state() -> None:
     member = model.layer2[2].bn3.dynamic[0].attention
     assert member.place.length == 2
     assert not torch.equal(first[1], second[1])
+
+
+def test_groups_may_have_names() -> None:
+    groups = {'early': ['layer1.*'], 'late': ['layer2.*'], 'last': ['layer3.*']}
+    named, numbered = (plugged(dict(DIA, share=share)) for share in (groups, list(groups.values())))
+    assert {key.split('.')[1] for key in named.state_dict() if key.startswith('shared_attention')} == set(groups)
+    assert {key.split('.')[1] for key in numbered.state_dict() if key.startswith('shared_attention')} == {
+        'group0', 'group1', 'group2',
+    }  # fmt: skip
+
+
+def test_a_shared_attention_with_norms_of_the_sites_follows_the_mode_of_the_model() -> None:
+    """Its views are copies, one a site."""
+
+    @REGISTRY.register_module()
+    class Dropping(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.fc, self.norm = nn.Linear(channels, channels), nn.LayerNorm(channels)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.fc(pool(x)))
+            return nn.functional.dropout(y, 0.5, self.training).sigmoid()
+
+    try:
+        model = plugged(dict(type='DIA', attention=dict(type='Dropping'))).eval()
+        x = images()
+        with torch.no_grad():
+            assert torch.equal(model(x), model(x))
+            assert not torch.equal(model.train()(x), model(x))
+    finally:
+        REGISTRY.module_dict.pop('Dropping')
 
 
 @pytest.mark.parametrize(

@@ -181,6 +181,35 @@ def test_what_a_partial_fold_keeps_is_saved(tmp_path: Path) -> None:
     assert len(asr_downstream.describe(again).sites) == 2
 
 
+def test_groups_of_shared_attentions_that_a_partial_fold_has_emptied_are_no_obstacle(tmp_path: Path) -> None:
+    groups = ['down_blocks.0', 'down_blocks.1', 'mid_block', 'up_blocks.0', 'up_blocks.1']
+    spec = dict(type='DIA', attention=dict(type='SE', reduction=4), sites=['*resnets*.conv2'])
+    model = plugged(unet, dict(spec, share=[[f'{group}.*'] for group in groups]))
+    data = [noisy(), noisy()]
+    change = fold(model, calibrate=data)[1].calibration.change
+    emptied = 0
+    for number, part in enumerate((0.9, 0.5, 0.2)):
+        kept, report = fold(model, calibrate=data, max_drop=part * change)
+        left = report.calibration.kept
+        emptied += any(not any(path.startswith(group) for path in left) for group in groups)
+        kept.save_pretrained(tmp_path / str(number))
+        again = asr_downstream.load_plugged(tmp_path / str(number))
+        assert torch.equal(output(again, noisy()), output(kept, noisy()))
+        assert {row.path for row in asr_downstream.describe(again).sites} == set(left)
+    assert emptied, 'else nothing was tested'
+
+
+def test_settings_of_generation_are_those_that_were_saved(tmp_path: Path) -> None:
+    sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, vocab_size=20)
+    model = plugged(
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)), dict(ASR, sites=['*.down_proj'])
+    )
+    model.generation_config.update(max_new_tokens=3, repetition_penalty=2.0, eos_token_id=[5, 7])
+    save(model, tmp_path)
+    again = asr_downstream.load_plugged(tmp_path)
+    assert again.generation_config.to_diff_dict() == model.generation_config.to_diff_dict()
+
+
 def test_sites_that_were_left_out_as_frozen_stay_out(tmp_path: Path) -> None:
     model = unet()
     model.down_blocks[0].requires_grad_(False)

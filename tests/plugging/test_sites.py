@@ -61,6 +61,24 @@ def test_the_table_of_the_user_holds_what_the_user_registered() -> None:
     assert list(SITES) == ['mine.Mine']
 
 
+class Residual(nn.Module):
+    """A block as of the CIFAR ResNets: a shortcut without layers is the identity."""
+
+    def __init__(self, shortcut: nn.Module | None) -> None:
+        super().__init__()
+        self.conv, self.bn, self.shortcut = nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.bn(self.conv(x))
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+def test_an_empty_shortcut_is_the_identity() -> None:
+    register_site(Residual, 'bn', shortcut='shortcut')
+    model = nn.Sequential(Residual(nn.Sequential()), Residual(nn.Identity()), Residual(None))
+    assert [row.path for row in plug(model, ASR).sites] == ['0.bn', '1.bn']
+
+
 @pytest.mark.slow
 @pytest.mark.det
 def test_blocks_and_layers_of_mmcv_are_known_where_there_is_no_mmdet() -> None:

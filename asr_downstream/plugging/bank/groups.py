@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from asr_downstream.modules.affine import Constants
+from asr_downstream.modules.check import FLATTENED
 from asr_downstream.plugging.bank.alike import Form, Forms, batched_form, hooked, links, signature
 from asr_downstream.plugging.bank.batched_gates import Marks, gather, scaled, with_inputs
 from asr_downstream.plugging.bank.regained import regained
@@ -27,6 +28,11 @@ __all__ = ['Group', 'groups_of']
 
 LONGEST = 12  # sites of a group
 PLAIN = (nn.Parameter, Tensor)
+
+
+def is_plain(p: Tensor) -> bool:
+    """Whether a parameter is whole and no other kind of tensor: a view into a flat one of FSDP1 is of one process."""
+    return type(p) in PLAIN and not getattr(p, FLATTENED, False)
 
 
 class Column:
@@ -55,12 +61,12 @@ class Column:
 
     def shifts(self) -> list[Any]:
         """Those of the sites; None where there is none."""
-        return [gate._parameters['bias'] for gate in self.gates]
+        return [gate._parameters.get('bias') for gate in self.gates]
 
     def state(self) -> list[Any]:
         """What the plan depends on in parameters: kind, precision, place and shape."""
         return [
-            None if p is None else (type(p) in PLAIN, p.dtype, p.device, p.shape)
+            None if p is None else (is_plain(p), p.dtype, p.device, p.shape)
             for of_site in (*self.parameters(), self.form.shared(), self.shifts() if self.shifted else ())
             for p in of_site
         ]
@@ -69,7 +75,7 @@ class Column:
         """Whether the modules are those that the plan was made for."""
         return all(held.get(key) is value for held, key, value in self.links) and all(
             (gate._buffers['reference'] is not None) is self.references
-            and (gate._parameters['bias'] is not None) is self.shifted
+            and (gate._parameters.get('bias') is not None) is self.shifted
             for gate in self.gates
         )
 

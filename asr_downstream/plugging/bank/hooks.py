@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -78,13 +79,13 @@ def fill(model: nn.Module, inputs: Any) -> None:
     if torch.compiler.is_compiling():
         return
     bank: Bank = model.__dict__[BANK]
-    bank.shelf.open(bank.ready(model))
+    bank.shelf.open(bank.ready(model), sys._getframe(1))
 
 
 def close(model: nn.Module, inputs: Any, output: Any) -> None:
     """Forward hook of a plugged model, also called after an exception."""
     if not torch.compiler.is_compiling():
-        model.__dict__[BANK].shelf.close()
+        model.__dict__[BANK].shelf.close(sys._getframe(1))
 
 
 def sites(model: nn.Module, shelf: Shelf) -> dict[str, Any]:

@@ -13,7 +13,9 @@ layer does as it did in the last forward with gradients: it takes the same value
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -67,12 +69,25 @@ class Forward:
             compute their own.
         graph: whether gradients were recorded.
         order: larger is later.
+        frame: in which the model runs: where it is no longer among those that run, the forward was left by a Ctrl-C or
+            another exception that torch calls no hook for. None once it has ended: a frame keeps its variables.
     """
 
-    def __init__(self, ready: dict[nn.Module, Ready]) -> None:
+    def __init__(self, ready: dict[nn.Module, Ready], frame: FrameType) -> None:
+        self.frame: FrameType | None = frame
         self.ready = {id(layer): found for layer, found in ready.items()}
         self.graph = torch.is_grad_enabled()
         self.order = next(ORDER)
+
+
+def runs(frame: FrameType | None) -> bool:
+    """Whether a frame is among those that led here."""
+    current: FrameType | None = sys._getframe(1)
+    while current is not None:
+        if current is frame:
+            return True
+        current = current.f_back
+    return False
 
 
 class Shelf:
@@ -91,11 +106,14 @@ class Shelf:
     @property
     def opened(self) -> list[Forward]:
         """The forwards of this thread that have not ended, the innermost last."""
-        return self.local.__dict__.setdefault('opened', [])
+        found: list[Forward] = self.local.__dict__.setdefault('opened', [])
+        while found and not runs(found[-1].frame):
+            found.pop().frame = None
+        return found
 
-    def open(self, ready: dict[nn.Module, Ready]) -> None:
-        """A forward begins."""
-        forward = Forward(ready)
+    def open(self, ready: dict[nn.Module, Ready], frame: FrameType) -> None:
+        """A forward begins, in this frame."""
+        forward = Forward(ready, frame)
         self.opened.append(forward)
         if not forward.graph:
             return
@@ -104,10 +122,11 @@ class Shelf:
         else:  # the whole model is computed again, perhaps in a thread of the backward pass
             self.local.again = forward
 
-    def close(self) -> None:
-        """A forward has ended; one with gradients is kept until the next one, for recomputation."""
-        if self.opened:
-            self.opened.pop()
+    def close(self, frame: FrameType) -> None:
+        """The forward of this frame has ended; one with gradients is kept until the next one, for recomputation."""
+        opened = self.opened
+        if opened and opened[-1].frame is frame:
+            opened.pop().frame = None
 
     @property
     def kept(self) -> Forward | None:

@@ -143,8 +143,10 @@ class Member(SiteAttention, nn.Module):
     def attention(self) -> Any:
         """The shared attention; with normalisation, a view of it that has this site's own."""
         norms = tuple(self.own.values())
-        if any(now is not then for now, then in zip(norms, self.view[0], strict=True)):
-            self.view = self.look()  # a converter, as that of SyncBN, has put others in their place
+        # a converter, as that of SyncBN, has put other norms in their place; or the model changed its mode
+        others = any(now is not then for now, then in zip(norms, self.view[0], strict=True))
+        if others or self.view[1].training is not self.unit.attention.training:
+            self.view = self.look()
         return self.view[1]
 
     def look(self) -> tuple[tuple[nn.Module, ...], nn.Module]:

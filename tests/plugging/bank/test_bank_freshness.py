@@ -20,6 +20,7 @@ from helpers.banks import (
     maps,
     pause,
     plugged,
+    served,
     step,
     swapped,
 )
@@ -123,17 +124,43 @@ def test_gradients_wanted_inside_a_forward_without() -> None:
     assert seen[0].any()
 
 
-def test_an_exception_leaves_nothing_open() -> None:
+@pytest.mark.parametrize('error', [KeyError, KeyboardInterrupt, SystemExit])
+def test_an_exception_leaves_nothing_open(error: type[BaseException]) -> None:
+    """Also one that torch calls no hook after: Ctrl-C, the stop of a notebook."""
     model = plugged(ASR, Whole)
 
     def stumble() -> None:
-        raise KeyError('on the way')
+        raise error
 
     handle = pause(model, stumble)
-    with pytest.raises(KeyError):
+    with pytest.raises(error):
         model(maps())
     handle.remove()
+    swapped(model)
+    part, x = model.layer3, torch.randn(2, 16, 8, 8, dtype=torch.float64)
+    with bank.off(model):
+        expected = part(x)
+    assert torch.equal(part(x), expected), 'a part that is called by itself takes what the forward has left'
     assert vars(model)[bank.BANK].shelf.opened == []
+    assert_same(step(model, maps()), by_site(model, maps()))
+
+
+def test_a_forward_that_has_ended_keeps_no_variables() -> None:
+    """What is kept for recomputation is its gates: its frame has its inputs and outputs."""
+    model = plugged(ASR, Whole)
+    model(maps())
+    kept = vars(model)[bank.BANK].shelf.kept
+    assert kept is not None
+    assert kept.frame is None
+
+
+def test_parameters_that_are_views_of_a_sharded_one_are_left_to_their_sites() -> None:
+    """FSDP1 marks them; what is stacked before their part runs would lose the gradients of other processes."""
+    model = plugged(ASR, Whole)
+    assert served(model)
+    for parameter in model.parameters():
+        parameter._fsdp_flattened = True
+    assert not served(model)
     assert_same(step(model, maps()), by_site(model, maps()))
 
 
