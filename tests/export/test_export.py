@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import command, randomise
+from conftest import ROOT, command, randomise
 from helpers import exports
 
 from asr_downstream.commands.exporting import formats
@@ -162,6 +162,11 @@ def test_what_follows_a_flow_is_exported_with_its_own_sampler(shift: float, tmp_
         for t in scheduler.timesteps:
             x = scheduler.step(model(x, t).sample, t, x).prev_sample
     torch.testing.assert_close(torch.from_numpy(found), x, atol=1e-4, rtol=1e-4)
+
+
+def test_exports_of_other_models_need_no_diffusers() -> None:
+    code = 'import sys; sys.modules["diffusers"] = None; from asr_downstream.commands.exporting.kinds import kind_of'
+    assert subprocess.run([sys.executable, '-c', code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_a_flow_of_another_schedule_has_no_program_beside_it(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,12 @@ from asr_downstream.commands.exporting.images import open_images, tensors_of
 from asr_downstream.commands.exporting.kinds.base import Kind, Request
 from asr_downstream.commands.exporting.kinds.classification import batches
 from asr_downstream.commands.exporting.subject import Axes, Outputs, Subject, refuse_gates
-from asr_downstream.diffusion.models.process import FLOW, Flow, Process, process_of
 from asr_downstream.errors import AsrError, CheckpointError
 from asr_downstream.files.atomic import first_line
 from asr_downstream.plugging.save import SPEC
+
+if TYPE_CHECKING:  # needs diffusers, which exports of other models do not
+    from asr_downstream.diffusion.models.process import Process
 
 __all__ = ['Diffusion', 'subject_of']
 
@@ -113,6 +115,8 @@ def process_in(folder: Path) -> Process:
     """
     import diffusers
 
+    from asr_downstream.diffusion.models.process import FLOW, process_of
+
     try:
         config = json.loads((folder / 'scheduler_config.json').read_text())
         is_flow = config['_class_name'] == FLOW or config.get('use_flow_sigmas')
@@ -124,7 +128,7 @@ def process_in(folder: Path) -> Process:
 
 def timesteps_of(process: Process | None, count: int) -> Tensor:
     """Timesteps from the first to the last: whole numbers, of a flow fractions."""
-    if isinstance(process, Flow):
+    if process is not None and process.dtype.is_floating_point:
         return torch.linspace(1, process.timesteps, count)
     return torch.linspace(0, (process.timesteps if process else 1000) - 1, count).round().long()
 
@@ -166,7 +170,7 @@ def sampler_of(process: Process | None, shape: list[int]) -> tuple[str, dict[str
     if process is None or shape[0] not in (1, 3):
         return None
     scheduler = process.scheduler
-    if isinstance(process, Flow):
+    if process.dtype.is_floating_point:  # a flow
         if any(scheduler.config.get(key) for key in OTHER_FLOWS):
             return None
         ends = {key: float(getattr(scheduler, key)) for key in ('sigma_max', 'sigma_min', 'shift')}
