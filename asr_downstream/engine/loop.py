@@ -29,7 +29,7 @@ from asr_downstream.engine.state.ema import EMA
 from asr_downstream.engine.state.save import bytes_of, save_training
 from asr_downstream.engine.state.train_state import Progress, check_same_run, load_training, read_progress
 from asr_downstream.engine.task import Task
-from asr_downstream.engine.trackers import Reporter
+from asr_downstream.engine.trackers import Reporter, validated
 from asr_downstream.engine.watch import Watch, whole
 from asr_downstream.errors import AsrError, CompleteError, OtherProcessError
 from asr_downstream.files.atomic import check_writable
@@ -212,9 +212,10 @@ class Training:
                 self.window.take_up(self.progress.window[self.accelerator.process_index], self.progress.since)
             self.watch = Watch(self.accelerator)
             stopping = stack.enter_context(until_stopped())
-            if config.validation_steps and not self.progress.step and self.task.validates_at_start():
+            due = config.validation_steps and self.progress.step % config.validation_steps == 0
+            if due and (self.progress.step or self.task.validates_at_start()):
                 with self.window.paused():
-                    self.validate(0)
+                    self.validate(self.progress.step, again=self.progress.step > 0)  # if it was not made before a stop
             batches = iter(loader)
             for step in range(self.progress.step + 1, total + 1):
                 self.step(step, batches)
@@ -226,7 +227,8 @@ class Training:
                 with self.window.paused():
                     if step % config.checkpointing_steps == 0 or step == total or stop:
                         self.save()
-                    if config.validation_steps and (step % config.validation_steps == 0 or step == total) and not stop:
+                    due = config.validation_steps and (step % config.validation_steps == 0 or step == total)
+                    if due and (not stop or step == total):  # else it is made when the run goes on
                         self.validate(step)
                 if stop:
                     raise stopping.stopped()
@@ -356,9 +358,9 @@ class Training:
             self.task.saved(self.checkpoint, self.progress.step, self.reporter)
         self.accelerator.wait_for_everyone()
 
-    def validate(self, step: int) -> None:
-        """Let the main process validate the averaged weights, and the others wait."""
-        if self.reporter is not None:
+    def validate(self, step: int, again: bool = False) -> None:
+        """Let the main process validate the averaged weights, and the others wait; ``again``: if the log lacks it."""
+        if self.reporter is not None and not (again and validated(self.run, step)):
             with nullcontext() if self.ema is None else self.ema.applied_to(self.model), torch.no_grad():
                 self.model.eval()
                 try:

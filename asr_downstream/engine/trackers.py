@@ -19,7 +19,7 @@ from tqdm import tqdm
 from asr_downstream.errors import AsrError
 from asr_downstream.files.atomic import write_atomically, writing
 
-__all__ = ['Reporter', 'read_log']
+__all__ = ['Reporter', 'read_log', 'validated']
 
 LINE_SECONDS = 10.0  # between lines where there is no terminal
 
@@ -34,6 +34,11 @@ def read_log(path: Path, last_step: int | None = None, having: str | None = None
     """
     rows = [row for row in rows_of(path) if row is not None]
     return [r for r in rows if (last_step is None or r['step'] <= last_step) and (having is None or having in r)]
+
+
+def validated(run: Path, step: int) -> bool:
+    """Whether the log of a run has a validation of a step."""
+    return any(row['step'] == step and 'loss' not in row for row in read_log(run / 'log.jsonl', last_step=step))
 
 
 def rows_of(path: Path) -> list[dict[str, Any] | None]:

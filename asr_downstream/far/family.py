@@ -45,6 +45,7 @@ from asr_downstream.plugging import describe as gates
 __all__ = ['prune_family', 'ship_trained']
 
 SHIPPED, CUT_FILE = 'shipped', 'cut.json'
+STUDENT = 'FAR-100'  # before pruning
 
 
 def ship_trained(config: Config, out: Path) -> list[Path]:
@@ -60,8 +61,8 @@ def ship(config: Config, out: Path) -> list[Path]:
     found = [save_checked(config, load_teacher(config, out), out / SHIPPED / 'teacher', {'name': 'teacher'})]
     if after := students(config):
         student = load_student(config, out, after[-1])
-        about = {'name': 'FAR-100', 'config': Path(config.filename).name}
-        found.append(save_checked(config, student, out / SHIPPED / 'FAR-100', about))
+        about = {'name': STUDENT, 'config': Path(config.filename).name}
+        found.append(save_checked(config, student, out / SHIPPED / STUDENT, about))
     return found
 
 
@@ -116,6 +117,8 @@ def make_family(
         )
     if len({budget.name for budget in budgets}) < len(budgets):
         raise AsrError(f'budgets: {", ".join(budget.name for budget in budgets)}: each can be given once')
+    if any(budget.name == STUDENT for budget in budgets):
+        raise AsrError(f'budgets: {STUDENT} is the student before pruning, which would be lost; give shares below 1')
     if world() > 1 and any(budget.kind == 'latency' for budget in budgets):
         raise AsrError('budgets: latency is measured on one process; run this without a launcher of several')
     teacher = load_teacher(config, out)

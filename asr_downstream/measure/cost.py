@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 Size = Sequence[int]  # shape of a tensor
 
@@ -26,7 +26,17 @@ def cudnn_lstm(x: Size, weights: Sequence[Size], *rest: Any, out_shape: Any = No
     return 2 * math.prod(x[:-1]) * sum(math.prod(weight) for weight in weights if len(weight) == 2)
 
 
-LSTMS = {torch.ops.aten.mkldnn_rnn_layer: onednn_lstm, torch.ops.aten._cudnn_rnn: cudnn_lstm}
+def cpu_attention(q: Size, k: Size, v: Size, *rest: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    """Operations of softmax attention, from shapes ``(B, heads, N, d)``."""
+    return sdpa_flop_count(q, k, v)
+
+
+# What torch.utils.flop_counter passes over: LSTMs, and the attention of the CPU; it knows those of GPUs.
+OPERATORS = {
+    torch.ops.aten.mkldnn_rnn_layer: onednn_lstm,
+    torch.ops.aten._cudnn_rnn: cudnn_lstm,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: cpu_attention,
+}
 
 
 def parameters(model: nn.Module) -> int:
@@ -37,8 +47,7 @@ def parameters(model: nn.Module) -> int:
 def gmacs(call: Callable[[], Any]) -> float:
     """Multiply-adds of convolutions, matrix products, attention and LSTMs in ``call()``, in units of 1e9.
 
-    Half of the operations that torch.utils.flop_counter counts; it passes over the LSTMs of oneDNN and cuDNN, which
-    are counted here.
+    Half of the operations that torch.utils.flop_counter counts, and those that it passes over, see `OPERATORS`.
     """
     with torch.no_grad(), counting() as counter:
         call()
@@ -46,8 +55,22 @@ def gmacs(call: Callable[[], Any]) -> float:
 
 
 def counting() -> FlopCounterMode:
-    """Return a counter of operations that knows LSTMs."""
-    return FlopCounterMode(display=False, custom_mapping=LSTMS)
+    """Return a counter of operations that knows LSTMs, and attention on the CPU."""
+    return FlopCounter(display=False, custom_mapping=OPERATORS)
+
+
+class FlopCounter(FlopCounterMode):
+    """Counts ``torch.nn.MultiheadAttention`` by its parts: its fast path is one operator that no counter knows."""
+
+    def __enter__(self) -> FlopCounter:
+        self.fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        torch.backends.mha.set_fastpath_enabled(self.fast)
 
 
 def saved_bytes(model: nn.Module, forward: Callable[[], Tensor]) -> int:

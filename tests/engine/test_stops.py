@@ -40,6 +40,26 @@ class Stopping(Classification):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.parametrize('at', [16, 24])
+def test_a_validation_that_a_stop_left_out_is_made_when_the_run_goes_on(
+    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the last step, where a run does not go on, it is made at once."""
+    settings = dict(max_train_steps=24, validation_steps=8, logging_steps=8, checkpointing_steps=8)
+    run_of(tmp_path / 'whole', **settings)
+    monkeypatch.setattr(Stopping, 'at', at)
+    config = config_for(tmp_path / 'run', **settings)
+    with pytest.raises(Stopped):
+        train(Stopping(config), config, tmp_path / 'run')
+    if at < 24:
+        run_of(tmp_path / 'run', 'latest', **settings)
+    whole, run = (read_log(tmp_path / name / 'log.jsonl') for name in ('whole', 'run'))
+    for row in (*whole, *run):
+        row.pop('images_per_second', None)
+    assert sum('loss' not in row for row in whole) == 3
+    assert run == whole
+
+
 # Losses ---------------------------------------------------------------------------------------------------------------
 
 

@@ -249,6 +249,24 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_the_student_is_not_written_over_by_a_member_of_its_name(run: Path) -> None:
+    with pytest.raises(AsrError, match='FAR-100 is the student before pruning, which would be lost'):
+        prune_family(load_config(run / 'tiny.py'), run / 'out', [far.Budget('units', 1.0), far.Budget('units', 0.5)])
+
+
+def test_what_is_timed_over_tokens_is_what_was_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from asr_downstream.far.evaluation import evaluate
+    from asr_downstream.far.model.describe import mixers
+
+    teacher, student = vit().eval(), vit().eval()
+    far.replace(student, dict(type='FAR', layers=[1]))
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(evaluate, 'on_tokens', lambda module, x: seen.update({str(len(seen)): module}))
+    monkeypatch.setattr(evaluate, 'paired_times', lambda calls, *a, **k: dict.fromkeys(calls, [1.0]))
+    evaluate.sweep({'teacher': teacher, 'FAR-100': student}, tokens=(4,), batches=(1,), rounds=1)
+    assert [bool(list(mixers(module))) for module in seen.values()] == [False, True]
+
+
 def test_an_unfinished_student_is_not_pruned(run: Path) -> None:
     config = load_config(run / 'tiny.py', {'max_train_steps': 3})
     with pytest.raises(AsrError, match='its stages are not finished'):

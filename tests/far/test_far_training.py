@@ -333,6 +333,8 @@ def test_a_pretrained_folder_is_a_teacher(tmp_path: Path) -> None:
     config = load_config(write_config(tmp_path, teacher=spec, stages=[dict(name='distill')], **half))
     teacher = load_teacher(config, tmp_path / 'out')
     assert all(torch.equal(a, b) for a, b in zip(teacher.parameters(), model.parameters(), strict=True))
+    model.bfloat16().save_pretrained(tmp_path / 'deit')  # in which the steps of an optimiser would be rounded away
+    assert {p.dtype for p in load_teacher(config, tmp_path / 'out').parameters()} == {torch.float32}
     missing = {**spec, 'pretrained_model_name_or_path': str(tmp_path / 'none')}
     with pytest.raises(AsrError, match='cannot be made from'):
         load_teacher(load_config(write_config(tmp_path, teacher=missing)), tmp_path / 'out')

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from conftest import command, randomise
 from helpers.far import CASES, FAR, Case, vit, write_config
 from torch import nn
@@ -55,6 +56,22 @@ def test_tokens_have_no_order_and_cost_grows_with_their_number_alone() -> None:
     costs = [cost.gmacs(lambda n=n: module(torch.randn(1, n, 12, dtype=torch.float64))) for n in (50, 100, 200)]  # type: ignore[misc]
     assert costs[1] == pytest.approx(2 * costs[0], rel=1e-2)
     assert costs[2] == pytest.approx(4 * costs[0], rel=1e-2)
+
+
+def test_attention_costs_what_its_products_cost_however_it_runs() -> None:
+    """The operators of the CPU for attention, and the fast path of torch's module, are in no counter of torch."""
+    images, sizes = torch.randn(2, 3, 32, 32), dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = transformers.ViTConfig(image_size=32, patch_size=4, intermediate_size=32, **sizes)
+    found = []
+    for implementation in ('sdpa', 'eager'):
+        config._attn_implementation = implementation
+        model = transformers.ViTForImageClassification(config).eval()
+        found.append(cost.gmacs(lambda model=model: model(images)))  # type: ignore[misc]
+    assert found[0] == found[1]
+    module, x = nn.MultiheadAttention(16, 2, batch_first=True).eval(), torch.randn(2, 10, 16)
+    expected = 2 * (4 * 10 * 16 * 16 + 2 * 10 * 10 * 16) / 1e9
+    assert cost.gmacs(lambda: module(x, x, x, need_weights=False)) == pytest.approx(expected)
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 @pytest.mark.parametrize('case', CASES.values(), ids=CASES.keys())

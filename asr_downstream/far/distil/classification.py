@@ -58,7 +58,9 @@ def load_classifier(cls: Any, folder: str, arguments: dict[str, Any]) -> Any:
     """
     name = cls.__name__
     try:
-        model, found = cls.from_pretrained(folder, output_loading_info=True, **arguments)
+        # transformers takes the precision of the file: half of it would round the steps of the optimiser away
+        precise = {'dtype': torch.float32, **arguments}
+        model, found = cls.from_pretrained(folder, output_loading_info=True, **precise)
     except Exception as error:  # libraries raise anything for damaged files
         first = next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
         raise AsrError(f'teacher: {name} cannot be made from {folder} ({first})') from error

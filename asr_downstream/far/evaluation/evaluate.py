@@ -169,10 +169,9 @@ def sweep(
     Returns:
         A row a shape: ``tokens``, ``batch``, and ``ratios``: name -> ratio to the teacher.
     """
-    place = find_attentions(models[TEACHER])[0]
-    modules = {name: copy.deepcopy(model.get_submodule(place.path)) for name, model in models.items()}
-    device = next(models[TEACHER].parameters()).device
-    channels = next(mixers(next(m for name, m in models.items() if name != TEACHER)))[1].channels
+    path, first = next(mixers(next(m for name, m in models.items() if name != TEACHER)))
+    modules = {name: copy.deepcopy(model.get_submodule(path)) for name, model in models.items()}
+    device, channels = next(models[TEACHER].parameters()).device, first.channels
     rows = []
     for batch in batches:
         for count in tokens:
