@@ -63,6 +63,8 @@ def test_a_training_of_the_demo(tmp_path: Path, part: str, begun: str, later: st
         assert process.wait(120) == 130, process.text
     assert later not in process.text
     assert 'Traceback' not in process.text
+    for written in (tmp_path / 'demo').glob('retinanet*/*.py'):
+        assert 'demos.' not in written.read_text(), 'other programs read it'
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

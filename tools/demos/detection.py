@@ -164,11 +164,10 @@ def train_quietly(config: Config, work_dir: Path) -> Path:
 
     config.log_level = 'ERROR'
     config.val_dataloader = config.val_evaluator = config.val_cfg = None  # evaluated once, at the end
-    config.custom_hooks = [{'type': EpochLine}]
     shutil.rmtree(work_dir, ignore_errors=True)  # of an earlier demo
     prepare(config, work_dir)
     with redirect_stdout(io.StringIO()):
-        checkpoint = train(config)
+        checkpoint = train(config, [EpochLine()])
     assert checkpoint is not None, 'the configs of the demo write checkpoints'
     return checkpoint
 
