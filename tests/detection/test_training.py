@@ -128,6 +128,13 @@ def test_the_config_of_a_resumed_training_starts_trainings_of_its_own(digits: Pa
         training.prepare(old, tmp_path / 'b', None)
 
 
+def test_each_training_of_a_program_has_its_own_logs(digits: Path, tmp_path: Path) -> None:
+    for name in ('a', 'b'):
+        run(configured(digits, **{'train_cfg.max_epochs': 1, 'default_hooks.logger.interval': 2}), tmp_path / name)
+        [log] = (tmp_path / name).glob('*/vis_data/scalars.json')
+        assert len([line for line in log.read_text().splitlines() if '"loss"' in line]) == 3
+
+
 def test_auto_resumes_what_there_is(digits: Path, tmp_path: Path) -> None:
     config = configured(digits)
     training.prepare(config, tmp_path, 'auto')

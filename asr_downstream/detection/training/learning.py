@@ -134,6 +134,12 @@ class LearningRunner(Runner):
         name = Path(config.filename).name if config.filename else f'{self.timestamp}.py'
         config.dump(str(Path(self.work_dir) / name))
 
+    def build_visualizer(self, visualizer: Any = None) -> Any:
+        """Build the logs; by the name in mmdet's configs, a second training of a program would write to the first."""
+        if isinstance(visualizer, dict):
+            visualizer = {**visualizer, 'name': f'{visualizer.get("name", "visualizer")} of {self._log_dir}'}
+        return super().build_visualizer(visualizer)
+
     def build_model(self, model: Any) -> nn.Module:
         """Build the model."""
         built = super().build_model(model)
