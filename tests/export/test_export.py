@@ -130,6 +130,16 @@ def test_models_with_gates_and_other_folders_are_refused(tmp_path: Path) -> None
         kind_of(tmp_path / 'nowhere')
 
 
+@torch.no_grad()
+def sampled(model: Any, scheduler: Any, noise: np.ndarray) -> torch.Tensor:
+    """What diffusers draws in five steps."""
+    scheduler.set_timesteps(5)
+    x = torch.from_numpy(noise)
+    for t in scheduler.timesteps:
+        x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    return x
+
+
 class Session:
     """A model as onnxruntime would run it."""
 
@@ -156,11 +166,7 @@ def test_what_follows_a_flow_is_exported_with_its_own_sampler(shift: float, tmp_
     model = diffusers.UNet2DModel.from_pretrained(shipped / 'unet').eval()
     found = sample.sample(Session(model), subject.infer[1], noise, 5)
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_pretrained(shipped / 'scheduler')
-    scheduler.set_timesteps(5)
-    x = torch.from_numpy(noise)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    x = sampled(model, scheduler, noise)
     torch.testing.assert_close(torch.from_numpy(found), x, atol=1e-4, rtol=1e-4)
 
 
@@ -212,11 +218,7 @@ def test_the_program_beside_a_unet_samples_as_diffusers_does(tmp_path: Path) -> 
     found = sample.sample(session, schedule, noise, 5)
     model = diffusers.UNet2DModel.from_pretrained(shipped / 'unet').eval()
     scheduler = diffusers.DDIMScheduler.from_pretrained(shipped / 'scheduler')
-    scheduler.set_timesteps(5)
-    x = torch.from_numpy(noise)
-    with torch.no_grad():
-        for t in scheduler.timesteps:
-            x = scheduler.step(model(x, t).sample, t, x).prev_sample
+    x = sampled(model, scheduler, noise)
     assert np.abs(found - x.numpy()).max() <= 1e-3 * float(x.abs().max())
     words = [sys.executable, str(out / 'infer.py'), '--images', '3', '--steps', '2', '--out', str(tmp_path / 'a.png')]
     assert subprocess.run(words, cwd='/', check=False).returncode == 0
